@@ -1,0 +1,46 @@
+"""The error tree. Knows nothing of who raises or prints them.
+
+    PipelineError
+    ├── JobError          before anything starts: job, schema or command line is wrong    exit 2
+    │   └── SourceError   a path that the job names cannot be read or holds nothing       exit 2
+    ├── DocumentError     this document, page or request failed: it becomes a row         exit 1
+    └── RunError          the run cannot go on; what is written stays and is resumable    exit 3
+        └── EngineDead    the model's process is beyond use and must be replaced
+
+Every error is built from plain positional values, so that it survives pickling between Ray's processes.
+"""
+
+
+class PipelineError(Exception):
+    """Anything this package raises on purpose."""
+
+
+class JobError(PipelineError):
+    """What the user wrote cannot be run; one sentence says where, what was found and what is allowed."""
+
+
+class SourceError(JobError):
+    """A path of the job cannot be read, or names nothing."""
+
+
+class DocumentError(PipelineError):
+    """One document, page or request failed.
+
+    `kind` is a short stable word for counting and retrying (see `records.Failure`), `message` is for people.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(kind, message)
+        self.kind = kind
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class RunError(PipelineError):
+    """The run stops here; the same command resumes it."""
+
+
+class EngineDead(RunError):
+    """The engine cannot answer any more; its actor must end so that Ray replaces it."""

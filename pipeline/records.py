@@ -1,0 +1,144 @@
+"""The values that travel between the rooms. Knows no library but numpy, whose arrays hold pixels.
+
+A row's journey: a `Document` is rendered into `Page`s; up to `per_request` pages and the prompt become a
+`Request`; an engine answers with a `Completion`; whatever goes wrong on the way becomes a `Failure`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]
+"""One page image: (height_px, width_px, 3), RGB."""
+
+
+class Stage(StrEnum):
+    """Where on a page's journey something happened."""
+
+    SOURCE = "source"
+    RENDER = "render"
+    GENERATE = "generate"
+    VALIDATE = "validate"
+    SETTLE = "settle"
+
+
+class Status(StrEnum):
+    """What became of a document or page."""
+
+    EXTRACTED = "extracted"
+    INVALID = "invalid"
+    FAILED = "failed"
+
+
+class FinishReason(StrEnum):
+    """Why an engine stopped writing."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there is no valid result: the stage, a stable short word for counting, and a sentence for people."""
+
+    stage: Stage
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """One input file as listed. Its identity, the sha256 of its bytes, is known once it has been read."""
+
+    source: str
+    size_bytes: int
+    version: str
+    """What tells a changed file apart without reading it: mtime in ns, or an object store's etag."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of a page's text layer. Units: PDF points, origin top left, page rotation applied."""
+
+    text: str
+    x0_pt: float
+    y0_pt: float
+    x1_pt: float
+    y1_pt: float
+
+
+@dataclass(frozen=True, eq=False)
+class Page:
+    """One rasterized page, exactly as the model sees it."""
+
+    page_no: int
+    """1-based; given once, when the document is opened, and never recomputed."""
+    pixels: Pixels
+    dpi: float
+    """Effective resolution: pixels per inch of paper (for an image: of its own stated or assumed dpi)."""
+    width_pt: float
+    height_pt: float
+    visual_tokens: int
+    words: tuple[Word, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Message:
+    """One turn of a conversation: texts and page images in order."""
+
+    role: Literal["system", "user", "assistant"]
+    parts: tuple[str | Pixels, ...]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep every token."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    max_tokens: int = 2048
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One question to an engine. `schema` is the JSON Schema text that constrains the answer, "" for free text."""
+
+    key: str
+    messages: tuple[Message, ...]
+    schema: str = ""
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens read and written; `prompt_tokens` counts visual tokens too."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token: the text it adds and the model's log-probability of it, before any mask (nats)."""
+
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An engine's answer."""
+
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    tokens: tuple[Token, ...] = ()
