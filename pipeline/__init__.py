@@ -1,0 +1,29 @@
+"""Folders of PDFs and images -> typed, validated Parquet, with an open vision-language model on Ray Data.
+
+from pipeline import Job, run
+report = run(Job.load("jobs/invoices.yaml"))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.flow import run, settle
+    from pipeline.job import Job
+
+__version__ = "0.1.0"
+__all__ = ["Job", "__version__", "run", "settle"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: `import pipeline` loads neither Ray nor torch."""
+    if name == "Job":
+        from pipeline.job import Job
+
+        return Job
+    if name in ("run", "settle"):
+        from pipeline import flow
+
+        return getattr(flow, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

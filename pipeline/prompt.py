@@ -10,13 +10,13 @@ Then come the pages in order, and one short line after them.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipeline.errors import JobError
 from pipeline.records import Message, Pixels
+from pipeline.schema import Schema, dumps, resolve
 
 TASK = (
     "You read the pages of a document and return what is printed on them as one JSON object.\n"
@@ -26,8 +26,6 @@ TASK = (
 ASK = "Return the JSON object for this document."
 FORMATS = {"date": "date YYYY-MM-DD", "date-time": "date and time, RFC 3339", "time": "time HH:MM:SS"}
 CONTROL_TOKEN = re.compile(r"<\|[^|<>]*\|>|</?tool_call>")
-
-Schema = dict[str, Any]
 
 
 def system(schema: Schema, instructions: str = "") -> str:
@@ -78,20 +76,6 @@ def outline(schema: Schema, root: Schema, depth: int = 0, seen: tuple[str, ...] 
                 yield from outline(inner, root, depth + 1, inner_path)
 
 
-def resolve(schema: Any, root: Schema, seen: tuple[str, ...]) -> tuple[Schema, tuple[str, ...]]:
-    """Return the schema that a local `$ref` points to, and the references followed so far."""
-    if not isinstance(schema, dict):
-        return {}, seen
-    ref = schema.get("$ref")
-    if not isinstance(ref, str) or not ref.startswith("#/") or ref in seen:
-        return schema, seen
-    target: Any = root
-    for key in ref[2:].split("/"):
-        target = target.get(key.replace("~1", "/").replace("~0", "~"), {}) if isinstance(target, dict) else {}
-    siblings = {k: v for k, v in schema.items() if k != "$ref"}
-    return resolve({**target, **siblings}, root, (*seen, ref))
-
-
 def nested(part: Schema) -> Iterator[Any]:
     """Yield the schemas whose properties belong under a property: its own, its items', its alternatives'."""
     yield part
@@ -104,12 +88,19 @@ def nested(part: Schema) -> Iterator[Any]:
 def kind(part: Schema) -> str:
     """Say a property's type in words."""
     if "const" in part:
-        return json.dumps(part["const"], ensure_ascii=False)
+        return dumps(part["const"])
     if "enum" in part:
-        return "one of " + ", ".join(v if isinstance(v, str) else json.dumps(v) for v in part["enum"])
+        return "one of " + ", ".join(v if isinstance(v, str) else dumps(v) for v in part["enum"])
     for word in ("anyOf", "oneOf"):
         if word in part:
             return " or ".join(dict.fromkeys(kind(p) if isinstance(p, dict) else "any" for p in part[word]))
     types = part.get("type", "any" if "$ref" not in part else "object")
     names = [types] if isinstance(types, str) else list(types)
-    return " or ".join(FORMATS.get(part.get("format", ""), n) if n == "string" else n for n in names)
+    said = {"string": FORMATS.get(part.get("format", ""), "string"), "array": "array" + items(part)}
+    return " or ".join(said.get(name, name) for name in names)
+
+
+def items(part: Schema) -> str:
+    """Say what an array holds, unless the lines below it in the outline do."""
+    inner = part.get("items")
+    return f" of {kind(inner)}" if isinstance(inner, dict) and inner and not {"properties", "$ref", "allOf"} & inner.keys() else ""

@@ -1,0 +1,173 @@
+"""A page's size and a budget of pixels -> the canvas the model sees. Knows no file, no library and no pixel.
+
+Qwen2.5-VL reads an image in cells of 28x28 px, one visual token each. Its image processor resizes whatever it gets
+with `smart_resize`; a canvas from here is one that `smart_resize` leaves as it is, so a page drawn at that size is
+never resampled again and its token count is known before anything is drawn. An A4 page (595x842 pt) under the
+default budget: 1653x2339 px at 200 dpi -> canvas 840x1176 px = 1,260 tokens, about 101 dpi.
+
+A page fills its canvas when that changes its proportions by at most `MAX_STRETCH`. Where the grid of cells is too
+coarse for that (a 20:1 strip, a fixed size, an aspect ratio beyond Qwen's 200) it keeps its proportions, stands at
+the top left, and the rest of the canvas stays white: nothing is squashed and nothing is cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+CELL_PX = 28
+CELL_AREA = CELL_PX * CELL_PX
+MAX_RATIO = 200
+MAX_STRETCH = 1.05
+MAX_TOKENS = 16384
+"""What the published processor admits at most (`max_pixels` 12845056)."""
+
+
+@dataclass(frozen=True)
+class PixelBudget:
+    """Bounds of a page image's area in pixels; or, with both `resized_*`, one fixed size that ignores them."""
+
+    min_pixels: int = 256 * CELL_AREA
+    max_pixels: int = 1280 * CELL_AREA
+    resized_height: int | None = None
+    resized_width: int | None = None
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width and height of an image."""
+
+    width_px: int
+    height_px: int
+
+
+@dataclass(frozen=True)
+class RenderSettings:
+    """How documents become pages, and what one of them may cost before it is given up."""
+
+    budget: PixelBudget = field(default_factory=PixelBudget)
+    dpi: float = 200.0
+    password: str | None = field(default=None, repr=False)
+    max_pages: int = 2000
+    max_file_bytes: int = 256 * 2**20
+    max_image_pixels: int = 300_000_000
+    timeout_s: float = 60.0
+    """For opening a document, and again for each of its pages."""
+    memory_bytes: int = 2 * 2**30
+    """Address space on top of what an idle renderer has."""
+
+
+def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int, factor: int = CELL_PX) -> tuple[int, int]:
+    """Return the (height, width) to which Qwen2.5-VL's image processor resizes an image.
+
+    The arithmetic of `smart_resize` in transformers' `image_processing_qwen2_vl`; `qwen_vl_utils.vision_process`
+    has it too and differs only for images of less than half a cell. Raises ValueError beyond a ratio of 200.
+    """
+    ratio = max(height, width) / min(height, width)
+    if ratio > MAX_RATIO:
+        raise ValueError(f"an image of {width}x{height} px has an aspect ratio of {ratio:.0f}; at most {MAX_RATIO} is allowed")
+    rows, columns = round(height / factor), round(width / factor)
+    if rows * columns * factor * factor > max_pixels:
+        shrink = math.sqrt((height * width) / max_pixels)
+        rows = max(1, math.floor(height / shrink / factor))
+        columns = max(1, math.floor(width / shrink / factor))
+    elif rows * columns * factor * factor < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows, columns = math.ceil(height * grow / factor), math.ceil(width * grow / factor)
+    return rows * factor, columns * factor
+
+
+def fit(width_pt: float, height_pt: float, dpi: float, budget: PixelBudget) -> Size:
+    """Return the canvas for a page of paper: its natural size at `dpi`, brought into the budget."""
+    return fit_pixels(max(1, round(width_pt / 72 * dpi)), max(1, round(height_pt / 72 * dpi)), budget)
+
+
+def fit_pixels(width_px: int, height_px: int, budget: PixelBudget) -> Size:
+    """Return the canvas for an image of this natural size: what `smart_resize` says, wherever it is the last word.
+
+    It is not for ratios beyond 200, and where its rounding leaves the budget (narrow budgets, long strips), so that
+    it would resize its own result. These pages get the allowed canvas on which they stand largest.
+    """
+    if budget.resized_width and budget.resized_height:
+        return Size(to_cells(budget.resized_width), to_cells(budget.resized_height))
+    if max(width_px, height_px) <= MAX_RATIO * min(width_px, height_px):
+        height, width = smart_resize(height_px, width_px, budget.min_pixels, budget.max_pixels)
+        if is_stable(Size(width, height), budget):
+            return Size(width, height)
+    return max(canvases(width_px, height_px, budget), key=lambda size: rank(width_px, height_px, size))
+
+
+def place(width: float, height: float, canvas: Size) -> Size:
+    """Return the part of the canvas, from its top left, that a page of these proportions covers."""
+    across, down = canvas.width_px / width, canvas.height_px / height
+    if max(across, down) <= MAX_STRETCH * min(across, down):
+        return canvas
+    scale = min(across, down)
+    return Size(max(1, round(width * scale)), max(1, round(height * scale)))
+
+
+def visual_tokens(size: Size) -> int:
+    """Return how many tokens the model reads for an image of this size."""
+    return size.width_px * size.height_px // CELL_AREA
+
+
+def is_stable(size: Size, budget: PixelBudget) -> bool:
+    """Say whether `smart_resize` leaves a canvas made of whole cells as it is."""
+    short, long = sorted((size.width_px, size.height_px))
+    return long <= MAX_RATIO * short and budget.min_pixels <= short * long <= budget.max_pixels
+
+
+def check(budget: PixelBudget) -> None:
+    """Raise ValueError with a sentence when no page could be fitted."""
+    fixed = (budget.resized_height, budget.resized_width)
+    if fixed != (None, None):
+        return check_fixed(*fixed)
+    if budget.min_pixels < 1:
+        raise ValueError(f"min_pixels is {budget.min_pixels}; it must be positive")
+    if budget.max_pixels < budget.min_pixels:
+        raise ValueError(f"max_pixels ({budget.max_pixels}) is less than min_pixels ({budget.min_pixels})")
+    if budget.max_pixels > MAX_TOKENS * CELL_AREA:
+        raise ValueError(f"max_pixels is {budget.max_pixels}; at most {MAX_TOKENS * CELL_AREA} ({MAX_TOKENS} visual tokens) is allowed")
+    if not any(canvases(1, 1, budget)):
+        raise ValueError(
+            f"no whole number of {CELL_PX}x{CELL_PX} px cells has between min_pixels ({budget.min_pixels}) "
+            f"and max_pixels ({budget.max_pixels}); allow a wider range"
+        )
+    return None
+
+
+def check_fixed(height_px: int | None, width_px: int | None) -> None:
+    """Raise ValueError with a sentence when a fixed size is incomplete or beyond what the model reads."""
+    if height_px is None or width_px is None:
+        raise ValueError("resized_height and resized_width go together: give both or neither")
+    if height_px < 1 or width_px < 1:
+        raise ValueError(f"resized_height ({height_px}) and resized_width ({width_px}) must be positive")
+    size = Size(to_cells(width_px), to_cells(height_px))
+    if not is_stable(size, PixelBudget(1, MAX_TOKENS * CELL_AREA)):
+        raise ValueError(
+            f"resized_width x resized_height is {size.width_px}x{size.height_px} px in whole cells; allowed are at most "
+            f"{MAX_TOKENS} visual tokens and an aspect ratio of {MAX_RATIO}"
+        )
+
+
+def to_cells(length_px: float) -> int:
+    """Return the nearest multiple of 28, at least one cell."""
+    return max(CELL_PX, round(length_px / CELL_PX) * CELL_PX)
+
+
+def canvases(width_px: int, height_px: int, budget: PixelBudget) -> Iterator[Size]:
+    """Yield for every number of rows the stable canvas that suits a page best."""
+    fewest, most = math.ceil(budget.min_pixels / CELL_AREA), budget.max_pixels // CELL_AREA
+    for rows in range(1, most + 1):
+        low = max(1, math.ceil(fewest / rows), math.ceil(rows / MAX_RATIO))
+        high = min(most // rows, MAX_RATIO * rows)
+        if low <= high:
+            suits = math.ceil(rows * width_px / height_px)
+            yield Size(min(max(low, suits), high) * CELL_PX, rows * CELL_PX)
+
+
+def rank(width_px: int, height_px: int, size: Size) -> tuple[float, int, float]:
+    """Order canvases: the largest scale up to natural size, then the fewest tokens, then the largest scale."""
+    scale = min(size.width_px / width_px, size.height_px / height_px)
+    return min(scale, 1.0), -visual_tokens(size), scale

@@ -1,0 +1,78 @@
+"""A `Sheet` -> a PDF page or a scanned-looking picture. Knows nothing of what the text means.
+
+The fonts are the fourteen that every PDF reader brings, so a drawn page is about one kilobyte.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pymupdf
+from PIL import Image, ImageFilter
+
+from pipeline.demo.documents import DPI, HEIGHT_PX, WIDTH_PX, Sheet
+from pipeline.records import Pixels
+
+PT_PER_PX = 72 / DPI
+
+
+def pdf(sheets: Sequence[Sheet]) -> bytes:
+    """Return a PDF with one page per sheet; the same sheets give the same bytes."""
+    document = open_pdf(sheets)
+    return bytes(document.tobytes(garbage=3, deflate=True, no_new_id=True))
+
+
+def open_pdf(sheets: Sequence[Sheet]) -> pymupdf.Document:
+    """Return the drawn document, open."""
+    document = pymupdf.open()
+    for sheet in sheets:
+        page = document.new_page(width=WIDTH_PX * PT_PER_PX, height=HEIGHT_PX * PT_PER_PX)
+        for font in sorted({run.font for run in sheet.runs}):
+            page.insert_font(fontname=font)
+        stream = document.get_new_xref()
+        document.update_object(stream, "<<>>")
+        document.update_stream(stream, content(sheet))
+        page.set_contents(stream)
+    return document
+
+
+def content(sheet: Sheet) -> bytes:
+    """Return the page's content stream (PDF 32000-1, 9.4): one text object per run, one stroke per rule."""
+    lines = [f"{PT_PER_PX:.6f} 0 0 {PT_PER_PX:.6f} 0 0 cm".encode()]
+    for run in sheet.runs:
+        text = run.text.encode("cp1252").hex()
+        lines.append(f"BT /{run.font} {run.size_px:.3f} Tf {run.x_px:.3f} {HEIGHT_PX - run.y_px:.3f} Td <{text}> Tj ET".encode())
+    lines += [f"{r.x0_px:.2f} {HEIGHT_PX - r.y0_px:.2f} m {r.x1_px:.2f} {HEIGHT_PX - r.y1_px:.2f} l S".encode() for r in sheet.rules]
+    return b"\n".join(lines)
+
+
+def pixels(sheet: Sheet) -> Pixels:
+    """Return the page as MuPDF rasterizes it at 200 dpi: (448, 448, 3) uint8."""
+    document = open_pdf([sheet])
+    image = document[0].get_pixmap(matrix=pymupdf.Matrix(DPI / 72, DPI / 72), alpha=False)
+    return np.frombuffer(image.samples, np.uint8).reshape(image.height, image.width, 3)
+
+
+def scan(page: Pixels, rng: random.Random) -> tuple[Pixels, float]:
+    """Return the page as a poor scanner would see it, and the angle it was turned by, in degrees counter-clockwise.
+
+    A slight turn, uneven paper, blur, noise and JPEG's own marks; never so much that a person could not read it.
+    """
+    angle = rng.uniform(-0.5, 0.5)
+    paper = rng.randint(225, 255)
+    image = Image.fromarray(page).rotate(angle, Image.Resampling.BICUBIC, fillcolor=(255, 255, 255))
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.0, 0.6)))
+    noise = np.random.default_rng(rng.randrange(2**32)).standard_normal(page.shape[:2], np.float32) * rng.uniform(0, 9)
+    ink = rng.uniform(0, 60)
+    grey = ink + np.asarray(image, np.float32)[..., 1] * ((paper - ink) / 255) + noise
+    encoded = jpeg(np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, 2), rng.randint(55, 92))
+    return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB")), angle
+
+
+def jpeg(page: Pixels, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(page).save(buffer, "JPEG", quality=quality, dpi=(DPI, DPI))
+    return buffer.getvalue()

@@ -1,0 +1,181 @@
+"""A model -> how much of 200 unseen synthetic documents it reads exactly, through `pipeline.run`.
+
+    python -m pipeline.demo.evaluate                       the checkpoint in this package, AWQ 4 bit
+    python -m pipeline.demo.evaluate --model out/plain     another one, for example the unquantised one
+
+Draws documents of seeds that training and the samples never use, writes them into a temporary folder, runs
+`jobs/invoices.yaml` and `jobs/receipts.yaml` over them, and compares every value of the records with the truth. A value
+counts as right only if it is exactly right; line items that are missing, or that are too many, are wrong values, and of a
+document without a valid record everything is wrong. Knows nothing of how a model reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.demo import samples
+from pipeline.demo.documents import HELD_OUT, Form, leaves
+from pipeline.demo.samples import Drawn, Plan
+from pipeline.job import Job
+from pipeline.sink import IDENTITY, Output, read_shards
+
+if TYPE_CHECKING:
+    from pipeline.report import Report
+
+JOBS = Path(__file__).parents[2] / "jobs"
+FIRST_SEED = HELD_OUT + 10**6
+SHARES: tuple[tuple[Form, int, float], ...] = (("invoice", 1, 0.60), ("receipt", 1, 0.28), ("invoice", 2, 0.12))
+"""Form, pages, share of the documents: what the model was trained on."""
+SCANNED_PERCENT = 35
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One value of a record: `invoice.line_items[].amount` is its field, `$.line_items[2].amount` its path."""
+
+    field: str
+    path: str
+    wanted: Any
+    found: Any
+    right: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How one document was read; `failure` is "" where there is a valid record."""
+
+    name: str
+    failure: str
+    leaves: tuple[Leaf, ...]
+
+    @property
+    def flawless(self) -> bool:
+        return all(leaf.right for leaf in self.leaves)
+
+
+def plan(count: int) -> list[Plan]:
+    """Return what to draw: fixed shares of each kind, an even share of each scanned, every second scan of one page a TIFF."""
+    plans: list[Plan] = []
+    for form, pages, share in SHARES:
+        scans = 0
+        for index in range(round(count * share)):
+            scanned = (index + 1) * SCANNED_PERCENT // 100 > scans
+            scans += scanned
+            picture = "tiff" if pages > 1 or scans % 2 else "jpg"
+            plans.append(Plan(form, picture if scanned else "pdf", pages))
+    return plans
+
+
+def read(drawn: Sequence[Drawn], model: str, folder: Path) -> tuple[dict[str, Record], list[Report]]:
+    """Run both jobs over the documents; return the records by their documents' names, and the runs' reports."""
+    from pipeline.flow import run  # brings Ray, which comparing does not need
+
+    samples.write(drawn, folder)
+    records: dict[str, Record] = {}
+    reports = []
+    for form in dict.fromkeys(one.form for one in drawn):
+        settings = [f"source.paths={json.dumps([str(folder / f'{form}s')])}", f"model.name={json.dumps(model)}", "model.without_gpu=cpu"]
+        job = Job.load(JOBS / f"{form}s.yaml", settings, folder / "out" / form)
+        reports.append(run(job))
+        rows = read_shards(Output(job.output).records, None, IDENTITY).to_pylist()
+        records |= {Path(row["_source"]).name: row for row in rows}
+    return records, reports
+
+
+def judge(one: Drawn, record: Record | None) -> Verdict:
+    """Compare a document's record with its truth."""
+    failure = {"stage": "settle", "kind": "missing"} if record is None else record["_failure"]
+    named = f"{failure['stage']}/{failure['kind']}" if failure else ""
+    return Verdict(one.name, named, tuple(compare(one.form, one.truth, None if failure else record)))
+
+
+def compare(form: Form, truth: Record, record: Record | None) -> Iterator[Leaf]:
+    """Yield every value of the truth and of the record; without a record every one is wrong."""
+    wanted = dict(leaves(dict(truth)))
+    found = dict(leaves({name: record[name] for name in truth})) if record is not None else {}
+    for path in dict.fromkeys([*wanted, *found]):
+        field = form + re.sub(r"\[\d+\]", "[]", path.removeprefix("$"))
+        right = path in wanted and path in found and same(wanted[path], found[path])
+        yield Leaf(field, path, wanted.get(path, "nothing"), found.get(path, "nothing"), right)
+
+
+def same(wanted: Any, found: Any) -> bool:
+    """Say whether two values are equal: numbers as numbers, dates as they are written in JSON, everything else as it is."""
+    if isinstance(found, date):
+        found = found.isoformat()
+    if is_number(wanted) and is_number(found):
+        return Decimal(str(wanted)) == Decimal(str(found))
+    return type(wanted) is type(found) and bool(wanted == found)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+
+
+def summary(verdicts: Sequence[Verdict], pages: int, elapsed_s: float) -> str:
+    """Return the figures as text: overall, by field, by failure."""
+    every = [leaf for verdict in verdicts for leaf in verdict.leaves]
+    failures = Counter(verdict.failure for verdict in verdicts if verdict.failure)
+    speed = f"{elapsed_s / max(pages, 1):6.2f}    ({pages} pages in {elapsed_s:.0f} s, with Ray's start and the model's loading)"
+    lines = [
+        f"values exactly right        {ratio(sum(leaf.right for leaf in every), len(every))}",
+        f"documents without an error  {ratio(sum(verdict.flawless for verdict in verdicts), len(verdicts))}",
+        f"documents without a record  {ratio(failures.total(), len(verdicts))}",
+        *(f"    {kind}: {count}" for kind, count in failures.most_common()),
+        f"seconds per page            {speed}",
+        "",
+        "by field",
+    ]
+    fields: dict[str, list[bool]] = {}
+    for leaf in every:
+        fields.setdefault(leaf.field, []).append(leaf.right)
+    width = max(map(len, fields), default=0)
+    return "\n".join([*lines, *(f"    {field:{width}}  {ratio(sum(rights), len(rights))}" for field, rights in sorted(fields.items()))])
+
+
+def ratio(part: int, whole: int) -> str:
+    return f"{100 * part / max(whole, 1):6.2f} %  ({part} of {whole})"
+
+
+def mistakes(verdicts: Sequence[Verdict]) -> str:
+    """Return a line for every wrong value of the documents that have a record."""
+    return "\n".join(
+        f"{verdict.name} {leaf.path}: {leaf.wanted} read as {leaf.found}"
+        for verdict in verdicts
+        if not verdict.failure
+        for leaf in verdict.leaves
+        if not leaf.right
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="hub id or folder of a checkpoint (default: the one in this package)")
+    parser.add_argument("--documents", type=int, default=200, help="how many (default: %(default)s)")
+    parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="seed of the first document (default: %(default)s)")
+    parser.add_argument("--mistakes", action="store_true", help="list every wrong value as well")
+    given = parser.parse_args()
+    model = str(Path(given.model).absolute()) if Path(given.model).is_dir() else given.model
+    drawn = samples.draw(plan(given.documents), given.first_seed)
+    with tempfile.TemporaryDirectory() as folder:
+        records, reports = read(drawn, model, Path(folder))
+    verdicts = [judge(one, records.get(one.name)) for one in drawn]
+    if given.mistakes:
+        print(mistakes(verdicts), end="\n\n")
+    print(f"{given.model}: {len(drawn)} documents of seeds from {given.first_seed}")
+    print(summary(verdicts, sum(one.pages for one in drawn), sum(report.elapsed_s for report in reports)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""A hub id or a folder -> a loaded Qwen2.5-VL or Qwen2-VL checkpoint. Knows no request.
+
+Only safetensors are read, no code comes with a checkpoint, and one that lacks a weight is refused: transformers would fill
+it with random numbers behind a warning.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
+
+from pipeline import awq
+from pipeline.decoding import Vocabulary
+from pipeline.engines.encoding import Encoder
+from pipeline.engines.generate import Model
+from pipeline.engines.vision import batch_windows
+from pipeline.errors import JobError
+
+MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl")
+FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
+TRAINED_TOKENS = 32_768
+"""Qwen2.5-VL's own context; its config.json names 128,000, which needs YaRN."""
+
+
+def load(
+    name: str, revision: str | None, dtype: str, device: torch.device, threads: int,
+    rope_scaling: dict[str, Any] | None, lora: str | None, keep_int4: bool,
+) -> Model:  # fmt: skip
+    """Return a checkpoint ready to answer. Raises JobError for one that cannot be used."""
+    quiet: Any = logging  # what happened is said by values and errors; transformers' bars and notes are for notebooks
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
+    folder = located(name, revision)
+    config = configured(folder, rope_scaling)
+    quantized = awq.is_awq(config)
+    chosen = weights_dtype(dtype, config, device, quantized, keep_int4)
+    network: Any = awq.load(folder, config, chosen, device, keep_int4) if quantized else plain(folder, config, chosen, device)
+    if lora:
+        network = with_lora(network, lora, keep_int4)
+    batch_windows(network)
+    processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    tokenizer = processor.tokenizer
+    vocabulary = Vocabulary(
+        tokenizer.backend_tokenizer.to_str(), size=network.lm_head.out_features, eos_ids=end_tokens(network, tokenizer), threads=threads
+    )
+    encoder = Encoder(processor, config.image_token_id, device)
+    return Model(network, encoder, vocabulary, device, tokenizer.pad_token_id or 0)
+
+
+def located(name: str, revision: str | None) -> Path:
+    """Return the folder of a checkpoint, fetching it from the hub when it is not one already."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+    except (OSError, ValueError) as error:  # the hub's errors are OSErrors, a malformed id is a ValueError
+        reason = " ".join(str(error).split())[:300]
+        raise JobError(f"model {name!r}: neither a folder here nor a checkpoint that the hub gave: {reason}") from None
+
+
+def configured(folder: Path, rope_scaling: dict[str, Any] | None) -> Any:
+    """Return the checkpoint's config with the job's rotary scaling, refusing what this engine cannot run."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise JobError(f"{folder}: config.json cannot be read: {' '.join(str(error).split())[:300]}") from None
+    if config.model_type not in MODEL_TYPES:
+        raise JobError(f"{folder}: model_type is {config.model_type!r}; allowed: {', '.join(MODEL_TYPES)}")
+    text = config.get_text_config()
+    if "sliding_attention" in (text.layer_types or ()):
+        raise JobError(f"{folder}: use_sliding_window is true, which this engine does not know")
+    if rope_scaling:
+        given = {("rope_type" if key == "type" else key): value for key, value in rope_scaling.items()}
+        text.rope_parameters = {**text.rope_parameters, "type": given.get("rope_type", "default"), **given}
+    return config
+
+
+def context_tokens(config: Any) -> int:
+    """Return how many tokens prompt and answer may have together: what the model was trained for, times a YaRN factor."""
+    text = config.get_text_config()
+    rope = text.rope_parameters
+    if "factor" in rope:
+        return int(rope["factor"] * rope.get("original_max_position_embeddings", TRAINED_TOKENS))
+    return min(TRAINED_TOKENS, int(text.max_position_embeddings))
+
+
+def weights_dtype(wanted: str, config: Any, device: torch.device, quantized: bool, keep_int4: bool) -> torch.dtype:
+    """Return the type of the weights: by default float32 on a CPU, else the checkpoint's own.
+
+    AWQ folders store float16, whose range these models were not trained in: their weights become bfloat16 where the GPU has it.
+    """
+    if keep_int4 and (not quantized or device.type != "cuda" or wanted not in ("auto", "float16")):
+        raise JobError(f"model: int4 weights need an AWQ checkpoint, an NVIDIA GPU and float16; found {device.type}, dtype {wanted}")
+    if keep_int4:
+        return torch.float16
+    if wanted != "auto":
+        return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[wanted]
+    if device.type == "cpu":
+        return torch.float32
+    if quantized:
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+
+
+def plain(folder: Path, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return an unquantized checkpoint's model."""
+    loader: Any = AutoModelForImageTextToText
+    try:
+        network, report = loader.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise JobError(f"{folder}: the checkpoint cannot be read: {' '.join(str(error).split())[:300]}") from None
+    if wrong := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
+        raise JobError(f"{folder}: the checkpoint lacks weights: {', '.join(wrong[:5])} (of {len(wrong)})")
+    return network.to(device).eval()
+
+
+def with_lora(network: Any, lora: str, keep_int4: bool) -> Any:
+    """Return the model with an adapter merged into its weights."""
+    if importlib.util.find_spec("peft") is None:
+        raise JobError("model.lora: adapters are applied by the package peft, which is not installed: pip install peft")
+    if keep_int4:
+        raise JobError("model.lora: an adapter cannot be merged into int4 weights")
+    folder = located(lora, None)
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise JobError(f"model.lora: {folder} holds no adapter_model.safetensors; adapters in other formats are not read")
+    from peft import PeftModel  # type: ignore[import-not-found]  # optional
+
+    return PeftModel.from_pretrained(network, folder).merge_and_unload().eval()
+
+
+def end_tokens(network: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end an answer: the generation config's and the tokenizer's."""
+    given = network.generation_config.eos_token_id
+    listed = given if isinstance(given, list) else [given]
+    size = len(tokenizer)
+    return sorted({token for token in [*listed, tokenizer.eos_token_id] if token is not None and token < size})

@@ -1,0 +1,344 @@
+"""A YAML file -> a frozen `Job`: what to read, how to look at it, whom to ask, where to write. Starts nothing.
+
+Every key is described where it is declared, with what choosing it costs; README's table of keys is made from these
+descriptions. An unknown key, a wrong value or an unreadable schema is a JobError that names file, line, key, what was
+found and what is allowed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline import __version__, prompt, schema
+from pipeline.budget import PixelBudget, check
+from pipeline.errors import JobError
+from pipeline.records import Sampling
+
+DEMO = "demo"
+
+
+class Section(BaseModel):
+    """A part of the job file: frozen, and closed to keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
+
+
+class SourceSection(Section):
+    paths: tuple[str, ...] = Field(
+        min_length=1,
+        description="Files, folders (read recursively), globs and manifests (.txt, .csv, .jsonl, .parquet with a `path` column), "
+        "relative to the job file. A manifest's other columns travel into the records.",
+    )
+    password_env: str | None = Field(None, description="Name of the environment variable that holds the password of encrypted PDFs.")
+    allow_outside: bool = Field(
+        False, description="Let a manifest name files outside its own folder. Costs safety: whoever writes the manifest reads your disk."
+    )
+
+
+class PagesSection(Section):
+    dpi: int = Field(200, ge=36, le=1200, description="Resolution at which a PDF page is measured before the pixel budget applies.")
+    min_pixels: int = Field(200_704, description="Least pixels per page, 784 to a visual token: smaller pages are enlarged.")
+    max_pixels: int = Field(
+        1_003_520,
+        description="Most pixels per page. 1,003,520 is 1,280 visual tokens, an A4 page at about 100 dpi; compute grows "
+        "with it, small print may need more.",
+    )
+    resized_height: int | None = Field(
+        None, description="Fixed height in pixels for every page instead of the two bounds; needs `resized_width`."
+    )
+    resized_width: int | None = Field(None, description="Fixed width in pixels for every page; distorts pages of another shape.")
+    per_request: int = Field(
+        4, ge=1, le=64, description="Most pages in one request. More see more context and need a longer one; longer documents are split."
+    )
+
+    @model_validator(mode="after")
+    def possible(self) -> PagesSection:
+        check(self.budget)
+        return self
+
+    @property
+    def budget(self) -> PixelBudget:
+        return PixelBudget(self.min_pixels, self.max_pixels, self.resized_height, self.resized_width)
+
+
+class ExtractSection(Section):
+    schema_file: Path = Field(
+        alias="schema", description="The JSON Schema (Draft 2020-12 or draft-07) of one record, relative to the job file."
+    )
+    per: Literal["document", "page"] = Field(
+        "document", description="One record per document, or one per page (then every page is a request)."
+    )
+    instructions: str = Field("", description="Added to the prompt; the schema's titles and descriptions are in it already.")
+    re_asks: int = Field(
+        1,
+        ge=0,
+        le=5,
+        description="How often an answer that does not validate is asked for again, its errors shown. Each costs a whole request.",
+    )
+
+
+class ModelSection(Section):
+    name: str = Field(description="Hub id or folder of a Qwen2.5-VL or Qwen2-VL checkpoint, AWQ or not; `demo` is the one in this package.")
+    revision: str | None = Field(None, description="Commit of the hub repository; without it the newest one.")
+    engine: Literal["auto", "transformers"] = Field("auto", description="Who runs the model. `auto` is `transformers`.")
+    without_gpu: Literal["stop", "demo", "cpu"] = Field(
+        "stop",
+        description="What to do where there is no GPU: stop with exit code 2, use the demonstration model of this package (said aloud and in every "
+        "record), or run the named model on the CPU (minutes per page for 7B).",
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="Weights' type; `auto` is float32 on a CPU, else the checkpoint's own."
+    )
+    batch_size: int = Field(8, ge=1, le=512, description="Requests answered together. More use the GPU better and need more of its memory.")
+    max_model_len: int | None = Field(
+        None, ge=256, description="Longest prompt and answer in tokens; a request that exceeds it fails. Default: the model's own."
+    )
+    rope_scaling: dict[str, Any] | None = Field(
+        None, description="YaRN settings for contexts beyond 32,768 tokens. Costs accuracy of positions on short ones."
+    )
+    lora: str | None = Field(None, description="Folder or hub id of a LoRA adapter to apply to the model (needs the package `peft`).")
+
+
+class SamplingSection(Section):
+    temperature: float = Field(0.0, ge=0, le=2, description="0 always takes the likeliest token, and the same pages give the same record.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens that make up this share.")
+    top_k: int = Field(0, ge=0, description="Sample from so many likeliest tokens; 0 from all.")
+    repetition_penalty: float = Field(1.0, gt=0, le=2, description="Above 1 discourages repeated tokens. Harms tables of equal values.")
+    max_tokens: int = Field(2048, ge=1, description="Longest answer. One that reaches it is a failure, never a result.")
+    seed: int = Field(0, ge=0, description="Seed of the sampling; has no effect at temperature 0.")
+
+
+class LimitsSection(Section):
+    timeout_s: float = Field(60.0, gt=0, description="Longest time to open a document or render one page; then it is killed and fails.")
+    memory_mib: int = Field(2048, ge=256, description="Address space of a rendering process. A page that needs more fails.")
+    max_pages: int = Field(2000, ge=1, description="Most pages of a document; a longer one fails.")
+    max_file_mib: int = Field(256, ge=1, description="Largest file; a larger one fails without being read.")
+    max_image_megapixels: int = Field(
+        300, ge=1, description="Largest image; a larger one (a decompression bomb, mostly) fails before it is decoded."
+    )
+
+
+class OutputSection(Section):
+    path: Path = Field(description="Folder of the results, relative to the job file.")
+
+
+class RaySection(Section):
+    actors: int = Field(1, ge=1, description="Engine actors; each loads the model once.")
+    gpus_per_actor: float = Field(1.0, ge=0, description="GPUs an actor reserves, where there are any.")
+    cpus_per_actor: float | None = Field(
+        None, gt=0, description="CPUs an actor reserves and the threads it uses; default: 1 beside a GPU, else all but one."
+    )
+
+
+class JobSections(Section):
+    """The job file as written."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="Name of the job.")
+    source: SourceSection
+    pages: PagesSection = PagesSection()
+    extract: ExtractSection
+    model: ModelSection
+    sampling: SamplingSection = SamplingSection()
+    limits: LimitsSection = LimitsSection()
+    output: OutputSection
+    ray: RaySection = RaySection()
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int | float) else value
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked job. Paths are absolute."""
+
+    file: Path
+    sections: JobSections
+    schema: schema.Schema
+    output: Path
+
+    @classmethod
+    def load(cls, file: str | Path, settings: Sequence[str] = (), output: str | Path | None = None) -> Job:
+        """Return the job in a YAML file, changed by `key=value` settings with dotted keys.
+
+        Raises JobError.
+        """
+        path = Path(file).absolute()
+        written, lines = read_yaml(path)
+        for setting in settings:
+            override(written, setting)
+        try:
+            sections = JobSections.model_validate(written)
+        except ValidationError as error:
+            raise JobError(explain(error, path, lines, written)) from None
+        schema_file = path.parent / sections.extract.schema_file
+        job = cls(
+            path, sections, schema.load(schema_file), Path(output).absolute() if output else (path.parent / sections.output.path).resolve()
+        )
+        _ = job.system  # refuses text that would break the prompt
+        return job
+
+    @cached_property
+    def system(self) -> str:
+        """The system message that all requests share."""
+        return prompt.system(self.schema, self.sections.extract.instructions)
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(**self.sections.sampling.model_dump())
+
+    @property
+    def pages_per_request(self) -> int:
+        return 1 if self.sections.extract.per == "page" else self.sections.pages.per_request
+
+    @property
+    def uses_demo(self) -> bool:
+        return self.sections.model.name == DEMO
+
+    def with_demo(self) -> Job:
+        """Return the job with the demonstration model in place of its own."""
+        model = self.sections.model.model_copy(update={"name": DEMO, "revision": __version__, "lora": None, "rope_scaling": None})
+        return Job(self.file, self.sections.model_copy(update={"model": model}), self.schema, self.output)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Everything that decides an answer, and so belongs to a request's key."""
+        sections = self.sections
+        return {
+            "extract": {
+                "per": sections.extract.per,
+                "re_asks": sections.extract.re_asks,
+                "schema": json.loads(schema.compact(self.schema)),
+            },
+            "model": sections.model.model_dump(include={"name", "revision", "dtype", "rope_scaling", "lora"}),
+            "pages": sections.pages.model_dump() | {"per_request": self.pages_per_request},
+            "prompt": self.system,
+            "sampling": asdict(self.sampling),
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that change whenever an answer could."""
+        text = json.dumps(self.asked, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def resolved(self) -> dict[str, Any]:
+        """Return every key with its value, as `check` prints and `job.yaml` keeps it."""
+        return self.sections.model_dump(mode="json", by_alias=True)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return the dotted keys whose values differ."""
+    found = []
+    for key in sorted({*before, *now}):
+        old, new, name = before.get(key), now.get(key), f"{prefix}{key}"
+        if name != "extract.schema" and isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{name}.")
+        elif old != new:
+            found.append(name)
+    return found
+
+
+Lines = dict[tuple[str | int, ...], int]
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
+    """Return a YAML file's mapping and the line of each key.
+
+    Stricter than YAML: a key given twice is refused, and so are aliases, which can blow up a small file into gigabytes.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"cannot read the job file {path}: {reason(error)}") from None
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise JobError(f"{path}: YAML aliases (*name) are not allowed; write the value out")
+        node = yaml.compose(text, yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise JobError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(node, yaml.MappingNode):
+        raise JobError(f"{path}: a job file is a mapping of keys (name, source, extract, model, output, …)")
+    lines: Lines = {}
+    note_lines(node, (), lines, path)
+    return data, lines
+
+
+def reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+def note_lines(node: yaml.Node, at: tuple[str | int, ...], lines: Lines, path: Path) -> None:
+    """Note the line of each key below a node; refuse one given twice."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            place = (*at, str(key.value))
+            if place in lines:
+                raise JobError(f"{path}:{key.start_mark.line + 1}: the key {'.'.join(map(str, place))} is given twice")
+            lines[place] = key.start_mark.line + 1
+            note_lines(value, place, lines, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            note_lines(value, (*at, index), lines, path)
+
+
+def override(written: dict[str, Any], setting: str) -> None:
+    """Apply one `section.key=value`; the value is read as YAML."""
+    key, equals, value = setting.partition("=")
+    if not equals or not key.strip():
+        raise JobError(f"--set {setting!r}: expected key=value, for example --set sampling.max_tokens=512")
+    *sections, last = key.strip().split(".")
+    place = written
+    for section in sections:
+        inner = place.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise JobError(f"--set {setting!r}: {section} is a value, not a section")
+        place = inner
+    try:
+        place[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise JobError(f"--set {setting!r}: the value is not valid YAML") from None
+
+
+def explain(error: ValidationError, path: Path, lines: Lines, written: Mapping[str, Any]) -> str:
+    """Return one sentence for the first thing that is wrong, and how many more there are."""
+    problems = error.errors()
+    first = problems[0]
+    place = first["loc"]
+    line = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), None)
+    where = f"{path}:{line}" if line and place in lines else str(path)
+    more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{where}: {sentence(first, '.'.join(map(str, place)), place)}{more}"
+
+
+def sentence(problem: Any, key: str, place: tuple[str | int, ...]) -> str:
+    """Say in words what pydantic found."""
+    if problem["type"] == "extra_forbidden":
+        known = allowed_keys(place[:-1])
+        near = get_close_matches(str(place[-1]), known, 1, 0.5)
+        return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}")
+    if problem["type"] == "missing":
+        return f"the key {key} is missing"
+    found = "" if isinstance(problem["input"], dict) else f", found {str(problem['input'])[:80]!r}"
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{key or 'the job'}: {message}{found}"
+
+
+def allowed_keys(place: tuple[str | int, ...]) -> list[str]:
+    """Return the keys that a section knows."""
+    section: Any = JobSections
+    for name in place:
+        section = section.model_fields[str(name)].annotation
+    return [field.alias or name for name, field in section.model_fields.items()]

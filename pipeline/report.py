@@ -1,0 +1,110 @@
+"""What a run did -> counts, reconciliation and the exit code. Knows no row, no file and no screen."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from enum import IntEnum
+from typing import Any
+
+
+class Exit(IntEnum):
+    """What the shell is told."""
+
+    OK = 0
+    DOCUMENTS_FAILED = 1
+    """Every document has its row; some are failed or invalid."""
+    JOB_WRONG = 2
+    """Nothing was started."""
+    RUN_BROKEN = 3
+    """The run could not go on; the same command resumes it."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the ask pass stands."""
+
+    documents: int
+    """Documents to ask."""
+    documents_done: int
+    pages_done: int
+    requests_done: int
+    failed: int
+    elapsed_s: float
+
+    @property
+    def pages_per_s(self) -> float:
+        return self.pages_done / self.elapsed_s if self.elapsed_s > 0 else 0.0
+
+
+@dataclass
+class Report:
+    """The end of a run or a settling."""
+
+    job: str
+    output: str
+    model: str
+    demonstration: bool
+    """The demonstration model answered in place of the job's own."""
+    documents: int = 0
+    records: int = 0
+    statuses: dict[str, int] = field(default_factory=dict)
+    failures: dict[str, int] = field(default_factory=dict)
+    """Records without a valid result, by `stage/kind`."""
+    missing: list[str] = field(default_factory=list)
+    """Sources without a row: always a defect, named here rather than lost."""
+    requests_asked: int = 0
+    pages_asked: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    elapsed_s: float = 0.0
+
+    @property
+    def exit_code(self) -> Exit:
+        if self.missing:
+            return Exit.RUN_BROKEN
+        return Exit.DOCUMENTS_FAILED if self.failures else Exit.OK
+
+    @property
+    def pages_per_s(self) -> float:
+        return self.pages_asked / self.elapsed_s if self.elapsed_s > 0 else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `report.json` and `--json` say."""
+        return {**asdict(self), "pages_per_s": round(self.pages_per_s, 3), "exit_code": int(self.exit_code)}
+
+    def settled(self, statuses: Iterable[str], failures: Iterable[str]) -> None:
+        """Count the records."""
+        self.statuses, self.failures = (dict(sorted(Counter(found).items())) for found in (statuses, failures))
+        self.records = sum(self.statuses.values())
+
+
+OnProgress = Callable[[Progress], None]
+
+
+class Counted:
+    """Counts answers for the report and the progress bar."""
+
+    def __init__(self, documents: int, report: Report, on_progress: OnProgress) -> None:
+        self.documents, self.report, self.on_progress = documents, report, on_progress
+        self.left: dict[str, int] = {}
+        self.documents_done = self.failed = 0
+        self.started = time.monotonic()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        report = self.report
+        report.requests_asked += bool(row.get("asks"))
+        report.pages_asked += len(row.get("pages") or []) if row["key"] else 0
+        report.prompt_tokens += row.get("prompt_tokens") or 0
+        report.completion_tokens += row.get("completion_tokens") or 0
+        self.failed += row.get("status") == "failed"
+        pages = row["last_page"] - row["first_page"] + 1 if row["key"] and row["last_page"] else 0
+        left = self.left.get(row["source"], row["page_count"] or 0) - pages
+        self.left[row["source"]] = left
+        if left <= 0 or not row["key"]:
+            self.documents_done += 1
+            del self.left[row["source"]]
+        elapsed_s = time.monotonic() - self.started
+        self.on_progress(Progress(self.documents, self.documents_done, report.pages_asked, report.requests_asked, self.failed, elapsed_s))

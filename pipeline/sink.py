@@ -1,0 +1,253 @@
+"""Rows -> Parquet shards that are whole or absent, and back: the sources, the ledger of requests, the records.
+
+    out/invoices/
+      sources/*.parquet     one row per source listed; while a run goes on, later rows of one source complete earlier ones
+      requests/*.parquet    one row per request: the ledger
+      records/*.parquet     one row per document or page, typed
+      job.yaml  report.json
+
+A shard is written under a temporary name in the same folder, flushed to the disk and renamed; its name is made from its
+rows' keys, so that writing it twice leaves one file. Knows neither Ray nor what a row means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import yaml
+
+from pipeline.errors import JobError, RunError
+
+FAILURE = pa.struct([("stage", pa.string()), ("kind", pa.string()), ("message", pa.string())])
+PAGE = pa.struct(
+    [
+        ("page_no", pa.int32()),
+        ("width_px", pa.int32()),
+        ("height_px", pa.int32()),
+        ("dpi", pa.float64()),
+        ("visual_tokens", pa.int32()),
+        ("warnings", pa.list_(pa.string())),
+    ]
+)
+TOKEN = pa.struct([("text", pa.string()), ("logprob", pa.float32())])
+LEDGER = pa.schema(
+    [
+        ("key", pa.string()),
+        ("attempt", pa.int32()),
+        ("source", pa.string()),
+        ("doc_id", pa.string()),
+        ("page_count", pa.int32()),
+        ("first_page", pa.int32()),
+        ("last_page", pa.int32()),
+        ("status", pa.string()),
+        ("failure", FAILURE),
+        ("answer", pa.string()),
+        ("finish_reason", pa.string()),
+        ("errors", pa.list_(pa.string())),
+        ("asks", pa.int32()),
+        ("prompt_tokens", pa.int64()),
+        ("completion_tokens", pa.int64()),
+        ("tokens", pa.list_(TOKEN)),
+        ("pages", pa.list_(PAGE)),
+        ("model", pa.string()),
+        ("engine", pa.string()),
+        ("fingerprint", pa.string()),
+        ("started_at", pa.timestamp("us", "UTC")),
+        ("elapsed_s", pa.float64()),
+    ]
+)
+"""One row per request. `answer` is the model's last text as it came; `errors` is why it was not valid."""
+
+IDENTITY = pa.schema(
+    [("source", pa.string()), ("size_bytes", pa.int64()), ("version", pa.string()), ("doc_id", pa.string()), ("page_count", pa.int32())]
+)
+"""The columns of `sources/` that every listing has; the manifest's own follow."""
+
+
+class Output:
+    """A run's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.sources, self.requests, self.records = path / "sources", path / "requests", path / "records"
+
+    def prepare(self) -> None:
+        """Create the folders, remove what a killed run left half-written, and prove that they can be written to.
+
+        Raises JobError, before anything else has happened.
+        """
+        try:
+            for folder in (self.sources, self.requests, self.records):
+                folder.mkdir(parents=True, exist_ok=True)
+                for leftover in folder.glob(".*.tmp"):
+                    leftover.unlink()
+            probe = self.path / f".probe-{os.getpid()}.tmp"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise JobError(f"cannot write to the output folder {self.path}: {error.strerror}") from None
+
+    def write_job(self, content: dict[str, Any]) -> None:
+        write_whole(self.path / "job.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120).encode())
+
+    def read_job(self) -> dict[str, Any] | None:
+        """Return what `job.yaml` says, or None in a fresh folder."""
+        file = self.path / "job.yaml"
+        try:
+            found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+        except (OSError, yaml.YAMLError) as error:
+            raise JobError(f"cannot read {file}: {error}") from None
+        return found if isinstance(found, dict) else None
+
+    def keep_records(self, names: Set[str]) -> None:
+        """Remove the shards of an earlier settling."""
+        for file in self.records.glob("*.parquet"):
+            if file.name not in names:
+                file.unlink()
+
+    def write_report(self, content: dict[str, Any]) -> None:
+        write_whole(self.path / "report.json", (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file so that a reader, and a power cut, find the old content or the new.
+
+    Raises RunError when the disk is full or the folder is gone.
+    """
+    draft = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with draft.open("wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        draft.replace(file)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise RunError(f"cannot write {file}: {error.strerror}; free the disk and run the same command again") from None
+
+
+def write_shard(folder: Path, table: pa.Table, keys: Iterable[str]) -> Path:
+    """Write a table as one Parquet file named from its rows' keys; return its path."""
+    name = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:24]
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd")
+    file = folder / f"{name}.parquet"
+    write_whole(file, buffer.getvalue().to_pybytes())
+    return file
+
+
+def read_shards(folder: Path, columns: Sequence[str] | None, schema: pa.Schema, wanted: pc.Expression | None = None) -> pa.Table:
+    """Return all rows of a folder's shards, in the order of their names.
+
+    Raises RunError that names a damaged shard.
+    """
+    tables = []
+    for file in sorted(folder.glob("*.parquet")):
+        try:
+            tables.append(pq.read_table(file, columns=columns, filters=wanted, partitioning=None))
+        except (OSError, pa.ArrowInvalid) as error:
+            raise RunError(
+                f"the shard {file} is damaged ({' '.join(str(error).split())[:120]}): remove it, and its requests are asked again"
+            ) from None
+    if not tables:
+        return schema.empty_table().select(columns or schema.names)
+    return pa.concat_tables(tables, promote_options="permissive")
+
+
+def write_sources(output: Output, table: pa.Table) -> None:
+    """Add rows to the listing."""
+    if table.num_rows:
+        write_shard(output.sources, table, [str(row) for row in table.to_pylist()])
+
+
+def read_sources(output: Output) -> pa.Table:
+    """Return one row per source: the last one that knows its document, else the last one."""
+    table = read_shards(output.sources, None, IDENTITY)
+    if not table.num_rows:
+        return table
+    order = pc.sort_indices(
+        table.append_column("_known", pc.is_valid(table["doc_id"])), sort_keys=[("source", "ascending"), ("_known", "descending")]
+    )
+    table = table.take(order)
+    names = table["source"].to_pylist()
+    return table.take([i for i, name in enumerate(names) if i == 0 or names[i - 1] != name])
+
+
+def replace_sources(output: Output, table: pa.Table) -> None:
+    """Make the listing one shard of these rows."""
+    before = set(output.sources.glob("*.parquet"))
+    kept = write_shard(output.sources, table, [str(row) for row in table.to_pylist()])
+    for file in before - {kept}:
+        file.unlink()
+
+
+def read_requests(output: Output, doc_ids: pa.ChunkedArray) -> pa.Table:
+    """Return the ledger's rows of these documents, and of those that have no doc_id if one of these has none.
+
+    Reads the row groups whose range of doc_ids overlaps; the tokens stay on the disk.
+    """
+    low, high = (pc.min_max(doc_ids)[end].as_py() for end in ("min", "max"))
+    place = pc.field("doc_id")
+    wanted = (place >= (low or "")) & (place <= (high or ""))
+    if doc_ids.null_count:
+        wanted |= place.is_null()
+    columns = [name for name in LEDGER.names if name != "tokens"]
+    return read_shards(output.requests, columns, LEDGER, wanted)
+
+
+class Ledger:
+    """Gathers the rows that come back and writes them in shards, some every few seconds so that a kill costs little."""
+
+    ROWS, SECONDS = 512, 5.0
+
+    def __init__(self, output: Output) -> None:
+        self.output, self.rows, self.written_at = output, list[dict[str, Any]](), time.monotonic()
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if len(self.rows) >= self.ROWS or time.monotonic() - self.written_at > self.SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        asked = [row for row in self.rows if row["key"]]
+        if asked:
+            write_shard(self.output.requests, pa.Table.from_pylist(asked, LEDGER), [f"{row['key']}/{row['attempt']}" for row in asked])
+        write_sources(self.output, pa.Table.from_pylist(self.rows, IDENTITY))
+        self.rows, self.written_at = [], time.monotonic()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+
+
+def count(output: Output) -> dict[str, Any]:
+    """Return where a run stands: documents listed and identified, requests and records by status.
+
+    Raises JobError when the folder is no output folder.
+    """
+    job = output.read_job()
+    if job is None:
+        raise JobError(f"{output.path} is not an output folder: it has no job.yaml")
+    sources = read_sources(output)
+    requests = read_shards(output.requests, ["status"], LEDGER)["status"].to_pylist()
+    records = read_shards(output.records, ["_status", "_failure"], pa.schema([("_status", pa.string()), ("_failure", FAILURE)]))
+    failures = [f"{failure['stage']}/{failure['kind']}" for failure in records["_failure"].to_pylist() if failure]
+    return {
+        "job": {job["job"]["name"]: 1},
+        "documents": {"listed": sources.num_rows, "identified": sources.num_rows - sources["doc_id"].null_count},
+        "requests": dict(Counter(requests)),
+        "records": dict(Counter(records["_status"].to_pylist())),
+        "failures": dict(Counter(failures)),
+    }

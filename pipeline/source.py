@@ -1,0 +1,309 @@
+"""The job's paths -> a table of documents; one document -> its bytes. Knows no format, no job and no page.
+
+    find(["scans", "sent/**/*.pdf", "list.csv"], root)
+
+    source                size_bytes  version               customer
+    list/a.pdf                 70123  1760000000000000000   ACME
+    scans/2024/b.tif         1800000  1760000000000000000   null
+    scans/gone.pdf                -1  vanished              null
+
+Every file that is named, by the job, in a folder or in a manifest, is one row. What cannot be read is a row too: its
+size is -1 and its version is the kind of failure that `read` will raise. Dot-files are left out unless the job or a
+manifest names them.
+
+`source` is the path relative to the job's folder, or absolute where it leads out of it: the same wherever a run is
+started. A name that is not UTF-8 stands as a `file://` URL of percent-encoded bytes, which no other name looks like.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+import fsspec
+import pyarrow as pa
+
+from pipeline import manifest
+from pipeline.errors import DocumentError, SourceError
+from pipeline.records import Document
+
+COLUMNS = pa.schema([("source", pa.string()), ("size_bytes", pa.int64()), ("version", pa.string())])
+MAGIC = re.compile(r"[*?\[]")
+LOCAL_URL = "file://"
+REMOTE_URL = re.compile(r"(?!file://)([A-Za-z][A-Za-z0-9+.-]*)(://|::)")
+REMOTE = ("s3", "gs", "az", "abfs", "memory")
+Predicate = Callable[[str], bool]
+CANNOT_BE_READ = {
+    "vanished": "there is no such file",
+    "unreadable": "it is no readable regular file",
+    "outside": "it leads out of the folder that names it; `source.allow_outside: true` lets it in",
+}
+
+
+def find(paths: Sequence[str], root: Path, *, allow_outside: bool = False) -> pa.Table:
+    """Return every document that the paths name, one row each, sorted by `source`; relative paths start at `root`.
+
+    Raises SourceError when a path that the job itself names cannot be read or holds nothing.
+    """
+    home = os.path.realpath(root)
+    tables = [table for path in paths for table in [listed(path, home, allow_outside)]]
+    try:
+        table = pa.concat_tables([COLUMNS.empty_table(), *tables], promote_options="default")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise SourceError(f"the manifests give a column different types: {error}") from None
+    return one_each(table.combine_chunks().sort_by("source"))
+
+
+def read(document: Document, root: Path, max_bytes: int) -> bytes:
+    """Return the bytes of a document as it was listed. Raises DocumentError."""
+    if document.size_bytes < 0:
+        raise DocumentError(document.version, f"{document.source} cannot be read: {CANNOT_BE_READ[document.version]}")
+    if document.size_bytes > max_bytes:
+        allowed = f"`limits.max_file_mib` allows {max_bytes / 2**20:g} MiB"
+        raise DocumentError("too_large", f"{document.source} has {document.size_bytes} bytes; {allowed}")
+    try:
+        return read_remote(document) if REMOTE_URL.match(document.source) else read_local(document, root)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DocumentError("vanished", f"{document.source} was there when it was listed and is gone") from None
+    except OSError as error:
+        raise DocumentError("unreadable", f"{document.source} cannot be read: {error.strerror or error}") from None
+
+
+# ---- Paths of the job ---------------------------------------------------------------------------------------------
+
+
+def listed(path: str, root: str, allow_outside: bool) -> pa.Table:
+    """Return what one path of the job names: a file, a folder, a manifest, a glob or a URL."""
+    if REMOTE_URL.match(path):
+        return tabulate(path, list_remote(path))
+    full = absolute(os.path.expanduser(path), root)
+    try:
+        mode = os.stat(full).st_mode
+    except FileNotFoundError:
+        if MAGIC.search(path):
+            return tabulate(path, list_glob(full, root, allow_outside))
+        raise SourceError(f"source {path!r} does not exist (looked for {full})") from None
+    except OSError as error:
+        raise SourceError(f"source {path!r} cannot be read: {error.strerror}") from None
+    if not os.access(full, os.R_OK) or not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+        raise SourceError(f"source {path!r} cannot be read: it is no readable file or folder")
+    if stat.S_ISDIR(mode):
+        return tabulate(path, walk(full, root, allow_outside))
+    if manifest.ending(full) not in manifest.READERS:
+        return tabulate(path, [document(full, root)])
+    names, columns = manifest.read(full)
+    folder = os.path.dirname(full)
+    forbidden = None if allow_outside else outside(folder)
+    return tabulate(path, (entry(name, folder, root, forbidden) for name in names), columns)
+
+
+def entry(name: str, folder: str, root: str, forbidden: Predicate | None) -> Document:
+    """Return the file that a manifest in `folder` lists."""
+    if not REMOTE_URL.match(name):
+        return document(absolute(name, folder), root, forbidden)
+    if forbidden:
+        return Document(name, -1, "outside")
+    return next(list_remote(name), Document(name, -1, "vanished"))
+
+
+def tabulate(path: str, documents: Iterable[Document], extras: Mapping[str, pa.Array] | None = None) -> pa.Table:
+    """Return documents as a table, their extra columns beside them."""
+    rows = [(d.source, d.size_bytes, d.version) for d in documents]
+    if not rows:
+        raise SourceError(f"source {path!r} holds no files")
+    columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), COLUMNS, strict=True)]
+    table = pa.table(columns, schema=COLUMNS)
+    for name, values in (extras or {}).items():
+        table = table.append_column(name, values)
+    return table
+
+
+def one_each(table: pa.Table) -> pa.Table:
+    """Return a sorted table with one row per source. A row with a manifest's columns stands before one without."""
+    names = table["source"].to_pylist()
+    first = {name: row for row, name in reversed(list(enumerate(names)))}
+    if len(first) == len(names):
+        return table
+    extras = table.drop_columns(COLUMNS.names)
+    repeated = {name for name, count in Counter(names).items() if count > 1} if extras.column_names else set()
+    rows = [row for row, name in enumerate(names) if name in repeated]
+    known: dict[str, dict[str, Any]] = {}
+    for row, cells in zip(rows, extras.take(pa.array(rows, pa.int64())).to_pylist() if rows else [], strict=True):
+        given = {key: value for key, value in cells.items() if value is not None}
+        if given and known.setdefault(names[row], given) != given:
+            raise SourceError(f"{names[row]} is listed twice, with different columns: {known[names[row]]} and {given}")
+        if given is known.get(names[row]):
+            first[names[row]] = row
+    return table.take(pa.array(sorted(first.values()), pa.int64()))
+
+
+# ---- Files, folders and globs -------------------------------------------------------------------------------------
+
+
+def document(path: str, root: str, forbidden: Predicate | None = None) -> Document:
+    """Return one file as it stands, without looking at it where it is forbidden."""
+    source = name_of(path, root)
+    try:
+        if forbidden and forbidden(path):
+            return Document(source, -1, "outside")
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return Document(source, -1, "vanished")
+    except OSError:
+        return Document(source, -1, "unreadable")
+    if not stat.S_ISREG(found.st_mode):
+        return Document(source, -1, "unreadable")
+    return Document(source, found.st_size, str(found.st_mtime_ns))
+
+
+def walk(
+    top: str, root: str, allow_outside: bool, wanted: Predicate | None = None, depth: int | None = None
+) -> Iterator[Document]:
+    """Yield every file in a folder and the folders below, each folder once, so that links in a circle end.
+
+    A link that leads out of `top` is a row and not followed, unless that is allowed; so is a folder that cannot be read.
+    """
+    forbidden = None if allow_outside else outside(top)
+    entered: set[tuple[int, int]] = set()
+    ahead = deque([top])
+    while ahead:
+        folder = ahead.popleft()
+        try:
+            found = os.stat(folder)
+            entries = scan(folder) if (found.st_dev, found.st_ino) not in entered else []
+        except OSError:
+            yield Document(name_of(folder, root), -1, "unreadable")
+            continue
+        entered.add((found.st_dev, found.st_ino))
+        deeper = depth is None or folder.count("/") - top.count("/") + 1 < depth
+        for e in entries:
+            check = forbidden if e.is_symlink() else None
+            is_folder = os.path.isdir(e.path) if e.is_symlink() else e.is_dir()
+            if is_folder and not (check and check(e.path)):
+                # Links wait behind all real folders, so that a file goes by its real name.
+                if deeper:
+                    ahead.append(e.path) if e.is_symlink() else ahead.appendleft(e.path)
+            elif wanted is None or wanted(e.path):
+                yield document(e.path, root, check)
+
+
+def scan(folder: str) -> list[os.DirEntry[str]]:
+    """Return what stands in a folder, dot-files left out."""
+    with os.scandir(folder) as entries:
+        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+
+
+def list_glob(pattern: str, root: str, allow_outside: bool) -> Iterator[Document]:
+    """Yield the files that a glob matches; `**` stands for any folders. Folders that it matches are not entered."""
+    parts = pattern.split("/")
+    fixed = next(i for i, part in enumerate(parts) if MAGIC.search(part))
+    top, rest = "/".join(parts[:fixed]) or "/", parts[fixed:]
+    if not os.path.isdir(top):
+        return
+    depth = None if "**" in rest else len(rest)
+    yield from walk(top, root, allow_outside, lambda path: matches(path.split("/")[fixed:], rest), depth)
+
+
+def matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Say whether a path's parts match a glob's."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(matches(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
+
+
+def absolute(path: str, folder: str) -> str:
+    """Return the absolute path of a path or `file://` URL. Only `..` makes the links before it be resolved."""
+    joined = os.path.join(folder, from_url(path))
+    return os.path.realpath(joined) if ".." in joined.split("/") else os.path.normpath(joined)
+
+
+def outside(folder: str) -> Predicate:
+    """Return what says whether a path's real place is outside a folder."""
+    limit = os.path.realpath(folder)
+    known: dict[str, bool] = {}
+
+    def is_out(path: str) -> bool:
+        return os.path.commonpath([os.path.realpath(path), limit]) != limit
+
+    def forbidden(path: str) -> bool:
+        if os.path.islink(path):
+            return is_out(path)
+        parent = os.path.dirname(path)
+        if parent not in known:
+            known[parent] = is_out(parent)
+        return known[parent]
+
+    return forbidden
+
+
+def name_of(path: str, root: str) -> str:
+    """Return the `source` text of an absolute path."""
+    inside = path[len(root) :].lstrip("/") if path.startswith(root.rstrip("/") + "/") else path
+    try:
+        inside.encode("utf-8")
+    except UnicodeEncodeError:
+        return LOCAL_URL + quote_from_bytes(os.fsencode(path))
+    return inside
+
+
+def from_url(path: str) -> str:
+    """Return the local path that a `file://` URL stands for; any other path as it is."""
+    return os.fsdecode(unquote_to_bytes(path[len(LOCAL_URL) :])) if path.startswith(LOCAL_URL) else path
+
+
+def read_local(document: Document, root: Path) -> bytes:
+    """Return a local file's bytes. Never waits for a pipe or a device, should the file have become one."""
+    path = absolute(document.source, os.path.realpath(root))
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(CANNOT_BE_READ["unreadable"])
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
+        data = file.read(document.size_bytes + 1)
+        found = os.fstat(file.fileno())
+    return unchanged(document, data, str(found.st_mtime_ns))
+
+
+def unchanged(document: Document, data: bytes, version: str) -> bytes:
+    """Return the bytes if they are what was listed."""
+    if len(data) != document.size_bytes or version != document.version:
+        raise DocumentError("changed", f"{document.source} changed since it was listed; run again to read it as it is")
+    return data
+
+
+# ---- Other file systems -------------------------------------------------------------------------------------------
+
+
+def list_remote(url: str) -> Iterator[Document]:
+    """Yield the objects at, below or matched by a URL. Raises SourceError when there is no way to them."""
+    if url.partition("://")[0].lower() not in REMOTE or "::" in url:
+        allowed = ", ".join(f"{scheme}://" for scheme in ("file", *REMOTE))
+        raise SourceError(f"source {url!r} cannot be read; allowed are paths and URLs that begin with {allowed}")
+    try:
+        files, path = fsspec.core.url_to_fs(url)
+        found = files.glob(path, detail=True) if MAGIC.search(path) else files.find(path, detail=True)
+    except (ImportError, OSError, ValueError) as error:
+        raise SourceError(f"source {url!r} cannot be listed: {error}") from None
+    for info in found.values():
+        if info["type"] == "file":
+            yield Document(files.unstrip_protocol(info["name"]), info["size"], version_of(info))
+
+
+def read_remote(document: Document) -> bytes:
+    """Return an object's bytes."""
+    files, path = fsspec.core.url_to_fs(document.source)
+    with files.open(path, "rb") as file:
+        data = file.read(document.size_bytes + 1)
+    return unchanged(document, data, version_of(files.info(path)))
+
+
+def version_of(info: Mapping[str, Any]) -> str:
+    """Return what tells a changed object apart: its etag, or when it was written."""
+    return str(next((info[key] for key in ("ETag", "etag", "mtime", "LastModified", "created") if info.get(key)), ""))

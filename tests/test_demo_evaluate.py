@@ -1,0 +1,118 @@
+"""The comparison that the demonstration model's accuracy rests on, with records made by hand."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from datetime import date
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from pipeline.demo import evaluate, samples
+from pipeline.demo.evaluate import compare, judge, plan, same, summary
+from pipeline.demo.samples import Drawn
+
+TRUTH: dict[str, Any] = {
+    "merchant_name": "Lide Kiosk",
+    "receipt_number": None,
+    "date": "2019-04-01",
+    "line_items": [
+        {"description": "Juice", "quantity": 3, "amount": Decimal("49.02")},
+        {"description": "Tea", "quantity": 1, "amount": Decimal("1")},
+    ],
+    "total": Decimal("50.02"),
+}
+DOCUMENT = Drawn("receipt", "receipt-01.pdf", 1, b"", TRUTH)
+
+
+def record(**changes: Any) -> dict[str, Any]:
+    """A perfect row, as it comes back from Parquet, with changes."""
+    items = [
+        {"description": "Juice", "quantity": 3.0, "amount": Decimal("49.02")},
+        {"description": "Tea", "quantity": 1.0, "amount": Decimal("1.00")},
+    ]
+    row = {"merchant_name": "Lide Kiosk", "receipt_number": None, "date": date(2019, 4, 1), "line_items": items, "total": Decimal("50.02")}
+    return row | {"_failure": None, "_source": "x/receipt-01.pdf"} | changes
+
+
+def wrong(**changes: Any) -> list[str]:
+    return [leaf.path for leaf in compare("receipt", TRUTH, record(**changes)) if not leaf.right]
+
+
+def test_a_perfect_record_is_flawless_and_counts_each_value() -> None:
+    verdict = judge(DOCUMENT, record())
+    assert verdict.flawless
+    assert len(verdict.leaves) == 4 + 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("merchant_name", "Lide Kiosk "),
+        ("merchant_name", None),
+        ("receipt_number", ""),
+        ("date", date(2019, 1, 4)),
+        ("total", Decimal("50.20")),
+    ],
+)
+def test_one_wrong_value_is_one_wrong_leaf(name: str, value: Any) -> None:
+    assert wrong(**{name: value}) == [f"$.{name}"]
+
+
+def test_a_missing_line_item_makes_each_of_its_values_wrong() -> None:
+    assert wrong(line_items=record()["line_items"][:1]) == [f"$.line_items[1].{name}" for name in ("description", "quantity", "amount")]
+
+
+def test_a_line_item_too_many_makes_each_of_its_values_wrong() -> None:
+    assert len(wrong(line_items=record()["line_items"] * 2)) == 2 * 3
+    assert len(list(compare("receipt", TRUTH, record(line_items=record()["line_items"] * 2)))) == 4 + 4 * 3
+
+
+@pytest.mark.parametrize("row", [None, record(_failure={"stage": "generate", "kind": "length", "message": ""})])
+def test_without_a_valid_record_everything_is_wrong_even_what_is_null(row: dict[str, Any] | None) -> None:
+    verdict = judge(DOCUMENT, row)
+    assert [leaf.right for leaf in verdict.leaves] == [False] * 10
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found", "equal"),
+    [
+        (Decimal("1.10"), Decimal("1.1"), True),
+        (3, 3.0, True),
+        (3, 3.5, False),
+        ("3", 3, False),
+        (True, 1, False),
+        (None, None, True),
+        ("2019-04-01", date(2019, 4, 1), True),
+    ],
+)
+def test_values_are_the_same_if_they_mean_the_same(wanted: Any, found: Any, equal: bool) -> None:
+    assert same(wanted, found) is equal
+
+
+def test_the_summary_counts_by_field_and_by_failure() -> None:
+    failed = record(_failure={"stage": "generate", "kind": "length", "message": ""})
+    verdicts = [judge(DOCUMENT, record(total=None)), judge(replace(DOCUMENT, name="receipt-02.pdf"), failed)]
+    text = summary(verdicts, pages=2, elapsed_s=3.0)
+    assert "values exactly right         45.00 %  (9 of 20)" in text
+    assert "generate/length: 1" in text
+    assert "seconds per page              1.50" in text
+    assert "receipt.line_items[].amount        50.00 %  (2 of 4)" in text
+
+
+def test_mistakes_name_the_document_the_place_and_both_values() -> None:
+    assert evaluate.mistakes([judge(DOCUMENT, record(total=Decimal("5.00")))]) == "receipt-01.pdf $.total: 50.02 read as 5.00"
+
+
+def test_the_plan_holds_the_promised_shares() -> None:
+    plans = plan(200)
+    assert Counter((p.form, p.pages) for p in plans) == {("invoice", 1): 120, ("receipt", 1): 56, ("invoice", 2): 24}
+    assert Counter(p.ending == "pdf" for p in plans)[False] == 42 + 19 + 8
+    assert {p.ending for p in plans if p.pages == 2} == {"pdf", "tiff"}
+    assert {p.ending for p in plans if p.form == "receipt"} == {"pdf", "jpg", "tiff"}
+
+
+def test_evaluation_draws_other_seeds_than_the_samples() -> None:
+    assert samples.FIRST_SEED + len(samples.SAMPLES) <= evaluate.FIRST_SEED

@@ -1,0 +1,89 @@
+"""A folder with a tiny random Qwen2.5-VL checkpoint, for tests. Knows nothing of documents and of what an answer means.
+
+Its tokenizer is of the demonstration model's kind: single characters (printable ASCII and newline), the control tokens, and whole
+JSON keys and prompt lines as added tokens that are ordinary text.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+ORDINARY = ('{"invoice_number":', '"invoice_number":', ',"total":', "null", "Return the JSON object for this document.")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+VOCABULARY = 192
+"""Wider than the tokenizer, as published embeddings are padded."""
+
+
+def build(folder: Path, *, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+    """Write the checkpoint and return its folder. Layers are 128 or 256 wide, as groups of 128 want."""
+    words = tokenizer()
+    processor(words).save_pretrained(folder)
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(config(words, tied))
+    with torch.no_grad():  # larger than at initialisation, so that answers are varied and no bias is 0
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def tokenizer() -> Qwen2Tokenizer:
+    """Return the tokenizer; what is not printable ASCII is lost in it."""
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    printable = [as_bytes.pre_tokenize_str(chr(code))[0][0] for code in (10, *range(32, 127))]
+    core = Tokenizer(BPE({character: at for at, character in enumerate(printable)}, []))
+    core.pre_tokenizer = as_bytes
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL])
+    core.add_tokens([AddedToken(token, normalized=False) for token in ORDINARY])
+    ends = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None, "bos_token": None}
+    return Qwen2Tokenizer(tokenizer_object=core, **ends)
+
+
+def processor(words: Qwen2Tokenizer) -> Qwen2_5_VLProcessor:
+    """Return tokenizer, image processing and chat template as a checkpoint keeps them."""
+    return Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), words, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
+
+
+def config(words: Qwen2Tokenizer, tied: bool) -> Qwen2_5_VLConfig:
+    """Return the architecture: two language layers, two vision layers, the first of which has windows."""
+    ids = dict(zip(CONTROL, words.convert_tokens_to_ids(list(CONTROL)), strict=True))
+    text = {
+        "vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": tied,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
+        "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"],
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128, "out_hidden_size": 128, "fullatt_block_indexes": [1],
+    }  # fmt: skip
+    return Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=tied,
+    )
