@@ -157,14 +157,14 @@ def to_cells(length_px: float) -> int:
 
 
 def canvases(width_px: int, height_px: int, budget: PixelBudget) -> Iterator[Size]:
-    """Yield for every number of rows the stable canvas that suits a page best."""
+    """Yield the stable canvases that may suit a page: for each number of rows the fewest columns, and those that fill it."""
     fewest, most = math.ceil(budget.min_pixels / CELL_AREA), budget.max_pixels // CELL_AREA
     for rows in range(1, most + 1):
         low = max(1, math.ceil(fewest / rows), math.ceil(rows / MAX_RATIO))
         high = min(most // rows, MAX_RATIO * rows)
         if low <= high:
-            suits = math.ceil(rows * width_px / height_px)
-            yield Size(min(max(low, suits), high) * CELL_PX, rows * CELL_PX)
+            for columns in (low, math.ceil(width_px / CELL_PX), math.ceil(rows * width_px / height_px)):
+                yield Size(min(max(low, columns), high) * CELL_PX, rows * CELL_PX)
 
 
 def rank(width_px: int, height_px: int, size: Size) -> tuple[float, int, float]:

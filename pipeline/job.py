@@ -30,7 +30,7 @@ DEMO = "demo"
 class Section(BaseModel):
     """A part of the job file: frozen, and closed to keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class SourceSection(Section):
@@ -56,7 +56,7 @@ class PagesSection(Section):
     resized_height: int | None = Field(
         None, description="Fixed height in pixels for every page instead of the two bounds; needs `resized_width`."
     )
-    resized_width: int | None = Field(None, description="Fixed width in pixels for every page; distorts pages of another shape.")
+    resized_width: int | None = Field(None, description="Fixed width in pixels for every page; one of another shape keeps its proportions, the rest stays white.")
     per_request: int = Field(
         4, ge=1, le=64, description="Most pages in one request. More see more context and need a longer one; longer documents are split."
     )
@@ -93,8 +93,8 @@ class ModelSection(Section):
     engine: Literal["auto", "transformers"] = Field("auto", description="Who runs the model. `auto` is `transformers`.")
     without_gpu: Literal["stop", "demo", "cpu"] = Field(
         "stop",
-        description="What to do where there is no GPU: stop with exit code 2, use the demonstration model of this package (said aloud and in every "
-        "record), or run the named model on the CPU (minutes per page for 7B).",
+        description="What to do where there is no GPU: stop with exit code 2, use the demonstration model of this package (said aloud and "
+        "in every record), or run the named model on the CPU (minutes per page for 7B).",
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="Weights' type; `auto` is float32 on a CPU, else the checkpoint's own."
@@ -153,6 +153,12 @@ class JobSections(Section):
     output: OutputSection
     ray: RaySection = RaySection()
 
+    @model_validator(mode="before")
+    @classmethod
+    def written(cls, data: Any) -> Any:
+        """Take a section whose keys are all commented out for one that is not there."""
+        return {name: value for name, value in data.items() if value is not None or name not in cls.model_fields}
+
     @field_validator("name", mode="before")
     @classmethod
     def text(cls, value: Any) -> Any:
@@ -175,18 +181,19 @@ class Job:
         Raises JobError.
         """
         path = Path(file).absolute()
-        written, lines = read_yaml(path)
+        written, places = read_yaml(path)
         for setting in settings:
-            override(written, setting)
+            override(written, setting, places)
         try:
             sections = JobSections.model_validate(written)
         except ValidationError as error:
-            raise JobError(explain(error, path, lines, written)) from None
-        schema_file = path.parent / sections.extract.schema_file
-        job = cls(
-            path, sections, schema.load(schema_file), Path(output).absolute() if output else (path.parent / sections.output.path).resolve()
-        )
-        _ = job.system  # refuses text that would break the prompt
+            raise JobError(explain(error, path, places)) from None
+        folder = Path(output).absolute() if output else (path.parent / sections.output.path.expanduser()).resolve()
+        job = cls(path, sections, schema.load(path.parent / sections.extract.schema_file.expanduser()), folder)
+        try:
+            _ = job.system
+        except JobError as error:
+            raise JobError(f"{path}: {error}") from None
         return job
 
     @cached_property
@@ -250,11 +257,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
     return found
 
 
-Lines = dict[tuple[str | int, ...], int]
+Places = dict[tuple[str | int, ...], str]
+"""Where each key was given: `jobs/invoices.yaml:12`, or the --set that changed it."""
 
 
-def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
-    """Return a YAML file's mapping and the line of each key.
+def read_yaml(path: Path) -> tuple[dict[str, Any], Places]:
+    """Return a YAML file's mapping and the place of each key.
 
     Stricter than YAML: a key given twice is refused, and so are aliases, which can blow up a small file into gigabytes.
     """
@@ -263,62 +271,67 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"cannot read the job file {path}: {reason(error)}") from None
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise JobError(f"{path}: YAML aliases (*name) are not allowed; write the value out")
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                line = event.start_mark.line + 1 if event.start_mark else 1
+                raise JobError(f"{path}:{line}: YAML aliases (*{event.anchor}) are not allowed; write the value out")
         node = yaml.compose(text, yaml.SafeLoader)
         data = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise JobError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(node, yaml.MappingNode):
         raise JobError(f"{path}: a job file is a mapping of keys (name, source, extract, model, output, …)")
-    lines: Lines = {}
-    note_lines(node, (), lines, path)
-    return data, lines
+    places: Places = {}
+    note_places(node, (), places, path)
+    return data, places
 
 
 def reason(error: Exception) -> str:
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
-def note_lines(node: yaml.Node, at: tuple[str | int, ...], lines: Lines, path: Path) -> None:
-    """Note the line of each key below a node; refuse one given twice."""
+def note_places(node: yaml.Node, at: tuple[str | int, ...], places: Places, path: Path) -> None:
+    """Note the place of each key below a node; refuse one given twice."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            place = (*at, str(key.value))
-            if place in lines:
-                raise JobError(f"{path}:{key.start_mark.line + 1}: the key {'.'.join(map(str, place))} is given twice")
-            lines[place] = key.start_mark.line + 1
-            note_lines(value, place, lines, path)
+            name, place = (*at, str(key.value)), f"{path}:{key.start_mark.line + 1}"
+            if name in places:
+                raise JobError(f"{place}: the key {'.'.join(map(str, name))} is given twice")
+            places[name] = place
+            note_places(value, name, places, path)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            note_lines(value, (*at, index), lines, path)
+            note_places(value, (*at, index), places, path)
 
 
-def override(written: dict[str, Any], setting: str) -> None:
-    """Apply one `section.key=value`; the value is read as YAML."""
+def override(written: dict[str, Any], setting: str, places: Places) -> None:
+    """Apply one `section.key=value`, the value read as YAML, and note that it came from there."""
     key, equals, value = setting.partition("=")
     if not equals or not key.strip():
         raise JobError(f"--set {setting!r}: expected key=value, for example --set sampling.max_tokens=512")
-    *sections, last = key.strip().split(".")
-    place = written
-    for section in sections:
-        inner = place.setdefault(section, {})
-        if not isinstance(inner, dict):
-            raise JobError(f"--set {setting!r}: {section} is a value, not a section")
-        place = inner
+    *sections, last = path = tuple(key.strip().split("."))
+    section = written
+    for name in sections:
+        if section.get(name) is None:
+            section[name] = {}
+        section = section[name]
+        if not isinstance(section, dict):
+            raise JobError(f"--set {setting!r}: {name} is a value, not a section")
     try:
-        place[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
+        section[last] = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise JobError(f"--set {setting!r}: the value is not valid YAML") from None
+    for place in [place for place in places if place[: len(path)] == path]:
+        del places[place]
+    places[path] = f"--set {setting}"
 
 
-def explain(error: ValidationError, path: Path, lines: Lines, written: Mapping[str, Any]) -> str:
+def explain(error: ValidationError, path: Path, places: Places) -> str:
     """Return one sentence for the first thing that is wrong, and how many more there are."""
-    problems = error.errors()
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")  # a misspelt key is missing, too
     first = problems[0]
     place = first["loc"]
-    line = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), None)
-    where = f"{path}:{line}" if line and place in lines else str(path)
+    where = next((places[place[:n]] for n in range(len(place), 0, -1) if place[:n] in places), path)
     more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{where}: {sentence(first, '.'.join(map(str, place)), place)}{more}"
 
@@ -331,6 +344,8 @@ def sentence(problem: Any, key: str, place: tuple[str | int, ...]) -> str:
         return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}")
     if problem["type"] == "missing":
         return f"the key {key} is missing"
+    if problem["type"] == "model_type":
+        return f"{key} is a section with keys of its own ({', '.join(allowed_keys(place))}), found {str(problem['input'])[:80]!r}"
     found = "" if isinstance(problem["input"], dict) else f", found {str(problem['input'])[:80]!r}"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{key or 'the job'}: {message}{found}"

@@ -62,13 +62,10 @@ MAGIC = {
     Kind.PDF: re.compile(rb".{0,8192}?(%PDF-|\b\d+ \d+ obj\b)", re.DOTALL),
 }
 TURN = Image.Transpose
-TURNS = dict(
-    enumerate(
-        (TURN.FLIP_LEFT_RIGHT, TURN.ROTATE_180, TURN.FLIP_TOP_BOTTOM, TURN.TRANSPOSE, TURN.ROTATE_270, TURN.TRANSVERSE, TURN.ROTATE_90), 2
-    )
-)
+TURNED = (TURN.FLIP_LEFT_RIGHT, TURN.ROTATE_180, TURN.FLIP_TOP_BOTTOM, TURN.TRANSPOSE, TURN.ROTATE_270, TURN.TRANSVERSE, TURN.ROTATE_90)
+TURNS = dict(enumerate(TURNED, 2))
 """EXIF orientation -> what sets the picture upright."""
-SWAPPING = (TURN.TRANSPOSE, TURN.ROTATE_270, TURN.TRANSVERSE, TURN.ROTATE_90)
+SWAPPING = TURNED[3:]
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,12 +169,12 @@ def draw_pdf_page(pdf: Any, page_no: int, settings: RenderSettings) -> Page:
     drawing = mupdf.fz_new_display_list_from_page(page)
     pixels = on_white(paint(drawing, box, inner), canvas)
     words = tuple(read_words(drawing, box))
-    warnings = read_warnings()
-    if any(ALLOCATION.search(warning) for warning in warnings):
+    complaints = read_warnings()
+    if lacking := [complaint for complaint in complaints if ALLOCATION.search(complaint)]:
         # MuPDF leaves out what it has no memory for and goes on: the page would lack its scan without a word.
-        raise DocumentError("memory", f"page {page_no} cannot be drawn within `limits.memory_mib`: {warnings[-1]}")
+        raise DocumentError("memory", f"page {page_no} cannot be drawn within `limits.memory_mib`: {lacking[0]}")
     dpi = 72 * math.sqrt(inner.width_px * inner.height_px / (width_pt * height_pt))
-    return Page(page_no, pixels, dpi, width_pt, height_pt, visual_tokens(canvas), words, warnings)
+    return Page(page_no, pixels, dpi, width_pt, height_pt, visual_tokens(canvas), words, complaints)
 
 
 def paint(drawing: Any, box: Any, size: Size) -> Pixels:

@@ -62,7 +62,7 @@ class SettleStage:
     def __init__(self, job: Job, extras: pa.Schema, fingerprint: str | None = None) -> None:
         """Take the manifest's own columns as `extras`, and the fingerprint under which the ledger was asked.
 
-        Raises JobError when one of them has the name of a column of the schema, or a property of the schema begins with `_`.
+        Raises JobError when one of them has the name of another column.
         """
         self.per_page = job.sections.extract.per == "page"
         self.per_request, self.fingerprint = job.pages_per_request, fingerprint or job.fingerprint
@@ -71,8 +71,6 @@ class SettleStage:
         own = [*self.plan.schema.names, *PROVENANCE]
         if twice := [name for name in extras.names if name in own]:
             raise JobError(f"the manifest's column {twice[0]!r} has the name of a column of the records: rename it")
-        if reserved := [name for name in self.plan.schema.names if name.startswith("_")]:
-            raise JobError(f"{job.sections.extract.schema_file}: the property {reserved[0]!r} begins with _, which is kept for provenance")
         about = [(name, kind) for name, (kind, _) in PROVENANCE.items() if name != "_page" or self.per_page]
         self.schema = pa.schema([*self.plan.schema, *extras, *about])
 

@@ -13,7 +13,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransforme
 from pipeline.engines import vision
 from pipeline.engines.vision import batch_windows
 
-ONE_PAGE = [[1, 84, 60]]  # 1176 x 840 px: windows of all four sizes
+ONE_PAGE = [[1, 84, 62]]  # 1176 x 868 px: windows of all four sizes
 EQUAL_PAGES = [[1, 16, 16]] * 3
 MIXED_PAGES = [[1, 10, 34], [1, 16, 20], [1, 6, 6]]
 

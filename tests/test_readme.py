@@ -1,0 +1,75 @@
+"""README says what the code does. `python tests/test_readme.py` writes its generated tables anew."""
+
+import re
+from pathlib import Path
+
+import click
+
+from pipeline.cli import main
+from pipeline.job import JobSections, Section
+from pipeline.report import Exit
+from pipeline.settle import PROVENANCE
+
+README = Path(__file__).parents[1] / "README.md"
+CI = Path(__file__).parents[1] / ".ci" / "run"
+
+
+def keys() -> str:
+    """Return the table of a job's keys."""
+    lines = ["| key | default | what it does, and what choosing it costs |", "| --- | --- | --- |"]
+    for name, part in JobSections.model_fields.items():
+        section = part.annotation
+        if not (isinstance(section, type) and issubclass(section, Section)):
+            lines.append(f"| `{name}` | required | {part.description} |")
+            continue
+        for key, field in section.model_fields.items():
+            default = "required" if field.is_required() else f"`{field.default}`" if field.default not in (None, "") else ""
+            lines.append(f"| `{name}.{field.alias or key}` | {default} | {field.description} |")
+    return "\n".join(lines)
+
+
+def columns() -> str:
+    """Return the table of the records' own columns."""
+    lines = ["| column | type | meaning |", "| --- | --- | --- |"]
+    lines += [f"| `{name}` | {re.sub('<.*>', '', str(kind))} | {meaning} |" for name, (kind, meaning) in PROVENANCE.items()]
+    return "\n".join(lines)
+
+
+def filled(text: str) -> str:
+    """Return README with its generated tables made anew."""
+    for name, table in (("keys", keys()), ("columns", columns())):
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, _, rest = text.partition(start)
+        text = before + start + table + "\n" + end + rest.partition(end)[2]
+    return text
+
+
+def test_the_generated_tables_are_current() -> None:
+    assert README.read_text() == filled(README.read_text())
+
+
+def test_every_command_and_option_is_documented() -> None:
+    text = README.read_text()
+    for name, command in main.commands.items():
+        assert f"`pipeline {name} " in text, name
+        missing = [o.opts[-1] for o in command.params if isinstance(o, click.Option) and o.opts[-1] not in text]
+        assert not missing, f"{name}: {missing}"
+
+
+def test_every_exit_code_is_documented() -> None:
+    assert all(f"| {int(code)} |" in README.read_text() for code in Exit)
+
+
+def test_ci_runs_what_readme_says() -> None:
+    second = re.findall(r"^    (python3 -m venv .*)$", README.read_text(), re.MULTILINE)[1]
+    steps = [step.replace(".venv/", ".venv-ci/").replace("venv .venv", "venv .venv-ci") for step in second.split(" && ")]
+    ci = CI.read_text().replace(" -q", "")
+    assert all(step in ci for step in steps), steps
+
+
+def test_no_placeholder_is_left() -> None:
+    assert not re.findall(r"^[A-Z]+_[A-Z_]+$|\b(?:RUN|RECORDS|DEMO)_[A-Z]+", README.read_text(), re.MULTILINE)
+
+
+if __name__ == "__main__":
+    README.write_text(filled(README.read_text()))

@@ -1,0 +1,120 @@
+"""Counts, reconciliation and the exit code of a run."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from pipeline.report import Counted, Exit, Progress, Report
+
+
+def report(**given: Any) -> Report:
+    return Report("invoices", "out", "demo", True, **given)
+
+
+def row(source: str = "a.pdf", pages: tuple[int, int] = (1, 1), of: int = 1, **given: Any) -> dict[str, Any]:
+    """A ledger row as the ask pass brings it back."""
+    first, last = pages
+    answered = {"key": f"{source}/{first}", "first_page": first, "last_page": last, "page_count": of, "status": "extracted", "asks": 1}
+    return {"source": source, "pages": [{}] * (last - first + 1), "prompt_tokens": 100, "completion_tokens": 10} | answered | given
+
+
+def unasked(source: str) -> dict[str, Any]:
+    """A document that asks nothing: all of it is answered, or a twin of the same bytes asks."""
+    return {"source": source, "key": None, "first_page": None, "last_page": None, "page_count": 3, "pages": None}
+
+
+def unopened(source: str) -> dict[str, Any]:
+    return row(source, (0, 0), 0, status="failed") | dict.fromkeys(("pages", "asks", "prompt_tokens", "completion_tokens"))
+
+
+def count(documents: int, *rows: dict[str, Any]) -> tuple[Report, list[Progress]]:
+    """Return the report after these rows, and the progress after each."""
+    seen: list[Progress] = []
+    counted = Counted(documents, total := report(), seen.append)
+    for one in rows:
+        counted.add(one)
+    return total, seen
+
+
+# --- the report
+
+
+def test_all_extracted_is_ok() -> None:
+    total = report(documents=2)
+    total.settled(["extracted", "extracted"], [])
+    assert (total.exit_code, total.records, total.statuses) == (Exit.OK, 2, {"extracted": 2})
+
+
+def test_a_failed_document_is_exit_1_and_counted_by_stage_and_kind() -> None:
+    total = report(documents=3)
+    total.settled(["failed", "extracted", "failed"], ["render/broken", "render/broken"])
+    assert total.exit_code is Exit.DOCUMENTS_FAILED
+    assert total.failures == {"render/broken": 2}
+    assert total.statuses == {"extracted": 1, "failed": 2}
+
+
+def test_a_source_without_a_row_is_worse_than_a_failed_one() -> None:
+    total = report(documents=2, missing=["b.pdf"])
+    total.settled(["failed"], ["render/broken"])
+    assert total.exit_code is Exit.RUN_BROKEN
+
+
+def test_settling_again_replaces_the_counts() -> None:
+    total = report()
+    total.settled(["failed"], ["render/broken"])
+    total.settled(["extracted"], [])
+    assert (total.statuses, total.failures, total.exit_code) == ({"extracted": 1}, {}, Exit.OK)
+
+
+def test_a_report_is_json_with_its_exit_code_and_speed() -> None:
+    total = report(pages_asked=10, elapsed_s=4.0, missing=["b.pdf"])
+    said = json.loads(json.dumps(total.as_dict()))
+    assert (said["pages_per_s"], said["exit_code"], said["missing"], said["demonstration"]) == (2.5, 3, ["b.pdf"], True)
+
+
+@pytest.mark.parametrize(("code", "number"), [(Exit.OK, 0), (Exit.DOCUMENTS_FAILED, 1), (Exit.JOB_WRONG, 2), (Exit.RUN_BROKEN, 3)])
+def test_exit_codes_are_the_documented_ones(code: Exit, number: int) -> None:
+    assert int(code) == number
+
+
+def test_nothing_in_no_time_has_no_speed() -> None:
+    assert report().pages_per_s == 0
+    assert Progress(0, 0, 0, 0, 0, 0.0).pages_per_s == 0
+
+
+# --- the counting of answers
+
+
+def test_requests_pages_and_tokens_add_up() -> None:
+    total, _ = count(2, row("a.pdf"), row("b.pdf", (1, 4), 4))
+    assert (total.requests_asked, total.pages_asked, total.prompt_tokens, total.completion_tokens) == (2, 5, 200, 20)
+
+
+def test_a_document_is_done_with_the_last_of_its_requests_in_whatever_order_they_come() -> None:
+    _, seen = count(1, row("a.pdf", (5, 6), 6), row("a.pdf", (1, 4), 6))
+    assert [(p.documents_done, p.pages_done) for p in seen] == [(0, 2), (1, 6)]
+
+
+def test_documents_that_come_mixed_are_told_apart() -> None:
+    _, seen = count(2, row("a.pdf", (1, 4), 5), row("b.pdf", (1, 4), 5), row("b.pdf", (5, 5), 5), row("a.pdf", (5, 5), 5))
+    assert [p.documents_done for p in seen] == [0, 0, 1, 2]
+
+
+def test_a_document_that_asks_nothing_is_done_and_costs_nothing() -> None:
+    total, seen = count(1, unasked("a.pdf"))
+    assert seen[0].documents_done == 1
+    assert (total.requests_asked, total.pages_asked, total.prompt_tokens) == (0, 0, 0)
+
+
+def test_a_document_that_cannot_be_opened_is_done_and_failed_and_asked_nothing() -> None:
+    total, seen = count(1, unopened("a.pdf"))
+    assert (seen[0].documents_done, seen[0].failed) == (1, 1)
+    assert (total.requests_asked, total.pages_asked) == (0, 0)
+
+
+def test_time_runs_forward() -> None:
+    _, seen = count(2, row("a.pdf"), row("b.pdf"))
+    assert 0 <= seen[0].elapsed_s <= seen[1].elapsed_s
