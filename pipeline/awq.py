@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
@@ -59,7 +59,7 @@ def load(folder: Path, config: Any, dtype: torch.dtype, device: torch.device, ke
     group_size = int(config.quantization_config["group_size"])
     config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
     with init_empty_weights():
-        model: nn.Module = AutoModelForImageTextToText.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        model: nn.Module = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     wanted = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     left: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors(folder, device):
@@ -84,9 +84,12 @@ def tensors(folder: Path, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     if not files:
         raise JobError(f"{folder}: no .safetensors files found; other weight files are not read")
     for file in files:
-        with safe_open(file, "pt", device=str(device)) as opened:
-            for name in opened.keys():  # noqa: SIM118  a safe_open is no mapping
-                yield name, opened.get_tensor(name)
+        try:
+            with safe_open(file, "pt", device=str(device)) as opened:
+                for name in opened.keys():  # noqa: SIM118  a safe_open is no mapping
+                    yield name, opened.get_tensor(name)
+        except SafetensorError as error:
+            raise JobError(f"{file}: damaged: {error}") from None
 
 
 def own_name(published: str, wanted: set[str]) -> str:
@@ -147,9 +150,9 @@ def autoawq(name: str) -> Any:
     """
     with warnings.catch_warnings(record=True):
         if name == "WQLinear_GEMM":
-            from awq.modules.linear.gemm import WQLinear_GEMM as found  # type: ignore[import-untyped]
+            from awq.modules.linear.gemm import WQLinear_GEMM as found
         else:
-            from awq.utils.packing_utils import dequantize_gemm as found  # type: ignore[import-untyped]
+            from awq.utils.packing_utils import dequantize_gemm as found
     return found
 
 

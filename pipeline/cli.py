@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -34,11 +35,20 @@ OUTPUT = click.option("--output", type=click.Path(path_type=Path), help="Folder 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print data as JSON on stdout, nothing else.")
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which stops a run as Ctrl-C does."""
+
+
+def terminate(*_: object) -> None:
+    raise Terminated
+
+
 def guarded(command: Callable[..., Exit | None]) -> Callable[..., None]:
     """Turn what a command returns or raises into an exit code and, for an error, one sentence."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
+        listener = signal.signal(signal.SIGTERM, terminate)
         try:
             code = command(*args, **kwargs) or Exit.OK
         except JobError as error:
@@ -50,9 +60,11 @@ def guarded(command: Callable[..., Exit | None]) -> Callable[..., None]:
         except PipelineError as error:
             say(f"error: {error}")
             code = Exit.RUN_BROKEN
-        except KeyboardInterrupt:
-            say("interrupted; run the same command again to go on")
-            sys.exit(130)
+        except KeyboardInterrupt as error:
+            say("stopped; what was answered is kept: run the same command again to go on")
+            code = Exit.TERMINATED if isinstance(error, Terminated) else Exit.INTERRUPTED
+        finally:
+            signal.signal(signal.SIGTERM, listener)
         sys.stdout.flush()
         sys.exit(code)
 
@@ -167,9 +179,9 @@ def preview(job_file: Path, file: Path, page: int, png: Path | None, no_answer: 
         click.echo(
             f"answer ({answer['prompt_tokens']} + {answer['completion_tokens']} tokens, {answer['finish_reason']}):\n{answer['answer']}"
         )
-        for error in answer["errors"]:
-            click.echo(f"not valid: {error}")
-    return Exit.DOCUMENTS_FAILED if answer and answer["errors"] else Exit.OK
+        for problem in [answer["failure"]["message"]] if answer["status"] == "failed" else answer["errors"]:
+            click.echo(f"{answer['status']}: {problem}")
+    return Exit.DOCUMENTS_FAILED if answer.get("failure") else Exit.OK
 
 
 @main.command()
@@ -217,9 +229,10 @@ def quiet_core() -> Iterator[Console]:
         os.dup2(kept.fileno(), 2)
         try:
             yield terminal()
-        except RunError:
-            kept.seek(0)
-            user.write(kept.read()[-4000:].decode(errors="replace"))
+        except RunError as error:
+            if error.__cause__ is not None:  # Ray's own trouble; a full disk says enough by itself
+                kept.seek(0)
+                user.write(kept.read()[-4000:].decode(errors="replace"))
             raise
         finally:
             os.dup2(user.fileno(), 2)

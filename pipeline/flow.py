@@ -56,13 +56,14 @@ def run(job: Job, limit: int | None = None, on_progress: OnProgress | None = Non
     """
     started = time.monotonic()
     listing = source.find(job.sections.source.paths, job.file.parent, allow_outside=job.sections.source.allow_outside)
-    render_settings(job)  # these two refuse a missing password or clashing columns now rather than after the work
+    render_settings(job)  # these three refuse a missing password, clashing columns or an impossible schema before Ray starts
     SettleStage(job, extras_of(listing))
+    engines.check(job)
     resources = connect()
     wanted, job = job, engines.choose(job, resources.gpus)
+    check_room(job, resources)
     if job.uses_demo and not wanted.uses_demo and on_demo:
         on_demo(wanted.sections.model.name)
-    engines.check(job)
     output = Output(job.output)
     begin(job, output)
     documents = identify(output, listing if limit is None else first(listing, limit, output))
@@ -226,7 +227,7 @@ def requests(rendering: Rendering, claims: Any, documents: pa.Table, resources: 
     """
     listed = documents.select(["source", "size_bytes", "version"])
     blocks = [listed.slice(start, DOCUMENTS_PER_TASK).combine_chunks() for start in range(0, listed.num_rows, DOCUMENTS_PER_TASK)]
-    step: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": 1.0 if resources.gpus else 0.5}
+    step: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": renderer_cpus(resources)}
     return ray.data.from_arrow(blocks).map_batches(cast(Any, render_documents), fn_args=(rendering, claims), **step)
 
 
@@ -260,7 +261,23 @@ def actor_cpus(job: Job, resources: cluster.Resources) -> float:
     if job.sections.ray.cpus_per_actor:
         return job.sections.ray.cpus_per_actor
     spare = resources.cpus - max(1.0, resources.cpus / 8) if resources.cpus > 1 else resources.cpus / 2
-    return 1.0 if resources.gpus else max(0.5, spare // job.sections.ray.actors)
+    share = spare / job.sections.ray.actors
+    return 1.0 if resources.gpus else share // 1 or share
+
+
+def check_room(job: Job, resources: cluster.Resources) -> None:
+    """Raise JobError when the engine's actors and one renderer do not fit: Ray would wait for room without end."""
+    actors, gpus = job.sections.ray.actors, job.sections.ray.gpus_per_actor if resources.gpus else 0
+    cpus = actor_cpus(job, resources)
+    if actors * gpus > resources.gpus or actors * cpus + renderer_cpus(resources) > resources.cpus:
+        raise JobError(
+            f"{job.file}: ray.actors is {actors}, each with {cpus:g} CPUs and {gpus:g} GPUs, and rendering takes {renderer_cpus(resources):g} CPUs; "
+            f"there are {resources.cpus:g} CPUs and {resources.gpus:g} GPUs"
+        )
+
+
+def renderer_cpus(resources: cluster.Resources) -> float:
+    return 1.0 if resources.gpus else 0.5
 
 
 def first_line(error: Exception) -> str:

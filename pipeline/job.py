@@ -56,7 +56,9 @@ class PagesSection(Section):
     resized_height: int | None = Field(
         None, description="Fixed height in pixels for every page instead of the two bounds; needs `resized_width`."
     )
-    resized_width: int | None = Field(None, description="Fixed width in pixels for every page; one of another shape keeps its proportions, the rest stays white.")
+    resized_width: int | None = Field(
+        None, description="Fixed width in pixels for every page; one of another shape keeps its proportions, the rest stays white."
+    )
     per_request: int = Field(
         4, ge=1, le=64, description="Most pages in one request. More see more context and need a longer one; longer documents are split."
     )

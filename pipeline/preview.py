@@ -76,5 +76,5 @@ def answer(job: Job, seen: Seen, on_demo: Callable[[str], None] | None = None) -
         engine.close()
     if "answer" not in row:
         raise DocumentError(row["failure"]["kind"], row["failure"]["message"])
-    names = ("answer", "finish_reason", "errors", "prompt_tokens", "completion_tokens", "model", "engine", "elapsed_s")
+    names = ("status", "failure", "answer", "finish_reason", "errors", "prompt_tokens", "completion_tokens", "model", "engine", "elapsed_s")
     return {name: row[name] for name in names}

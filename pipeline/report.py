@@ -20,6 +20,10 @@ class Exit(IntEnum):
     """Nothing was started."""
     RUN_BROKEN = 3
     """The run could not go on; the same command resumes it."""
+    INTERRUPTED = 130
+    """Ctrl-C; the same command resumes the run."""
+    TERMINATED = 143
+    """SIGTERM; the same command resumes the run."""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,8 @@ class Sandbox:
         self.close()
 
     def close(self) -> None:
-        """End the child."""
+        """End the child and forget the document."""
+        self.data, self.page_count = b"", 0
         if self.child is not None:
             self.end()
 
@@ -126,30 +127,36 @@ class Sandbox:
     def ask(self, what: str, header: Header, body: bytes = b"") -> tuple[Header, bytearray]:
         """Return the child's answer. However the child fails, it is a DocumentError, and the child is gone."""
         deadline = time.monotonic() + self.settings.timeout_s
+        whole = False
         try:
             send(self.connection, header, body, deadline)
             answer, pixels = receive(self.connection, MAX_PAGE_BYTES, deadline)
+            whole = True
         except TimeoutError:
-            self.end(grace_s=0)
             limit = f"{self.settings.timeout_s:g} s (`limits.timeout_s`)"
             self.deaths.append(DocumentError("timeout", f"{what} took more than {limit} and was given up"))
             raise self.deaths[-1] from None
         except (OSError, ValueError):
             self.deaths.append(died(what, *self.end()))
             raise self.deaths[-1] from None
+        finally:
+            # Whatever cut this short, a Ctrl-C too: half an answer must not be taken for the start of the next.
+            if not whole and self.child is not None:
+                self.end(grace_s=0)
         if "kind" in answer:
             raise DocumentError(answer["kind"], answer["message"])
         return answer, pixels
 
     def end(self, grace_s: float = 1.0) -> tuple[int, str]:
-        """Hang up, kill a child that lingers, and return its exit status and its last words on stderr."""
+        """Hang up, kill a child that lingers, and return its exit status (0 then) and its last words on stderr."""
         assert self.child is not None
         self.connection.close()
         try:
             status = self.child.wait(grace_s)
         except subprocess.TimeoutExpired:
             self.child.kill()
-            status = self.child.wait()
+            self.child.wait()
+            status = 0
         self.child = None
         with self.complaints as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 300))
@@ -263,8 +270,8 @@ def serve(descriptor: int, parent_pid: int, renderer: Any) -> None:
 def confine(settings: RenderSettings, parent_pid: int, tied: bool) -> None:
     """Give up what a renderer does not need. What this kernel or system does not know is left as it is."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for limit, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 2**20), (resource.RLIMIT_NOFILE, 64)):
-        resource.setrlimit(limit, (value, value))
+    for limit, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 2**20), (resource.RLIMIT_NOFILE, 64)):
+        cap(limit, most)
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None, use_errno=True)
@@ -278,15 +285,19 @@ def confine(settings: RenderSettings, parent_pid: int, tied: bool) -> None:
         libc.unshare(new_network | new_user)
     with open("/proc/self/statm") as file:
         idle_bytes = int(file.read().split()[0]) * resource.getpagesize()
-    most = idle_bytes + settings.memory_bytes
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    cap(resource.RLIMIT_AS, idle_bytes + settings.memory_bytes)
 
 
 def limit_cpu(timeout_s: float) -> None:
     """Let the kernel end this process when one call has used its time, should the parent be unable to."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime + timeout_s) + 2, hard))
+    cap(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + timeout_s) + 2)
+
+
+def cap(limit: int, most: int) -> None:
+    """Set a limit of this process, or keep a tighter one that it was born with."""
+    _, hard = resource.getrlimit(limit)
+    resource.setrlimit(limit, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 if __name__ == "__main__":

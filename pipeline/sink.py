@@ -18,6 +18,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence, Set
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class Output:
         Raises JobError, before anything else has happened.
         """
         try:
-            for folder in (self.sources, self.requests, self.records):
+            for folder in (self.path, self.sources, self.requests, self.records):
                 folder.mkdir(parents=True, exist_ok=True)
                 for leftover in folder.glob(".*.tmp"):
                     leftover.unlink()
@@ -101,13 +102,15 @@ class Output:
         write_whole(self.path / "job.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120).encode())
 
     def read_job(self) -> dict[str, Any] | None:
-        """Return what `job.yaml` says, or None in a fresh folder."""
+        """Return what `job.yaml` says, or None in a fresh folder. Raises JobError when someone else wrote that file."""
         file = self.path / "job.yaml"
         try:
             found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise JobError(f"cannot read {file}: {error}") from None
-        return found if isinstance(found, dict) else None
+        if found is not None and not (isinstance(found, dict) and found.keys() >= {"job", "fingerprint", "asked"}):
+            raise JobError(f"{file} was not written by a run: choose another output folder")
+        return found
 
     def keep_records(self, names: Set[str]) -> None:
         """Remove the shards of an earlier settling."""
@@ -171,16 +174,22 @@ def write_sources(output: Output, table: pa.Table) -> None:
 
 
 def read_sources(output: Output) -> pa.Table:
-    """Return one row per source: the last one that knows its document, else the last one."""
+    """Return one row per source: as it was listed, completed by what a later row found out about it."""
     table = read_shards(output.sources, None, IDENTITY)
-    if not table.num_rows:
-        return table
-    order = pc.sort_indices(
-        table.append_column("_known", pc.is_valid(table["doc_id"])), sort_keys=[("source", "ascending"), ("_known", "descending")]
-    )
+    known = one_per_source(table, pc.is_valid(table["page_count"]))
+    extras = [name for name in table.column_names if name not in IDENTITY.names]
+    if not extras:
+        return known
+    listed = one_per_source(table, reduce(pc.or_, (pc.is_valid(table[name]) for name in extras)))
+    return pa.table([*known.select(IDENTITY.names), *listed.select(extras)], names=[*IDENTITY.names, *extras])
+
+
+def one_per_source(table: pa.Table, better: pa.ChunkedArray) -> pa.Table:
+    """Return a row of each source, by name; one that is marked as better, if there is one."""
+    order = pc.sort_indices(table.append_column("_better", better), sort_keys=[("source", "ascending"), ("_better", "descending")])
     table = table.take(order)
     names = table["source"].to_pylist()
-    return table.take([i for i, name in enumerate(names) if i == 0 or names[i - 1] != name])
+    return table.take(pa.array([row for row, name in enumerate(names) if not row or names[row - 1] != name], pa.int64()))
 
 
 def replace_sources(output: Output, table: pa.Table) -> None:

@@ -22,6 +22,7 @@ import re
 import stat
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,8 @@ def listed(path: str, root: str, allow_outside: bool) -> pa.Table:
         if MAGIC.search(path):
             return tabulate(path, list_glob(full, root, allow_outside))
         raise SourceError(f"source {path!r} does not exist (looked for {full})") from None
-    except OSError as error:
-        raise SourceError(f"source {path!r} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise SourceError(f"source {path!r} cannot be read: {error}") from None
     if not os.access(full, os.R_OK) or not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
         raise SourceError(f"source {path!r} cannot be read: it is no readable file or folder")
     if stat.S_ISDIR(mode):
@@ -109,7 +110,7 @@ def entry(name: str, folder: str, root: str, forbidden: Predicate | None) -> Doc
     if not REMOTE_URL.match(name):
         return document(absolute(name, folder), root, forbidden)
     if forbidden:
-        return Document(name, -1, "outside")
+        return Document(name.encode("utf-8", "backslashreplace").decode("utf-8"), -1, "outside")
     return next(list_remote(name), Document(name, -1, "vanished"))
 
 
@@ -163,9 +164,7 @@ def document(path: str, root: str, forbidden: Predicate | None = None) -> Docume
     return Document(source, found.st_size, str(found.st_mtime_ns))
 
 
-def walk(
-    top: str, root: str, allow_outside: bool, wanted: Predicate | None = None, depth: int | None = None
-) -> Iterator[Document]:
+def walk(top: str, root: str, allow_outside: bool, wanted: Predicate | None = None, depth: int | None = None) -> Iterator[Document]:
     """Yield every file in a folder and the folders below, each folder once, so that links in a circle end.
 
     A link that leads out of `top` is a row and not followed, unless that is allowed; so is a folder that cannot be read.
@@ -201,9 +200,13 @@ def scan(folder: str) -> list[os.DirEntry[str]]:
 
 
 def list_glob(pattern: str, root: str, allow_outside: bool) -> Iterator[Document]:
-    """Yield the files that a glob matches; `**` stands for any folders. Folders that it matches are not entered."""
+    """Yield the files that a glob matches; `**` stands for any folders. Folders that it matches are not entered.
+
+    What it shares with the job's folder is meant as it stands: that may have brackets in its name.
+    """
     parts = pattern.split("/")
-    fixed = next(i for i, part in enumerate(parts) if MAGIC.search(part))
+    shared = len(os.path.commonpath([pattern, root]).rstrip("/").split("/"))
+    fixed = next(i for i, part in enumerate(parts) if i >= shared and MAGIC.search(part))
     top, rest = "/".join(parts[:fixed]) or "/", parts[fixed:]
     if not os.path.isdir(top):
         return
@@ -306,4 +309,5 @@ def read_remote(document: Document) -> bytes:
 
 def version_of(info: Mapping[str, Any]) -> str:
     """Return what tells a changed object apart: its etag, or when it was written."""
-    return str(next((info[key] for key in ("ETag", "etag", "mtime", "LastModified", "created") if info.get(key)), ""))
+    given = next((info[key] for key in ("ETag", "etag", "mtime", "LastModified", "created") if info.get(key)), "")
+    return str(given.timestamp() if isinstance(given, datetime) else given)

@@ -148,9 +148,9 @@ def described(page: Page) -> Row:
 
 
 def images(row: Row) -> list[Pixels]:
-    """Return a request's page images from their bytes."""
+    """Return a request's page images from their bytes; copies, because torch warns of arrays that it cannot write to."""
     shapes = [(page["height_px"], page["width_px"], 3) for page in row["pages"]]
-    return [np.frombuffer(data, np.uint8).reshape(shape) for data, shape in zip(row["pixels"], shapes, strict=True)]
+    return [np.frombuffer(data, np.uint8).reshape(shape).copy() for data, shape in zip(row["pixels"], shapes, strict=True)]
 
 
 class AskStage:
@@ -176,10 +176,7 @@ class AskStage:
         if row.get("failure"):
             return kept
         started, clock = datetime.now(UTC), time.monotonic()
-        try:
-            kept |= await self.ask(row)
-        except DocumentError as error:
-            kept |= failed(Stage.GENERATE, error)
+        kept |= await self.ask(row)
         return kept | {"started_at": started, "elapsed_s": time.monotonic() - clock}
 
     async def ask(self, row: Row) -> Row:
@@ -191,7 +188,10 @@ class AskStage:
         messages = prompt.build(self.job.system, images(row), row["first_page"], None if whole else row["page_count"])
         spent: Row = {"asks": 0, "prompt_tokens": 0, "completion_tokens": 0}
         while True:
-            completion = await self.engine.complete(Request(row["key"], messages, self.schema_text, self.job.sampling))
+            try:
+                completion = await self.engine.complete(Request(row["key"], messages, self.schema_text, self.job.sampling))
+            except DocumentError as error:
+                return spent | failed(Stage.GENERATE, error)
             spent["asks"] += 1
             spent["prompt_tokens"] += completion.usage.prompt_tokens
             spent["completion_tokens"] += completion.usage.completion_tokens

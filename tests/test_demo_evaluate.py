@@ -6,13 +6,20 @@ from collections import Counter
 from dataclasses import replace
 from datetime import date
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
-from pipeline.demo import evaluate, samples
+from pipeline.demo import documents, evaluate, samples
 from pipeline.demo.evaluate import compare, judge, plan, same, summary
-from pipeline.demo.samples import Drawn
+from pipeline.demo.samples import Drawn, Plan
+from pipeline.job import Job
+from pipeline.report import Report
+from pipeline.settle import SettleStage
+from pipeline.sink import Output, write_shard
+from pipeline.stages import document_keys
 
 TRUTH: dict[str, Any] = {
     "merchant_name": "Lide Kiosk",
@@ -116,3 +123,33 @@ def test_the_plan_holds_the_promised_shares() -> None:
 
 def test_evaluation_draws_other_seeds_than_the_samples() -> None:
     assert samples.FIRST_SEED + len(samples.SAMPLES) <= evaluate.FIRST_SEED
+
+
+class PerfectRun:
+    """Stands in for `flow.run`: settles as if the model had read every document perfectly, but for the one that is lost.
+
+    The real one starts Ray and a model, which the end-to-end test does.
+    """
+
+    def __init__(self, drawn: list[Drawn], lost: str) -> None:
+        self.answers = {one.name: {"status": "extracted", "answer": documents.answer(one.truth)} for one in drawn}
+        self.answers[lost] = {"status": "failed", "failure": {"stage": "render", "kind": "broken", "message": ""}}
+
+    def __call__(self, job: Job) -> Report:
+        files = sorted(Path(job.sections.source.paths[0]).iterdir())
+        listed = [{"source": str(file), "size_bytes": 1, "version": "1", "doc_id": file.name, "page_count": 1} for file in files]
+        keys = [next(iter(document_keys(document, job.pages_per_request, job.fingerprint))) for document in listed]
+        asked = [{"key": key, "attempt": 1, "errors": [], **self.answers[file.name]} for key, file in zip(keys, files, strict=True)]
+        write_shard(Output(job.output).records, SettleStage(job, pa.schema([])).table(listed, asked), keys)
+        return Report(job.sections.name, str(job.output), job.sections.model.name, job.uses_demo, elapsed_s=1.0)
+
+
+def test_records_are_read_back_from_both_jobs_and_matched_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = samples.draw([Plan("invoice", "pdf"), Plan("receipt", "jpg"), Plan("receipt", "pdf")], evaluate.FIRST_SEED)
+    monkeypatch.setattr("pipeline.flow.run", PerfectRun(drawn, lost="receipt-01.jpg"))
+    for form in ("invoice", "receipt"):
+        (tmp_path / "out" / form / "records").mkdir(parents=True)
+    records, reports = evaluate.read(drawn, "demo", tmp_path)
+    verdicts = [judge(one, records.get(one.name)) for one in drawn]
+    assert [(verdict.flawless, verdict.failure) for verdict in verdicts] == [(True, ""), (False, "render/broken"), (True, "")]
+    assert [report.job for report in reports] == ["invoices", "receipts"]

@@ -108,7 +108,7 @@ def test_squares_stay_squares(width: float, height: float, extra: str) -> None:
     assert across / down == pytest.approx(1, rel=0.06)
 
 
-@pytest.mark.parametrize(("width", "height"), [(1000, 50), (10, 10), (1, 1), (3000, 10), (5000, 4000)])
+@pytest.mark.parametrize(("width", "height"), [(1000, 50), (10, 10), (1, 1), (3000, 10), (2500, 2000)])
 def test_images_keep_their_proportions(width: int, height: int) -> None:
     page = first(image(Image.new("RGB", (width, height)), "PNG"))
     across, down = extent(dark(page.pixels))
@@ -327,9 +327,9 @@ def test_a_fax_of_half_as_many_rows_is_not_squashed() -> None:
 
 
 def test_large_images_are_averaged_not_sampled() -> None:
-    stripes = np.zeros((6000, 8000), np.uint8)
+    stripes = np.zeros((2000, 2800), np.uint8)
     stripes[:, ::2] = 255
-    page = first(image(Image.fromarray(stripes), "PNG", compress_level=1))
+    page = first(image(Image.fromarray(stripes), "PNG"), RenderSettings(PixelBudget(784, 78_400)))
     assert np.abs(page.pixels.astype(int) - 127).max() <= 3
 
 
@@ -383,7 +383,10 @@ def test_a_file_larger_than_allowed_is_not_opened() -> None:
     assert failure(page_pdf(), RenderSettings(max_file_bytes=100)).kind == "too_large"
 
 
-@pytest.mark.parametrize("box", ["0 0 0 0", "0 0 1e400 nan", "-1e38 -1e38 1e38 1e38", "200 100 0 0", "0 0 0.001 0.001", "0 0 10000000 10000000"])
+BOXES = ["0 0 0 0", "0 0 1e400 nan", "-1e38 -1e38 1e38 1e38", "200 100 0 0", "0 0 0.001 0.001", "0 0 10000000 10000000"]
+
+
+@pytest.mark.parametrize("box", BOXES)
 def test_senseless_media_boxes_are_still_a_page(box: str) -> None:
     page = first(page_pdf().replace(b"[0 0 200 100]", f"[{box}]".encode()))
     assert BUDGET.min_pixels <= page.pixels.shape[0] * page.pixels.shape[1] <= BUDGET.max_pixels

@@ -12,10 +12,11 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
+    AutoModelForImageTextToText,
     Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2Tokenizer,
+    Qwen2VLConfig,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
@@ -32,12 +33,12 @@ VOCABULARY = 192
 """Wider than the tokenizer, as published embeddings are padded."""
 
 
-def build(folder: Path, *, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+def build(folder: Path, *, tied: bool = False, dtype: torch.dtype = torch.float32, family: str = "qwen2_5_vl") -> Path:
     """Write the checkpoint and return its folder. Layers are 128 or 256 wide, as groups of 128 want."""
     words = tokenizer()
     processor(words).save_pretrained(folder)
-    torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config(words, tied))
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config(words, tied, family))
     with torch.no_grad():  # larger than at initialisation, so that answers are varied and no bias is 0
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -66,7 +67,7 @@ def processor(words: Qwen2Tokenizer) -> Qwen2_5_VLProcessor:
     return Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), words, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
 
 
-def config(words: Qwen2Tokenizer, tied: bool) -> Qwen2_5_VLConfig:
+def config(words: Qwen2Tokenizer, tied: bool, family: str) -> Qwen2_5_VLConfig | Qwen2VLConfig:
     """Return the architecture: two language layers, two vision layers, the first of which has windows."""
     ids = dict(zip(CONTROL, words.convert_tokens_to_ids(list(CONTROL)), strict=True))
     text = {
@@ -75,10 +76,9 @@ def config(words: Qwen2Tokenizer, tied: bool) -> Qwen2_5_VLConfig:
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
         "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"],
     }  # fmt: skip
-    vision = {
-        "depth": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128, "out_hidden_size": 128, "fullatt_block_indexes": [1],
-    }  # fmt: skip
-    return Qwen2_5_VLConfig(
+    width = {"hidden_size": 64, "intermediate_size": 128, "out_hidden_size": 128, "fullatt_block_indexes": [1]}
+    vision = {"depth": 2, "num_heads": 4, **(width if family == "qwen2_5_vl" else {"embed_dim": 64, "hidden_size": 128})}
+    return (Qwen2_5_VLConfig if family == "qwen2_5_vl" else Qwen2VLConfig)(
         text_config=text,
         vision_config=vision,
         image_token_id=ids["<|image_pad|>"],

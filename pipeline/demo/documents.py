@@ -63,6 +63,8 @@ class Run:
     y_px: float
     font: str
     size_px: float
+    shows: str = ""
+    """The path of the value that it shows, such as `$.total`."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,12 @@ class Pen:
     def width(self, text: str, bold: bool = False, scale: float = 1.0) -> float:
         return sum(char_widths(text, self.bold if bold else self.plain, self.size_px * scale))
 
-    def write(self, text: str, x_px: float, align: str = "left", bold: bool = False, scale: float = 1.0) -> None:
+    def write(self, text: str, x_px: float, align: str = "left", bold: bool = False, scale: float = 1.0, shows: str = "") -> None:
         """Place a text on the current row; `x_px` is its left end, middle or right end."""
         width_px = self.width(text, bold, scale)
         start_px = x_px - {"left": 0.0, "middle": width_px / 2, "right": width_px}[align]
         font = self.bold if bold else self.plain
-        self.sheets[-1].runs.append(Run(text, start_px, self.y_px, font, self.size_px * scale))
+        self.sheets[-1].runs.append(Run(text, start_px, self.y_px, font, self.size_px * scale, shows))
 
     def rule(self) -> None:
         """Draw a line under the current row."""
@@ -191,14 +193,13 @@ def heading(pen: Pen, truth: dict[str, Any]) -> None:
         pen.write(word, (pen.left_px + pen.right_px) / 2, "middle", bold=True, scale=scale)
         pen.next_row(1.1)
         word = ""
-    pen.write(truth["seller_name"], pen.left_px, bold=rng.random() < 0.6, scale=scale)
+    pen.write(truth["seller_name"], pen.left_px, bold=rng.random() < 0.6, scale=scale, shows="$.seller_name")
     if word and pen.width(truth["seller_name"], True, scale) + pen.width(word, True) < pen.right_px - pen.left_px - 20:
         pen.write(word, pen.right_px, "right", bold=True)
     pen.next_row(1.1)
     if truth["seller_tax_id"]:
-        pen.write(
-            f"{rng.choice(('VAT ID', 'VAT', 'Tax ID', 'USt-ID', 'VAT no.'))}{rng.choice((' ', ': '))}{truth['seller_tax_id']}", pen.left_px
-        )
+        label = rng.choice(("VAT ID", "VAT", "Tax ID", "USt-ID", "VAT no.")) + rng.choice((" ", ": "))
+        pen.write(label + truth["seller_tax_id"], pen.left_px, shows="$.seller_tax_id")
         pen.next_row()
 
 
@@ -225,13 +226,13 @@ def facts(pen: Pen, truth: dict[str, Any], printed: dict[str, str]) -> None:
     for name in names:
         label, value = labels[name], printed.get(name) or truth[name]
         if layout == "inline" or name == "buyer_name":
-            pen.write(f"{label} {value}", pen.left_px)
+            pen.write(f"{label} {value}", pen.left_px, shows=f"$.{name}")
         elif layout == "columns":
             pen.write(label, pen.left_px)
-            pen.write(value, column_px)
+            pen.write(value, column_px, shows=f"$.{name}")
         else:
             pen.write(label, pen.left_px)
-            pen.write(value, pen.right_px, "right")
+            pen.write(value, pen.right_px, "right", shows=f"$.{name}")
         pen.next_row()
 
 
@@ -250,19 +251,20 @@ def table(pen: Pen, money: Money, items: list[dict[str, Any]], pages: int) -> No
     titles = rng.choice((("Description", "Qty", "Price", "Amount"), ("Item", "Qty", "Unit", "Total"), ("Article", "Pcs", "Each", "Sum")))
     break_at = len(items) - rng.randint(1, 3) if pages > 1 else -1
 
-    def row(cells: tuple[str, ...], bold: bool = False) -> None:
-        pen.write(cells[0], pen.left_px, bold=bold)
-        for text, x_px in zip(cells[1:], (quantity_px, price_px, pen.right_px), strict=True):
-            pen.write(text, x_px, "right", bold)
+    def row(cells: tuple[str, ...], shows: tuple[str, ...], bold: bool = False) -> None:
+        pen.write(cells[0], pen.left_px, bold=bold, shows=shows[0])
+        for text, x_px, path in zip(cells[1:], (quantity_px, price_px, pen.right_px), shows[1:], strict=True):
+            pen.write(text, x_px, "right", bold, shows=path)
 
-    row(titles, bold=rng.random() < 0.5)
+    row(titles, ("",) * 4, bold=rng.random() < 0.5)
     if rng.random() < 0.6:
         pen.rule()
     pen.next_row()
     for index, item in enumerate(items):
         if pages > 1 and (index == break_at or pen.room() <= 1) and len(pen.sheets) < pages:
             pen.turn_page()
-        row((item["description"], str(item["quantity"]), money.number(item["unit_price"]), money.number(item["amount"])))
+        cells = (item["description"], str(item["quantity"]), money.number(item["unit_price"]), money.number(item["amount"]))
+        row(cells, tuple(f"$.line_items[{index}].{key}" for key in item))
         pen.next_row()
 
 
@@ -272,14 +274,14 @@ def totals(pen: Pen, money: Money, truth: dict[str, Any], rate: int) -> None:
     x_px = pen.left_px + (pen.right_px - pen.left_px) * rng.choice((0.0, 0.3, 0.4))
     if truth["subtotal"] is not None:
         pen.write(rng.choice(("Subtotal", "Net", "Net total")), x_px)
-        pen.write(money.number(truth["subtotal"]), pen.right_px, "right")
+        pen.write(money.number(truth["subtotal"]), pen.right_px, "right", shows="$.subtotal")
         pen.next_row()
         pen.write(f"{rng.choice(('VAT', 'Tax', 'MwSt'))} {rate}%", x_px)
-        pen.write(money.number(truth["tax_amount"]), pen.right_px, "right")
+        pen.write(money.number(truth["tax_amount"]), pen.right_px, "right", shows="$.tax_amount")
         pen.next_row()
     bold = rng.random() < 0.6
     pen.write(rng.choice(("Total", "TOTAL", "Amount due", "To pay")), x_px, bold=bold)
-    pen.write(money.amount(truth["total"]), pen.right_px, "right", bold=bold)
+    pen.write(money.amount(truth["total"]), pen.right_px, "right", bold=bold, shows="$.total")
     pen.next_row()
 
 
@@ -303,11 +305,11 @@ def receipt(rng: random.Random) -> Sample:
     }
     middle_px = (pen.left_px + pen.right_px) / 2
     align, x_px = rng.choice((("middle", middle_px), ("left", pen.left_px)))
-    pen.write(truth["merchant_name"], x_px, align, bold=rng.random() < 0.6, scale=rng.uniform(1.0, 1.2))
+    pen.write(truth["merchant_name"], x_px, align, bold=rng.random() < 0.6, scale=rng.uniform(1.0, 1.2), shows="$.merchant_name")
     pen.next_row(1.1)
     stamps = receipt_stamps(rng, truth, day.text(bought))
-    for stamp in stamps:
-        pen.write(stamp, x_px, align)
+    for stamp, shows in stamps:
+        pen.write(stamp, x_px, align, shows=shows)
         pen.next_row()
     if rng.random() < 0.5:
         pen.rule()
@@ -315,14 +317,15 @@ def receipt(rng: random.Random) -> Sample:
     return Sample("receipt", (pen.sheets[0],), truth)
 
 
-def receipt_stamps(rng: random.Random, truth: dict[str, Any], printed: str) -> list[str]:
-    """Return the lines between the shop's name and the articles, in random order."""
+def receipt_stamps(rng: random.Random, truth: dict[str, Any], printed: str) -> list[tuple[str, str]]:
+    """Return the lines between the shop's name and the articles, in random order, each with what it shows."""
     clock = f" {rng.randint(7, 22):02}:{rng.randrange(60):02}" if rng.random() < 0.5 else ""
-    stamps = [f"{rng.choice(('Date ', 'Date: ', ''))}{printed}{clock}"]
+    stamps = [(f"{rng.choice(('Date ', 'Date: ', ''))}{printed}{clock}", "$.date")]
     if truth["receipt_number"]:
-        stamps.append(f"{rng.choice(('Receipt', 'Receipt no.', 'Bon', 'Ticket #', 'Bill'))} {truth['receipt_number']}")
+        label = rng.choice(("Receipt", "Receipt no.", "Bon", "Ticket #", "Bill"))
+        stamps.append((f"{label} {truth['receipt_number']}", "$.receipt_number"))
     if rng.random() < 0.3:
-        stamps.append(f"{rng.randint(1, 250)} {rng.choice(SURNAMES)} {rng.choice(('Street', 'Road', 'Lane', 'Avenue'))}")
+        stamps.append((f"{rng.randint(1, 250)} {rng.choice(SURNAMES)} {rng.choice(('Street', 'Road', 'Lane', 'Avenue'))}", ""))
     rng.shuffle(stamps)
     return stamps
 
@@ -335,23 +338,23 @@ def receipt_item(rng: random.Random) -> dict[str, Any]:
 def receipt_table(pen: Pen, money: Money, truth: dict[str, Any], rate: int) -> None:
     """Write the articles and what stands under them."""
     rng, style = pen.rng, pen.rng.choice(("2 x Tea", "2x Tea", "2 Tea", "Tea x2"))
-    for item in truth["line_items"]:
+    for index, item in enumerate(truth["line_items"]):
         name, count = item["description"], item["quantity"]
         spelled = {"2 x Tea": f"{count} x {name}", "2x Tea": f"{count}x {name}", "2 Tea": f"{count} {name}", "Tea x2": f"{name} x{count}"}
-        pen.write(spelled[style] if count > 1 or style == "2 Tea" else name, pen.left_px)
-        pen.write(money.number(item["amount"]), pen.right_px, "right")
+        pen.write(spelled[style] if count > 1 or style == "2 Tea" else name, pen.left_px, shows=f"$.line_items[{index}]")
+        pen.write(money.number(item["amount"]), pen.right_px, "right", shows=f"$.line_items[{index}].amount")
         pen.next_row()
     bold = rng.random() < 0.6
     pen.write(rng.choice(("Total", "TOTAL", "Sum", "To pay")), pen.left_px, bold=bold)
-    pen.write(money.amount(truth["total"]), pen.right_px, "right", bold=bold)
+    pen.write(money.amount(truth["total"]), pen.right_px, "right", bold=bold, shows="$.total")
     pen.next_row()
     if truth["tax_amount"] is not None:
         pen.write(f"{rng.choice(('incl. VAT', 'incl. tax', 'VAT'))} {rate}%", pen.left_px)
-        pen.write(money.number(truth["tax_amount"]), pen.right_px, "right")
+        pen.write(money.number(truth["tax_amount"]), pen.right_px, "right", shows="$.tax_amount")
         pen.next_row()
     if method := truth["payment_method"]:
         words = {"cash": ("CASH", "Cash", "Paid cash"), "card": ("CARD", "VISA", "Card payment"), "voucher": ("VOUCHER", "Gift voucher")}
-        pen.write(rng.choice(words[method]), pen.left_px)
+        pen.write(rng.choice(words[method]), pen.left_px, shows="$.payment_method")
         pen.next_row()
     if rng.random() < 0.5:
         pen.write(rng.choice(("Thank you!", "Have a nice day", "Please come again")), (pen.left_px + pen.right_px) / 2, "middle")

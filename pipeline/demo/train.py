@@ -3,10 +3,11 @@
     torchrun --nproc-per-node 2 -m pipeline.demo.train --minutes 90 --work out/demo     # one process per core
     python -m pipeline.demo.train --work out/demo --export pipeline/demo/checkpoint     # AWQ layout, as shipped
 
-Two lessons at once. The language loss alone stays for hours where the format is learned and the page is not read; a
-linear head on each visual token that must name the characters whose centres lie in each of its eight columns of 3.5 px
-teaches the vision tower its letters within minutes. The first fifth of the time has only that lesson, on pages filled
-with random words.
+The language loss alone stays for hours where the format is learned and the page is not read. Two more losses lead off that
+plateau. A linear head on each visual token must name the characters whose centres lie in each of its eight columns of
+3.5 px: it teaches the vision tower its letters within minutes, on pages full of random words at first. And three attention
+heads are told which visual token shows the character that is to be written next, another linear head in which of its
+columns. `lessons.py` draws what they learn from.
 
 Every batch is drawn anew, so the accuracy it logs is one on unseen documents. Seeds from `HELD_OUT` on are never drawn.
 """
@@ -16,10 +17,8 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import random
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,143 +27,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
-from pipeline import prompt
-from pipeline.demo import documents, drawing, model
-from pipeline.demo.documents import HEIGHT_PX, HELD_OUT, WIDTH_PX, Form, Pen, Sample, Sheet, answer
+from pipeline.demo import model
+from pipeline.demo.documents import HEIGHT_PX, WIDTH_PX
+from pipeline.demo.lessons import COLUMNS, IGNORED, LETTERS, SCHEMAS, Batch, Lessons
 from pipeline.engines.vision import batch_windows
-from pipeline.records import Pixels
-from pipeline.schema import Schema
 
-COLUMNS = 8
-LETTERS = {chr(c): i for i, c in enumerate([*range(33, 127), 0x20AC, 0xA3], start=1)}
-ROWS_OF_TOKENS, TOKENS_IN_ROW = HEIGHT_PX // 28, WIDTH_PX // 28
-IGNORED = -100
-SCHEMAS = Path(__file__).parents[2] / "schemas"
-
-
-@dataclass
-class Batch:
-    """Pages and, unless it is a spelling lesson, the conversations about them.
-
-    `pages` (n, 448, 448, 3) uint8, `letters` (n * 256, 8) classes, `ids` and `labels` (documents, length).
-    """
-
-    pages: Tensor
-    letters: Tensor
-    ids: Tensor | None = None
-    labels: Tensor | None = None
-
-    def to(self, device: str) -> Batch:
-        moved: dict[str, Any] = {name: tensor if tensor is None else tensor.to(device) for name, tensor in vars(self).items()}
-        return Batch(**moved)
-
-
-def draw_page(sheet: Sheet, rng: random.Random) -> tuple[Pixels, np.ndarray[Any, Any]]:
-    """Return one page as a PDF reader or, one time in three, a scanner shows it, and its letters' classes."""
-    image, angle = drawing.pixels(sheet), 0.0
-    if rng.random() < 0.35:
-        image, angle = drawing.scan(image, rng)
-    return image, letters(sheet, angle)
-
-
-def letters(sheet: Sheet, angle_deg: float) -> np.ndarray[Any, Any]:
-    """Return the class of the character centred in each column of each visual token, 0 for none: (256, 8)."""
-    found = np.zeros((ROWS_OF_TOKENS * TOKENS_IN_ROW, COLUMNS), np.int64)
-    sine, cosine = math.sin(math.radians(angle_deg)), math.cos(math.radians(angle_deg))
-    for run in sheet.runs:
-        x_px = run.x_px
-        for letter, width_px in zip(run.text, documents.char_widths(run.text, run.font, run.size_px), strict=True):
-            dx, dy = x_px + width_px / 2 - WIDTH_PX / 2, run.y_px - 0.3 * run.size_px - HEIGHT_PX / 2
-            x, y = WIDTH_PX / 2 + dx * cosine + dy * sine, HEIGHT_PX / 2 - dx * sine + dy * cosine
-            x_px += width_px
-            if letter in LETTERS and 0 <= x < WIDTH_PX and 0 <= y < HEIGHT_PX:
-                found[int(y) // 28 * TOKENS_IN_ROW + int(x) // 28, int(x % 28 / 28 * COLUMNS)] = LETTERS[letter]
-    return found
-
-
-def spelling_sheet(rng: random.Random) -> Sheet:
-    """Return a page filled with random words, numbers and signs, each row in a font of its own."""
-    pen = Pen(rng)
-    sheet = pen.sheets[0]
-    while pen.room() > 0:
-        fonts = Pen(rng)
-        pen.plain, pen.bold, pen.size_px, x_px = fonts.plain, fonts.bold, fonts.size_px, pen.left_px
-        while x_px < pen.right_px - 10:
-            bold = rng.random() < 0.3
-            word = "".join(rng.choices("".join(LETTERS), k=rng.randint(1, 6))) if rng.random() < 0.25 else documents.sample_word(rng)
-            width_px = pen.width(word, bold)
-            if x_px + width_px > WIDTH_PX - 4:
-                break
-            pen.write(word, x_px, bold=bold)
-            x_px += width_px + rng.choice((pen.size_px * 0.27, rng.uniform(4, 60)))
-        pen.next_row()
-    return sheet
-
-
-class Lessons(IterableDataset[Batch]):
-    """Endless batches; the first `spelling` of them are spelling lessons."""
-
-    def __init__(self, seed: int, batch_size: int, spelling: Any) -> None:
-        self.seed, self.batch_size, self.spelling = seed, batch_size, spelling
-
-    def __iter__(self) -> Iterator[Batch]:
-        torch.set_num_threads(1)
-        rng = random.Random(self.seed)
-        known = model.schemas(SCHEMAS)
-        words = model.processor(known)
-        while True:
-            if self.spelling.value:
-                yield self.spell(rng)
-            else:
-                yield from self.read(rng, words, known)
-
-    def spell(self, rng: random.Random) -> Batch:
-        return pages_of([spelling_sheet(rng) for _ in range(self.batch_size)], rng)
-
-    def read(self, rng: random.Random, words: Any, known: dict[str, Schema]) -> Iterator[Batch]:
-        """Yield four batches of one kind of document, sorted by length so that little is padded."""
-        kinds: tuple[tuple[Form, int], ...] = (("invoice", 1), ("receipt", 1), ("invoice", 2))
-        form, pages = rng.choices(kinds, (60, 28, 12))[0]
-        count = max(1, self.batch_size // pages)
-        samples = [documents.sample(rng.randrange(HELD_OUT), form, pages) for _ in range(4 * count)]
-        samples.sort(key=lambda sample: len(answer(sample.truth)))
-        starts = list(range(0, len(samples), count))
-        rng.shuffle(starts)
-        for start in starts:
-            chosen = samples[start : start + count]
-            batch = pages_of([sheet for sample in chosen for sheet in sample.sheets], rng)
-            batch.ids, batch.labels = conversations(chosen, words, known[form])
-            yield batch
-
-
-def pages_of(sheets: list[Sheet], rng: random.Random) -> Batch:
-    drawn = [draw_page(sheet, rng) for sheet in sheets]
-    images, classes = (np.stack(part) for part in zip(*drawn, strict=True))
-    return Batch(torch.from_numpy(images), torch.from_numpy(np.concatenate(classes[:, None]).reshape(-1, COLUMNS)))
-
-
-def question(words: Any, schema: Schema, pages: int) -> str:
-    """Return the prompt as the engine will write it, each page's visual tokens spelled out."""
-    content = [{"type": "image"}] * pages + [{"type": "text", "text": prompt.ASK}]
-    turns = [{"role": "system", "content": prompt.system(schema)}, {"role": "user", "content": content}]
-    text: str = words.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    return text.replace("<|image_pad|>", "<|image_pad|>" * (ROWS_OF_TOKENS * TOKENS_IN_ROW))
-
-
-def conversations(samples: list[Sample], words: Any, schema: Schema) -> tuple[Tensor, Tensor]:
-    """Return token ids, padded at the end, and the labels: the answers' tokens, everything else ignored."""
-    tokenizer = words.tokenizer
-    asked = tokenizer(question(words, schema, len(samples[0].sheets)))["input_ids"]
-    answers = [tokenizer(answer(sample.truth) + "<|im_end|>")["input_ids"] for sample in samples]
-    length = len(asked) + max(map(len, answers))
-    ids = torch.full((len(samples), length), tokenizer.pad_token_id)
-    labels = torch.full((len(samples), length), IGNORED)
-    for row, tokens in enumerate(answers):
-        ids[row, : len(asked) + len(tokens)] = torch.tensor(asked + tokens)
-        labels[row, len(asked) : len(asked) + len(tokens)] = torch.tensor(tokens)
-    return ids, labels
+POINTERS = ((1, 0), (2, 0), (2, 2))
+"""(layer, head) of the attention heads that are taught to look at the visual token that shows the next character."""
+COLUMN_LAYERS = (2, 3)
+"""The layers before which a linear head must name the column of that token in which the character stands."""
+POINTER_WEIGHT = 0.3
 
 
 def patches(pages: Tensor) -> Tensor:
@@ -178,7 +53,7 @@ def patches(pages: Tensor) -> Tensor:
 
 
 class Pupil(nn.Module):
-    """The model and the spelling head, which is thrown away after training."""
+    """The model and two heads that are thrown away after training; `attended` is what the taught layers were fed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +61,13 @@ class Pupil(nn.Module):
         self.first_key = cast(int, words.convert_tokens_to_ids("<|video_pad|>")) + 1
         self.reader = model.untrained(words)
         batch_windows(self.reader)
-        self.speller = nn.Linear(cast(Any, self.reader.config.text_config).hidden_size, COLUMNS * (len(LETTERS) + 1))
+        self.attended: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
+        for layer in {*COLUMN_LAYERS, *(layer for layer, _ in POINTERS)}:
+            attention = self.reader.model.language_model.layers[layer].self_attn
+            attention.register_forward_pre_hook(partial(self.note, layer), with_kwargs=True)
+        width = cast(Any, self.reader.config.text_config).hidden_size
+        self.speller = nn.Linear(width, COLUMNS * (len(LETTERS) + 1))
+        self.columns = nn.Linear(width, COLUMNS)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """Return the loss of one batch and what to log of it."""
@@ -198,12 +79,41 @@ class Pupil(nn.Module):
         loss = cross_entropy(spelled.flatten(0, 1), batch.letters.flatten(), weight=weight)
         marked = batch.letters > 0
         log = {"spell": loss.item(), "letters": (spelled.argmax(-1) == batch.letters)[marked].float().mean().item()}
-        if batch.ids is None or batch.labels is None:
+        if batch.ids is None or batch.labels is None or batch.places is None:
             return loss, log
         logits = self.read(batch.ids, grid, seen)[:, :-1]
         wanted = batch.labels[:, 1:]
         told = cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED)
-        return loss + told, log | {"read": told.item(), "values": self.values_right(logits.argmax(-1), wanted)}
+        looked, within = self.looking(batch.places), self.within(batch.places)
+        log |= {"look": looked.item(), "column": within.item()}
+        copying = not bool((wanted >= self.first_key).any())
+        log |= {"copy": told.item()} if copying else {"read": told.item(), "values": self.values_right(logits.argmax(-1), wanted)}
+        return loss + told + POINTER_WEIGHT * (looked + within), log
+
+    def note(self, layer: int, _: nn.Module, __: tuple[Any, ...], fed: dict[str, Any]) -> None:
+        self.attended[layer] = fed["hidden_states"], fed["position_embeddings"]
+
+    def looking(self, places: Tensor) -> Tensor:
+        """Return the cross-entropy of the taught heads' attention, with the place of the character that is to come as its target."""
+        losses = []
+        wanted = places[:, 1:, 0]
+        for layer, head in POINTERS:
+            attention = self.reader.model.language_model.layers[layer].self_attn
+            hidden, (cosine, sine) = self.attended[layer]
+            width, group = attention.head_dim, attention.num_key_value_groups
+            query = attention.q_proj(hidden).unflatten(-1, (-1, width))[:, :, head]
+            key = attention.k_proj(hidden).unflatten(-1, (-1, width))[:, :, head // group]
+            query, key = apply_rotary_pos_emb(query, key, cosine, sine, unsqueeze_dim=0)
+            scores = (query[0] @ key[0].transpose(1, 2)).float() * attention.scaling
+            scores = scores.masked_fill(torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).triu(1), -1e4)
+            losses.append(cross_entropy(scores[:, :-1].flatten(0, 1), wanted.flatten(), ignore_index=IGNORED))
+        return torch.stack(losses).mean()
+
+    def within(self, places: Tensor) -> Tensor:
+        """Return the cross-entropy of naming, before the last two layers, the column in which the next character stands."""
+        guesses = [self.columns(self.attended[layer][0][:, :-1].float()).flatten(0, 1) for layer in COLUMN_LAYERS]
+        wanted = places[:, 1:, 1].flatten()
+        return torch.stack([cross_entropy(guess, wanted, ignore_index=IGNORED) for guess in guesses]).mean()
 
     def read(self, ids: Tensor, grid: Tensor, seen: Tensor) -> Tensor:
         core = self.reader.model
@@ -240,6 +150,13 @@ def optimizers(pupil: Pupil) -> list[torch.optim.Optimizer]:
     ]
 
 
+def curriculum(done: float) -> tuple[float, float]:
+    """Return the shares of spelling and, in the rest, of copying: letters first, then where they stand, then what they mean."""
+    if done < 0.15:
+        return 1.0, 0.0
+    return (0.0, 0.5) if done < 0.6 else (0.0, 0.15)
+
+
 def learning_rate(step: int, done: float, peak: float) -> float:
     """Return 40 warm-up steps, then a cosine that reaches nearly zero when the time is up."""
     return peak * min(1.0, (step + 1) / 40) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
@@ -258,7 +175,7 @@ def share(pupil: Pupil, elapsed_s: float) -> float:
     return float(flat[-1])
 
 
-def train(work: Path, minutes: float, batch_size: int, peak: float, spelling_share: float) -> None:
+def train(work: Path, minutes: float, batch_size: int, peak: float) -> None:
     """Train for so many minutes, saving every few; a folder with a state in it is trained on."""
     rank, device = int(os.environ.get("RANK", 0)), "cuda" if torch.cuda.is_available() else "cpu"
     if "WORLD_SIZE" in os.environ and device == "cpu":
@@ -269,8 +186,9 @@ def train(work: Path, minutes: float, batch_size: int, peak: float, spelling_sha
     pupil = Pupil().to(device)
     steppers = optimizers(pupil)
     step, before_s = restore(work, pupil, steppers)
-    spelling = torch.multiprocessing.get_context("fork").Value("b", before_s < spelling_share * minutes * 60)
-    lessons = Lessons(step * 1000 + rank, batch_size, spelling)
+    shares = torch.multiprocessing.get_context("fork").Array("d", 2)
+    shares[:] = curriculum(before_s / (minutes * 60))
+    lessons = Lessons(step * 1000 + rank, batch_size, shares)
     loader = iter(DataLoader(lessons, batch_size=None, num_workers=1 if device == "cpu" else 8, prefetch_factor=4))
     started, logged, saved = time.monotonic(), time.monotonic(), time.monotonic()
     elapsed_s, window = before_s, []
@@ -289,7 +207,7 @@ def train(work: Path, minutes: float, batch_size: int, peak: float, spelling_sha
             stepper.step()
             stepper.zero_grad(set_to_none=True)
         step += 1
-        spelling.value = elapsed_s < spelling_share * minutes * 60
+        shares[:] = curriculum(elapsed_s / (minutes * 60))
         window.append(log)
         if rank == 0 and time.monotonic() - logged > 20:
             print(line(step, elapsed_s, rate, window), flush=True)
@@ -348,14 +266,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the training state")
     parser.add_argument("--minutes", type=float, default=90, help="training time in all, earlier runs in the same folder included")
     parser.add_argument("--batch-size", type=int, default=16, help="pages per process and step")
-    parser.add_argument("--peak", type=float, default=1.5e-3, help="highest learning rate")
-    parser.add_argument("--spelling-share", type=float, default=0.15, help="share of the time spent on letters alone")
+    parser.add_argument("--peak", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--export", type=Path, help="write the checkpoint to this folder instead of training")
     given = parser.parse_args()
     if given.export:
         export(given.work, given.export)
     else:
-        train(given.work, given.minutes, given.batch_size, given.peak, given.spelling_share)
+        train(given.work, given.minutes, given.batch_size, given.peak)
 
 
 if __name__ == "__main__":

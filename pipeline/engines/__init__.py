@@ -37,12 +37,12 @@ class Engine(Protocol):
 
 
 def choose(job: Job, gpus: float) -> Job:
-    """Return the job as it can run here: without a GPU, as `model.without_gpu` says."""
+    """Return the job as it can run here: without a GPU, as `model.without_gpu` says. The demonstration model says its revision."""
     model = job.sections.model
-    if gpus or job.uses_demo or model.without_gpu == "cpu":
-        return job
-    if model.without_gpu == "demo":
+    if job.uses_demo or (not gpus and model.without_gpu == "demo"):
         return job.with_demo()
+    if gpus or model.without_gpu == "cpu":
+        return job
     raise JobError(
         f"{job.file}: there is no GPU for {model.name}; set model.without_gpu to demo (the small demonstration model) or cpu (very slow), "
         "or run on a machine with one"

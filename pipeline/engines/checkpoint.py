@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
@@ -44,13 +45,21 @@ def load(
     if lora:
         network = with_lora(network, lora, keep_int4)
     batch_windows(network)
-    processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    processor = own_processor(folder)
     tokenizer = processor.tokenizer
     vocabulary = Vocabulary(
         tokenizer.backend_tokenizer.to_str(), size=network.lm_head.out_features, eos_ids=end_tokens(network, tokenizer), threads=threads
     )
     encoder = Encoder(processor, config.image_token_id, device)
     return Model(network, encoder, vocabulary, device, tokenizer.pad_token_id or 0)
+
+
+def own_processor(folder: Path) -> Any:
+    """Return the checkpoint's tokenizer, chat template and image processor."""
+    try:
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise JobError(f"{folder}: tokenizer or image processor cannot be read: {' '.join(str(error).split())[:300]}") from None
 
 
 def located(name: str, revision: str | None) -> Path:
@@ -115,7 +124,7 @@ def plain(folder: Path, config: Any, dtype: torch.dtype, device: torch.device) -
         network, report = loader.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise JobError(f"{folder}: the checkpoint cannot be read: {' '.join(str(error).split())[:300]}") from None
     if wrong := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise JobError(f"{folder}: the checkpoint lacks weights: {', '.join(wrong[:5])} (of {len(wrong)})")

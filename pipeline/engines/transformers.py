@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-import os
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
@@ -66,7 +65,7 @@ class TransformersEngine:
         Raises JobError for a checkpoint that cannot be used.
         """
         self.model = model
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or torch.get_num_threads()
         torch.set_num_threads(self._threads)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model = checkpoint.load(model, revision, dtype, place, self._threads, rope_scaling, lora, keep_int4)
@@ -83,8 +82,7 @@ class TransformersEngine:
         """Return the answer to one request; from any event loop."""
         asked = await asyncio.to_thread(self._prepare, request)
         with self._news:
-            if self._over is not None:
-                raise EngineDead(self._over)
+            self._check()
             self._waiting.append(asked)
             self._news.notify()
         return await asyncio.wrap_future(asked.answer)
@@ -93,10 +91,16 @@ class TransformersEngine:
         """Release the model. Requests still waiting fail with EngineDead."""
         self._end("the engine was closed")
         self._thread.join()
-        del self._model
+        vars(self).pop("_model", None)
+
+    def _check(self) -> None:
+        """Raise EngineDead when no more requests are answered."""
+        if self._over is not None:
+            raise EngineDead(self._over)
 
     def _prepare(self, request: Request) -> Asked:
         """Return a request as the model takes it, refusing what cannot be answered."""
+        self._check()
         prompt = self._model.encoder.encode(request.messages)
         if len(prompt.ids) >= self.max_model_len:
             room = f"the model takes {self.max_model_len}, answer included"
@@ -196,7 +200,8 @@ class TransformersEngine:
         if isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error):
             raise error
         if len(batch) == 1:
-            batch.rows[0].ended = DocumentError("engine", f"the engine failed on this request: {type(error).__name__}: {error}")
+            reason = f"the engine failed on this request: {type(error).__name__}: {error}"
+            batch.rows[0].ended = error if isinstance(error, DocumentError) else DocumentError("engine", reason)
             return self._settle(batch)
         half = len(batch) // 2
         parts = batch.keep(range(half)), batch.keep(range(half, len(batch)))

@@ -1,0 +1,278 @@
+"""Synthetic documents -> endless batches for training: pages, what is to be written about them, and where it stands.
+
+Three kinds of lesson. *Spelling* has pages full of random words and asks the vision tower alone. *Copying* asks for a
+page's text row by row. *Reading* is the real task: the prompt of the invoice or receipt job, and the record. The last two
+say for each character of the answer which visual token shows it, which is what teaches a model of four layers where to look.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from pipeline import prompt
+from pipeline.demo import documents, drawing, model
+from pipeline.demo.documents import HEIGHT_PX, HELD_OUT, WIDTH_PX, Form, Pen, Run, Sample, Sheet
+from pipeline.schema import Schema
+
+COLUMNS = 8
+LETTERS = {chr(c): i for i, c in enumerate([*range(33, 127), 0x20AC, 0xA3], start=1)}
+ROWS_OF_TOKENS, TOKENS_IN_ROW = HEIGHT_PX // 28, WIDTH_PX // 28
+PAGE_TOKENS = ROWS_OF_TOKENS * TOKENS_IN_ROW
+IGNORED = -100
+SCHEMAS = Path(__file__).parents[2] / "schemas"
+NAMED_DAY = re.compile(r"(?P<d>\d{1,2}) (?P<m>[A-Z][a-z]+) (?P<y>\d{4})|(?P<M>[A-Z][a-z]+) (?P<D>\d{1,2}), (?P<Y>\d{4})")
+NUMBERED_DAY = re.compile(r"(?P<d>\d\d)[./](?P<m>\d\d)[./](?P<y>\d{4})|(?P<Y>\d{4})-(?P<M>\d\d)-(?P<D>\d\d)")
+
+Places = list[tuple[int, int] | None]
+"""For each character of an answer, the visual token that shows it, counted over all pages, and the column in that; None where
+none does."""
+
+
+@dataclass
+class Batch:
+    """Pages and, unless it is a spelling lesson, the conversations about them.
+
+    `pages` (n, 448, 448, 3) uint8, `letters` (n * 256, 8) classes, `ids` and `labels` (documents, length), `places`
+    (documents, length, 2): the position of a visual token in `ids` and the column in it.
+    """
+
+    pages: Tensor
+    letters: Tensor
+    ids: Tensor | None = None
+    labels: Tensor | None = None
+    places: Tensor | None = None
+
+    def to(self, device: str) -> Batch:
+        moved: dict[str, Any] = {name: tensor if tensor is None else tensor.to(device) for name, tensor in vars(self).items()}
+        return Batch(**moved)
+
+
+class Lessons(IterableDataset[Batch]):
+    """Endless batches; `shares` holds how much of it is spelling and copying now, and may change meanwhile."""
+
+    def __init__(self, seed: int, batch_size: int, shares: Any) -> None:
+        self.seed, self.batch_size, self.shares = seed, batch_size, shares
+
+    def __iter__(self) -> Iterator[Batch]:
+        torch.set_num_threads(1)
+        rng = random.Random(self.seed)
+        known = model.schemas(SCHEMAS)
+        words = model.processor(known)
+        while True:
+            spelling, copying = self.shares
+            if rng.random() < spelling:
+                yield drawn([spelling_sheet(rng) for _ in range(self.batch_size)], rng)[0]
+            else:
+                yield from self.read(rng, words, known, rng.random() < copying)
+
+    def read(self, rng: random.Random, words: Any, known: dict[str, Schema], copying: bool) -> Iterator[Batch]:
+        """Yield four batches of one kind of document, sorted by length so that little is padded."""
+        kinds: tuple[tuple[Form, int], ...] = (("invoice", 1), ("receipt", 1), ("invoice", 2))
+        form, pages = rng.choices(kinds, (60, 28, 0 if copying else 12))[0]
+        count = max(1, self.batch_size // pages)
+        samples = [documents.sample(rng.randrange(HELD_OUT), form, pages) for _ in range(4 * count)]
+        samples.sort(key=lambda sample: len(answer(sample.truth)))
+        starts = list(range(0, len(samples), count))
+        rng.shuffle(starts)
+        for start in starts:
+            chosen = samples[start : start + count]
+            batch, angles = drawn([sheet for sample in chosen for sheet in sample.sheets], rng)
+            turned = [angles[at : at + pages] for at in range(0, len(angles), pages)]
+            if copying:
+                told = [transcript(sample.sheets[0], angle[0]) for sample, angle in zip(chosen, turned, strict=True)]
+            else:
+                told = [record(sample, angle) for sample, angle in zip(chosen, turned, strict=True)]
+            asked = question(words, None if copying else known[form], pages)
+            batch.ids, batch.labels, batch.places = conversations(words.tokenizer, asked, told)
+            yield batch
+
+
+def drawn(sheets: list[Sheet], rng: random.Random) -> tuple[Batch, list[float]]:
+    """Return pages as a PDF reader or, one time in three, a scanner shows them, and the angles they were turned by."""
+    images, classes, angles = [], [], []
+    for sheet in sheets:
+        image, angle = drawing.pixels(sheet), 0.0
+        if rng.random() < 0.35:
+            image, angle = drawing.scan(image, rng)
+        images.append(image)
+        classes.append(letters(sheet, angle))
+        angles.append(angle)
+    return Batch(torch.from_numpy(np.stack(images)), torch.from_numpy(np.concatenate(classes))), angles
+
+
+def cells(run: Run, angle_deg: float) -> Iterator[tuple[int, int]]:
+    """Yield for each character the visual token of its page that shows its centre, and the column in it."""
+    sine, cosine = math.sin(math.radians(angle_deg)), math.cos(math.radians(angle_deg))
+    x_px = run.x_px
+    for width_px in documents.char_widths(run.text, run.font, run.size_px):
+        dx, dy = x_px + width_px / 2 - WIDTH_PX / 2, run.y_px - 0.3 * run.size_px - HEIGHT_PX / 2
+        x = min(max(WIDTH_PX / 2 + dx * cosine + dy * sine, 0.0), WIDTH_PX - 1.0)
+        y = min(max(HEIGHT_PX / 2 - dx * sine + dy * cosine, 0.0), HEIGHT_PX - 1.0)
+        x_px += width_px
+        yield int(y) // 28 * TOKENS_IN_ROW + int(x) // 28, int(x % 28 / 28 * COLUMNS)
+
+
+def letters(sheet: Sheet, angle_deg: float) -> NDArray[np.int64]:
+    """Return the class of the character centred in each column of each visual token, 0 for none: (256, 8)."""
+    found = np.zeros((PAGE_TOKENS, COLUMNS), np.int64)
+    for run in sheet.runs:
+        for letter, (cell, column) in zip(run.text, cells(run, angle_deg), strict=True):
+            if letter in LETTERS:
+                found[cell, column] = LETTERS[letter]
+    return found
+
+
+def spelling_sheet(rng: random.Random) -> Sheet:
+    """Return a page filled with random words, numbers and signs, each row in a font of its own."""
+    pen = Pen(rng)
+    sheet = pen.sheets[0]
+    while pen.room() > 0:
+        fonts = Pen(rng)
+        pen.plain, pen.bold, pen.size_px, x_px = fonts.plain, fonts.bold, fonts.size_px, pen.left_px
+        while x_px < pen.right_px - 10:
+            bold = rng.random() < 0.3
+            word = "".join(rng.choices("".join(LETTERS), k=rng.randint(1, 6))) if rng.random() < 0.25 else documents.sample_word(rng)
+            width_px = pen.width(word, bold)
+            if x_px + width_px > WIDTH_PX - 4:
+                break
+            pen.write(word, x_px, bold=bold)
+            x_px += width_px + rng.choice((pen.size_px * 0.27, rng.uniform(4, 60)))
+        pen.next_row()
+    return sheet
+
+
+def answer(value: Any) -> str:
+    """Return a record as the model should write it: compact JSON, sums of money with two decimals."""
+    return "".join(text for text, _ in pieces(value))
+
+
+def pieces(value: Any, path: str = "$") -> Iterator[tuple[str, str]]:
+    """Yield a record's JSON in pieces: each value with its path, and what stands between values with none."""
+    if isinstance(value, dict):
+        for at, (key, inner) in enumerate(value.items()):
+            yield ("," if at else "{") + json.dumps(key) + ":", ""
+            yield from pieces(inner, f"{path}.{key}")
+        yield "}", ""
+    elif isinstance(value, list):
+        yield "[", ""
+        for at, inner in enumerate(value):
+            if at:
+                yield ",", ""
+            yield from pieces(inner, f"{path}[{at}]")
+        yield "]", ""
+    else:
+        yield f"{value:.2f}" if isinstance(value, Decimal) else json.dumps(value, ensure_ascii=False), path
+
+
+def record(sample: Sample, angles: list[float]) -> tuple[str, Places]:
+    """Return a document's record as the model should write it, and where its characters stand."""
+    runs: dict[str, tuple[Run, list[tuple[int, int]]]] = {}
+    for page, (sheet, angle) in enumerate(zip(sample.sheets, angles, strict=True)):
+        for run in sheet.runs:
+            if run.shows:
+                runs[run.shows] = run, [(page * PAGE_TOKENS + cell, column) for cell, column in cells(run, angle)]
+    text, places = "", Places()
+    for piece, path in pieces(sample.truth):
+        run, where = runs.get(path) or runs.get(path.replace("currency", "total")) or runs.get(path.rpartition(".")[0]) or (None, [])
+        found = aligned(piece, path, run.text) if run and piece != "null" else [None] * len(piece)
+        text += piece
+        places += [None if at is None else where[at] for at in found]
+    return text, places
+
+
+def aligned(value: str, path: str, printed: str) -> list[int | None]:
+    """Return for each character of a JSON value the character of the printed text that it is read from."""
+    inner = value.strip('"')
+    quote: list[int | None] = [None] if value.startswith('"') else []
+    if path.endswith("date"):
+        return quote + day_aligned(printed) + quote
+    if path.endswith("currency") and inner not in printed:
+        sign = next((at for at, letter in enumerate(printed) if letter in "\u20ac$\u00a3"), None)
+        return quote + [sign] * len(inner) + quote
+    if path.endswith("payment_method"):
+        return quote + [0] * len(inner) + quote
+    if re.fullmatch(r"\d+\.\d\d", inner):
+        return money_aligned(inner, printed)
+    start = printed.find(inner) if path.endswith("quantity") and printed.startswith(inner) else printed.rfind(inner)
+    if start < 0:
+        return [None] * len(value)
+    return quote + list(range(start, start + len(inner))) + quote
+
+
+def day_aligned(printed: str) -> list[int | None]:
+    """Return the places of YYYY-MM-DD in a printed date; a month's name is read from its first two letters."""
+    match = NUMBERED_DAY.search(printed) or NAMED_DAY.search(printed)
+    if match is None:
+        return [None] * 10
+    year, month, day = (match.start(name) if match[name] else match.start(name.upper()) for name in "ymd")
+    length = len(match["d"] or match["D"])
+    days = [day, day + 1] if length == 2 else [day, day]
+    return [*range(year, year + 4), month, month, month + 1, days[0], *days]
+
+
+def money_aligned(value: str, printed: str) -> list[int | None]:
+    """Return the places of 1234.56 in 1.234,56: digit by digit, from the right; the point stands before the cents."""
+    digits = [at for at, letter in enumerate(printed) if letter.isdigit()]
+    count = len(value) - 1
+    if len(digits) < count:
+        return [None] * len(value)
+    whole, fraction = digits[-count:-2], digits[-2:]
+    return [*whole, fraction[0] - 1, *fraction]
+
+
+def transcript(sheet: Sheet, angle_deg: float) -> tuple[str, Places]:
+    """Return a page's text row by row, and where its characters stand."""
+    text, places = "", Places()
+    rows: dict[float, list[Run]] = {}
+    for run in sheet.runs:
+        rows.setdefault(run.y_px, []).append(run)
+    for y_px in sorted(rows):
+        for run in sorted(rows[y_px], key=lambda run: run.x_px):
+            text += run.text
+            places += cells(run, angle_deg)
+            text += " "
+            places.append(None)
+        text = text[:-1] + "\n"
+    return text, places
+
+
+def question(words: Any, schema: Schema | None, pages: int) -> str:
+    """Return the prompt as the engine will write it, each page's visual tokens spelled out; without a schema, a bare one."""
+    turns: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "image"}] * pages}]
+    if schema is not None:
+        turns[0]["content"] = [*turns[0]["content"], {"type": "text", "text": prompt.ASK}]
+        turns.insert(0, {"role": "system", "content": prompt.system(schema)})
+    text: str = words.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    return text.replace("<|image_pad|>", "<|image_pad|>" * PAGE_TOKENS)
+
+
+def conversations(tokenizer: Any, asked: str, told: list[tuple[str, Places]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return token ids, padded at the end; the labels, the answers' tokens alone; and the places of these."""
+    start = tokenizer(asked)["input_ids"]
+    seen = [at for at, token in enumerate(start) if token == tokenizer.convert_tokens_to_ids("<|image_pad|>")]
+    answers = [tokenizer(text + "<|im_end|>", return_offsets_mapping=True) for text, _ in told]
+    length = len(start) + max(len(one["input_ids"]) for one in answers)
+    ids = torch.full((len(told), length), tokenizer.pad_token_id)
+    labels = torch.full((len(told), length), IGNORED)
+    places = torch.full((len(told), length, 2), IGNORED)
+    for row, (one, (_, where)) in enumerate(zip(answers, told, strict=True)):
+        stop = len(start) + len(one["input_ids"])
+        ids[row, :stop] = torch.tensor(start + one["input_ids"])
+        labels[row, len(start) : stop] = torch.tensor(one["input_ids"])
+        at = [where[first] if first < len(where) else None for first, _ in one["offset_mapping"]]
+        places[row, len(start) : stop] = torch.tensor([(IGNORED, IGNORED) if place is None else (seen[place[0]], place[1]) for place in at])
+    return ids, labels, places

@@ -1,0 +1,280 @@
+"""Shards are whole or absent; the ledger, the listing and what is left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pytest import MonkeyPatch
+
+from pipeline import sink
+from pipeline.errors import JobError, RunError
+from pipeline.sink import IDENTITY, LEDGER, Ledger, Output
+
+TABLE = pa.table({"key": ["a", "b"], "n": [1, 2]})
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Output:
+    made = Output(tmp_path / "out")
+    made.prepare()
+    return made
+
+
+def row(key: str | None, source: str = "a.pdf", **given: object) -> dict[str, object]:
+    return {"key": key, "attempt": 1, "source": source, "size_bytes": 5, "version": "1", "doc_id": "d", "page_count": 1, **given}
+
+
+def listing(*rows: dict[str, object], **extras: list[object]) -> pa.Table:
+    """A listing as `source.find` gives it, the manifest's columns between those of its own and those found out later."""
+    table = pa.Table.from_pylist([row(None) | {"doc_id": None, "page_count": None} | given for given in rows], IDENTITY)
+    late = table.select(["doc_id", "page_count"])
+    columns = {name: table[name] for name in ("source", "size_bytes", "version")} | extras
+    return pa.table(columns).append_column("doc_id", late["doc_id"]).append_column("page_count", late["page_count"])
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+# --- the folder
+
+
+def test_prepare_makes_the_folders(output: Output) -> None:
+    assert names(output.path) == ["records", "requests", "sources"]
+
+
+@pytest.mark.parametrize("folder", [".", "sources", "requests", "records"])
+def test_prepare_removes_what_a_killed_run_left_half_written(output: Output, folder: str) -> None:
+    left = output.path / folder / ".ab12.parquet.4711.tmp"
+    left.write_bytes(b"PAR1")
+    output.prepare()
+    assert not left.exists()
+
+
+def test_prepare_refuses_a_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(JobError, match="cannot write to the output folder"):
+        Output(tmp_path / "out").prepare()
+
+
+def test_a_fresh_folder_has_no_job(output: Output) -> None:
+    assert output.read_job() is None
+
+
+def test_the_job_comes_back_as_it_was_written(output: Output) -> None:
+    content = {"job": {"name": "ü", "sampling": {"temperature": 0.0}}, "fingerprint": "ab", "asked": {"prompt": "two\nlines: …\t#"}}
+    output.write_job(content)
+    assert output.read_job() == content
+
+
+@pytest.mark.parametrize("text", ["name: invoices\nsource: {paths: [in]}\n", "- a\n", "just text", "job: {}\n"])
+def test_a_job_file_of_the_users_own_is_refused_and_stays(output: Output, text: str) -> None:
+    file = output.path / "job.yaml"
+    file.write_text(text)
+    with pytest.raises(JobError, match=r"job\.yaml was not written by a run: choose another output folder"):
+        output.read_job()
+    assert file.read_text() == text
+
+
+@pytest.mark.parametrize("content", [b"job: [", b"\xff\xfe\x00"])
+def test_a_broken_job_file_is_named(output: Output, content: bytes) -> None:
+    (output.path / "job.yaml").write_bytes(content)
+    with pytest.raises(JobError, match=r"cannot read .*job\.yaml"):
+        output.read_job()
+
+
+# --- shards
+
+
+def test_a_shard_reads_back(output: Output) -> None:
+    file = sink.write_shard(output.records, TABLE, ["a", "b"])
+    assert pq.read_table(file) == TABLE
+
+
+def test_the_same_keys_in_any_order_overwrite_themselves(output: Output) -> None:
+    first = sink.write_shard(output.records, TABLE, ["a", "b"])
+    assert sink.write_shard(output.records, TABLE, ["b", "a"]) == first
+    assert names(output.records) == [first.name]
+
+
+def test_other_keys_make_another_shard(output: Output) -> None:
+    assert sink.write_shard(output.records, TABLE, ["a", "b"]) != sink.write_shard(output.records, TABLE, ["a"])
+
+
+def test_a_shard_written_twice_has_the_same_bytes(output: Output) -> None:
+    first = sink.write_shard(output.records, TABLE, ["a", "b"]).read_bytes()
+    assert sink.write_shard(output.records, TABLE, ["a", "b"]).read_bytes() == first
+
+
+def test_a_full_disk_leaves_no_half_shard_and_the_old_one_whole(output: Output, monkeypatch: MonkeyPatch) -> None:
+    file = sink.write_shard(output.records, TABLE, ["a"])
+
+    def full(_: int) -> None:  # what fsync does on a disk that fills up: quotas and tmpfs say so at once, networks only here
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(RunError, match=r"cannot write .*: No space left on device; free the disk and run the same command again"):
+        sink.write_shard(output.records, TABLE.slice(1), ["a"])
+    assert names(output.records) == [file.name]
+    assert pq.read_table(file) == TABLE
+
+
+def test_a_folder_that_is_gone_is_an_error_that_says_so(output: Output) -> None:
+    output.records.rmdir()
+    with pytest.raises(RunError, match="No such file or directory"):
+        sink.write_shard(output.records, TABLE, ["a"])
+
+
+def test_a_damaged_shard_is_named(output: Output) -> None:
+    file = sink.write_shard(output.requests, TABLE, ["a"])
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(RunError, match=f"the shard .*{file.name} is damaged .*: remove it"):
+        sink.read_shards(output.requests, None, LEDGER)
+
+
+def test_no_shards_are_an_empty_table_of_the_schema(output: Output) -> None:
+    assert sink.read_shards(output.requests, ["key", "status"], LEDGER).schema == pa.schema([LEDGER.field("key"), LEDGER.field("status")])
+
+
+def test_a_folder_called_like_a_partition_adds_no_column(tmp_path: Path) -> None:
+    output = Output(tmp_path / "year=2024")
+    output.prepare()
+    sink.write_shard(output.records, TABLE, ["a"])
+    assert sink.read_shards(output.records, None, TABLE.schema).column_names == TABLE.column_names
+
+
+# --- the ledger
+
+
+def test_the_ledger_holds_what_was_added(output: Output) -> None:
+    with Ledger(output) as ledger:
+        ledger.add(row("k1", status="extracted", answer="{}"))
+        ledger.add(row("k2", status="failed"))
+    table = sink.read_shards(output.requests, None, LEDGER)
+    assert table.schema == LEDGER
+    assert table.select(["key", "status", "answer"]).to_pylist() == [
+        {"key": "k1", "status": "extracted", "answer": "{}"},
+        {"key": "k2", "status": "failed", "answer": None},
+    ]
+
+
+def test_the_ledger_writes_when_it_has_enough(output: Output, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr(Ledger, "ROWS", 2)
+    ledger = Ledger(output)
+    for key in ("k1", "k2", "k3"):
+        ledger.add(row(key))
+    assert sink.read_shards(output.requests, ["key"], LEDGER)["key"].to_pylist() == ["k1", "k2"]
+
+
+def test_the_ledger_writes_when_it_is_time(output: Output, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr(Ledger, "SECONDS", -1.0)
+    Ledger(output).add(row("k1"))
+    assert sink.read_shards(output.requests, ["key"], LEDGER)["key"].to_pylist() == ["k1"]
+
+
+def test_what_stops_a_run_does_not_cost_what_was_answered(output: Output) -> None:
+    with pytest.raises(KeyboardInterrupt), Ledger(output) as ledger:  # noqa: PT012  the block is what is interrupted
+        ledger.add(row("k1"))
+        raise KeyboardInterrupt
+    assert sink.read_shards(output.requests, ["key"], LEDGER)["key"].to_pylist() == ["k1"]
+
+
+def test_a_document_that_asks_nothing_is_identified_and_not_in_the_ledger(output: Output) -> None:
+    with Ledger(output) as ledger:
+        ledger.add(row(None, doc_id="twin"))
+    assert names(output.requests) == []
+    assert sink.read_sources(output)["doc_id"].to_pylist() == ["twin"]
+
+
+def test_requests_are_read_by_document(output: Output) -> None:
+    with Ledger(output) as ledger:
+        for key, doc_id in (("k1", "a"), ("k2", "b"), ("k3", "c"), ("k4", None)):
+            ledger.add(row(key, doc_id=doc_id))
+    wanted = pa.chunked_array([["a", "b"]])
+    assert sink.read_requests(output, wanted)["key"].to_pylist() == ["k1", "k2"]
+
+
+def test_documents_without_identity_find_their_requests(output: Output) -> None:
+    with Ledger(output) as ledger:
+        ledger.add(row("k1", doc_id="a"))
+        ledger.add(row("k2", doc_id=None))
+    assert sink.read_requests(output, pa.chunked_array([[None]], pa.string()))["key"].to_pylist() == ["k2"]
+
+
+def test_tokens_stay_on_the_disk(output: Output) -> None:
+    assert "tokens" not in sink.read_requests(output, pa.chunked_array([["a"]])).column_names
+
+
+# --- the listing
+
+
+def test_what_was_found_out_completes_the_listing(output: Output) -> None:
+    sink.write_sources(output, listing({"source": "a.pdf"}, {"source": "b.pdf"}))
+    with Ledger(output) as ledger:
+        ledger.add(row("k1", "b.pdf", doc_id="bb", page_count=7))
+    assert sink.read_sources(output).to_pylist() == [
+        {"source": "a.pdf", "size_bytes": 5, "version": "1", "doc_id": None, "page_count": None},
+        {"source": "b.pdf", "size_bytes": 5, "version": "1", "doc_id": "bb", "page_count": 7},
+    ]
+
+
+@pytest.mark.parametrize("name", [f"{n}.pdf" for n in range(8)])
+def test_a_source_that_could_not_be_read_is_known_too(output: Output, name: str) -> None:
+    sink.write_sources(output, listing({"source": name}))
+    with Ledger(output) as ledger:  # whichever of the two shards comes first by name
+        ledger.add(row("k1", name, doc_id=None, page_count=0))
+    assert sink.read_sources(output)["page_count"].to_pylist() == [0]
+
+
+@pytest.mark.parametrize("name", [f"{n}.pdf" for n in range(8)])
+def test_a_manifests_columns_stay_with_a_source_that_was_identified(output: Output, name: str) -> None:
+    sink.write_sources(output, listing({"source": name}, {"source": "other"}, customer=[None, "ACME"], tags=[["x"], None]))
+    with Ledger(output) as ledger:
+        ledger.add(row("k1", name, doc_id="bb"))
+    found = sink.read_sources(output).select(["source", "doc_id", "customer", "tags"]).to_pylist()
+    assert found == [
+        {"source": name, "doc_id": "bb", "customer": None, "tags": ["x"]},
+        {"source": "other", "doc_id": None, "customer": "ACME", "tags": None},
+    ]
+
+
+def test_a_listing_replaces_what_was_there(output: Output) -> None:
+    sink.write_sources(output, listing({"source": "gone"}))
+    sink.replace_sources(output, listing({"source": "a"}, {"source": "b"}))
+    assert sink.read_sources(output)["source"].to_pylist() == ["a", "b"]
+    assert len(names(output.sources)) == 1
+
+
+# --- records and counts
+
+
+def test_records_of_an_earlier_settling_are_removed(output: Output) -> None:
+    old, new = (sink.write_shard(output.records, TABLE, [key]) for key in ("old", "new"))
+    output.keep_records({new.name})
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_status_counts_documents_requests_and_records(output: Output) -> None:
+    output.write_job({"job": {"name": "slips"}, "fingerprint": "f", "asked": {}})
+    sink.write_sources(output, listing({"source": "a.pdf"}, {"source": "b.pdf"}))
+    with Ledger(output) as ledger:
+        ledger.add(row("k1", status="extracted"))
+    failure = {"stage": "render", "kind": "broken", "message": "…"}
+    records = pa.Table.from_pylist([{"_status": "extracted", "_failure": None}, {"_status": "failed", "_failure": failure}])
+    sink.write_shard(output.records, records, ["a", "b"])
+    assert sink.count(output) == {
+        "job": {"slips": 1},
+        "documents": {"listed": 2, "identified": 1},
+        "requests": {"extracted": 1},
+        "records": {"extracted": 1, "failed": 1},
+        "failures": {"render/broken": 1},
+    }
+
+
+def test_status_refuses_a_folder_of_something_else(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"is not an output folder: it has no job\.yaml"):
+        sink.count(Output(tmp_path))
