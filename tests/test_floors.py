@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pipeline"
 FLOORS = {
     0: {"errors", "records", "budget", "schema", "arrow", "prompt", "validate", "merge"},
-    1: {"job", "report"},
+    1: {"job", "jobfile", "report"},
     2: {"source", "manifest", "render", "sandbox", "sink", "awq", "decoding", "engines"},
     3: {"stages", "settle"},
     4: {"flow", "cluster", "preview"},
@@ -25,7 +25,8 @@ DOORS = {
     "transformers": {"engines", "awq", "demo"},
     "awq": {"awq"},
     "llguidance": {"decoding"},
-    "pydantic": {"job"},
+    "pydantic": {"job", "jobfile"},
+    "yaml": {"cli", "jobfile", "sink"},
     "jsonschema": {"schema", "validate"},
     "ray": {"flow", "cluster"},
     "click": {"cli"},

@@ -500,8 +500,22 @@ def leaves(value: Any, path: str = "$") -> Iterator[tuple[str, Any]]:
 
 def answer(value: Any) -> str:
     """Return a record as the model should write it: compact JSON, sums of money with two decimals."""
+    return "".join(text for text, _ in pieces(value))
+
+
+def pieces(value: Any, path: str = "$") -> Iterator[tuple[str, str]]:
+    """Yield a record's JSON in pieces: each value with its path, and what stands between values with none."""
     if isinstance(value, dict):
-        return "{" + ",".join(f"{json.dumps(k)}:{answer(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(answer, value)) + "]"
-    return f"{value:.2f}" if isinstance(value, Decimal) else json.dumps(value, ensure_ascii=False)
+        for at, (key, inner) in enumerate(value.items()):
+            yield ("," if at else "{") + json.dumps(key) + ":", ""
+            yield from pieces(inner, f"{path}.{key}")
+        yield "}", ""
+    elif isinstance(value, list):
+        yield "[", ""
+        for at, inner in enumerate(value):
+            if at:
+                yield ",", ""
+            yield from pieces(inner, f"{path}[{at}]")
+        yield "]", ""
+    else:
+        yield f"{value:.2f}" if isinstance(value, Decimal) else json.dumps(value, ensure_ascii=False), path

@@ -7,13 +7,11 @@ say for each character of the answer which visual token shows it, which is what 
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from torch.utils.data import IterableDataset
 
 from pipeline import prompt
 from pipeline.demo import documents, drawing, model
-from pipeline.demo.documents import HEIGHT_PX, HELD_OUT, WIDTH_PX, Form, Pen, Run, Sample, Sheet
+from pipeline.demo.documents import HEIGHT_PX, HELD_OUT, WIDTH_PX, Form, Pen, Run, Sample, Sheet, answer, pieces
 from pipeline.schema import Schema
 
 COLUMNS = 8
@@ -155,29 +153,6 @@ def spelling_sheet(rng: random.Random) -> Sheet:
     return sheet
 
 
-def answer(value: Any) -> str:
-    """Return a record as the model should write it: compact JSON, sums of money with two decimals."""
-    return "".join(text for text, _ in pieces(value))
-
-
-def pieces(value: Any, path: str = "$") -> Iterator[tuple[str, str]]:
-    """Yield a record's JSON in pieces: each value with its path, and what stands between values with none."""
-    if isinstance(value, dict):
-        for at, (key, inner) in enumerate(value.items()):
-            yield ("," if at else "{") + json.dumps(key) + ":", ""
-            yield from pieces(inner, f"{path}.{key}")
-        yield "}", ""
-    elif isinstance(value, list):
-        yield "[", ""
-        for at, inner in enumerate(value):
-            if at:
-                yield ",", ""
-            yield from pieces(inner, f"{path}[{at}]")
-        yield "]", ""
-    else:
-        yield f"{value:.2f}" if isinstance(value, Decimal) else json.dumps(value, ensure_ascii=False), path
-
-
 def record(sample: Sample, angles: list[float]) -> tuple[str, Places]:
     """Return a document's record as the model should write it, and where its characters stand."""
     runs: dict[str, tuple[Run, list[tuple[int, int]]]] = {}
@@ -187,10 +162,13 @@ def record(sample: Sample, angles: list[float]) -> tuple[str, Places]:
                 runs[run.shows] = run, [(page * PAGE_TOKENS + cell, column) for cell, column in cells(run, angle)]
     text, places = "", Places()
     for piece, path in pieces(sample.truth):
-        run, where = runs.get(path) or runs.get(path.replace("currency", "total")) or runs.get(path.rpartition(".")[0]) or (None, [])
-        found = aligned(piece, path, run.text) if run and piece != "null" else [None] * len(piece)
+        shown = runs.get(path) or runs.get(path.replace("currency", "total")) or runs.get(path.rpartition(".")[0])
         text += piece
-        places += [None if at is None else where[at] for at in found]
+        if shown is None or piece == "null":
+            places += [None] * len(piece)
+        else:
+            run, where = shown
+            places += [None if at is None else where[at] for at in aligned(piece, path, run.text)]
     return text, places
 
 

@@ -1,0 +1,106 @@
+"""Which model answers here, and what is refused before one is loaded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from desk import SCHEMA, Desk
+
+from pipeline import __version__, engines
+from pipeline.demo import CHECKPOINT
+from pipeline.errors import JobError
+
+HUB = "model.name=Qwen/Qwen2.5-VL-7B-Instruct-AWQ"
+
+
+# --- which model
+
+
+@pytest.mark.parametrize("policy", ["stop", "demo", "cpu"])
+def test_with_a_gpu_the_jobs_model_answers(desk: Desk, policy: str) -> None:
+    job = desk.job(HUB, f"model.without_gpu={policy}")
+    assert engines.choose(job, 1.0) is job
+
+
+def test_without_a_gpu_the_demonstration_takes_its_place(desk: Desk) -> None:
+    chosen = engines.choose(desk.job(HUB, "model.without_gpu=demo", "model.lora=adapter"), 0.0)
+    model = chosen.sections.model
+    assert (model.name, model.revision, model.lora) == ("demo", __version__, None)
+
+
+def test_without_a_gpu_the_jobs_model_may_run_on_the_cpu(desk: Desk) -> None:
+    job = desk.job(HUB, "model.without_gpu=cpu")
+    assert engines.choose(job, 0.0) is job
+
+
+def test_without_a_gpu_and_a_way_out_the_job_is_refused(desk: Desk) -> None:
+    with pytest.raises(JobError, match=r"there is no GPU for Qwen/.*; set model\.without_gpu to demo .* or cpu"):
+        engines.choose(desk.job(HUB), 0.0)
+
+
+@pytest.mark.parametrize("gpus", [0.0, 1.0])
+def test_a_job_may_name_the_demonstration_itself(desk: Desk, gpus: float) -> None:
+    assert engines.choose(desk.job(), gpus).sections.model.revision == __version__
+
+
+def test_the_choice_changes_nothing_else(desk: Desk) -> None:
+    job = desk.job(HUB, "model.without_gpu=demo")
+    chosen = engines.choose(job, 0.0)
+    assert (chosen.output, chosen.schema, chosen.sections.pages) == (job.output, job.schema, job.sections.pages)
+    assert chosen.fingerprint != job.fingerprint
+
+
+def test_two_ways_to_the_demonstration_ask_the_same(desk: Desk) -> None:
+    named, fallen_back = desk.job(), desk.job(HUB, "model.without_gpu=demo")
+    assert engines.choose(named, 0.0).fingerprint == engines.choose(fallen_back, 0.0).fingerprint
+
+
+# --- what is refused
+
+
+def test_a_schema_within_the_grammar_leaves_nothing_to_the_validator(desk: Desk) -> None:
+    assert engines.check(desk.job()) == ()
+
+
+def test_what_the_grammar_leaves_to_the_validator_is_said(desk: Desk) -> None:
+    lines = SCHEMA["properties"]["lines"] | {"uniqueItems": True}  # type: ignore[index]
+    (desk.folder / "schema.json").write_text(json.dumps(SCHEMA | {"properties": SCHEMA["properties"] | {"lines": lines}}))  # type: ignore[operator]
+    assert engines.check(desk.job()) == ("not enforced while decoding: /properties/lines/uniqueItems",)
+
+
+def test_a_folder_without_a_checkpoint_is_refused(desk: Desk) -> None:
+    (desk.folder / "empty").mkdir()
+    with pytest.raises(JobError, match=r"model\.name is 'empty', but .*/empty holds no checkpoint \(no config\.json\)"):
+        engines.check(desk.job("model.name=empty"))
+
+
+@pytest.mark.parametrize("name", ["./gone", "/gone", "~/gone"])
+def test_a_path_that_leads_nowhere_is_refused(desk: Desk, name: str) -> None:
+    with pytest.raises(JobError, match="holds no checkpoint"):
+        engines.check(desk.job(f"model.name={name}"))
+
+
+def test_a_hub_id_is_taken_on_trust(desk: Desk) -> None:
+    assert engines.check(desk.job(HUB)) == ()
+
+
+# --- where it lies
+
+
+def test_a_models_folder_is_relative_to_the_job(desk: Desk) -> None:
+    assert engines.folder(desk.job("model.name=./mine")) == desk.folder / "mine"
+
+
+def test_the_demonstration_lies_in_the_package(desk: Desk) -> None:
+    assert engines.folder(desk.job()) == CHECKPOINT
+
+
+def test_choosing_and_checking_load_no_model_library(desk: Desk) -> None:
+    code = f"from pathlib import Path; from pipeline import Job, engines; import sys\n" \
+        f"engines.check(engines.choose(Job.load({str(desk.file)!r}), 0)); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout
+    assert not {"torch", "transformers", "ray"} & set(loaded.split())
