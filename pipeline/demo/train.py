@@ -154,7 +154,7 @@ def curriculum(done: float) -> tuple[float, float]:
     """Return the shares of spelling and, in the rest, of copying: letters first, then where they stand, then what they mean."""
     if done < 0.15:
         return 1.0, 0.0
-    return (0.0, 0.5) if done < 0.6 else (0.0, 0.15)
+    return (0.0, 0.5) if done < 0.5 else (0.0, 0.1)
 
 
 def learning_rate(step: int, done: float, peak: float) -> float:
