@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.exceptions import RayError
 
 from pipeline import cluster, engines, sink, source
 from pipeline.budget import RenderSettings
-from pipeline.errors import JobError, RunError
+from pipeline.errors import JobError, RunError, SourceError
 from pipeline.job import Job, differences
 from pipeline.report import Counted, OnProgress, Report
 from pipeline.settle import SettleStage
@@ -55,7 +56,7 @@ def run(job: Job, limit: int | None = None, on_progress: OnProgress | None = Non
     again resumes it.
     """
     started = time.monotonic()
-    listing = source.find(job.sections.source.paths, job.file.parent, allow_outside=job.sections.source.allow_outside)
+    listing = found(job)
     render_settings(job)  # these three refuse a missing password, clashing columns or an impossible schema before Ray starts
     SettleStage(job, extras_of(listing))
     engines.check(job)
@@ -117,6 +118,19 @@ def begin(job: Job, output: Output) -> None:
     output.prepare()
     versions = {name: version(name) for name in LIBRARIES}
     output.write_job({"job": job.resolved(), "fingerprint": job.fingerprint, "asked": job.asked, "versions": versions})
+
+
+def found(job: Job) -> pa.Table:
+    """Return the job's documents; what an earlier run wrote into an output folder among them is none.
+
+    Raises JobError, and SourceError when there is none at all.
+    """
+    listing = source.find(job.sections.source.paths, job.file.parent, allow_outside=job.sections.source.allow_outside)
+    own = source.name_of(str(job.output), str(job.file.parent)) + "/"
+    listing = listing.filter(pc.invert(pc.starts_with(listing["source"], own)))
+    if not listing.num_rows:
+        raise SourceError(f"{job.file}: source.paths names nothing but the output folder {job.output}")
+    return listing
 
 
 def extras_of(listing: pa.Table) -> pa.Schema:

@@ -7,6 +7,7 @@ For each document that was listed there is one row, or one for each of its pages
     failed      not read, not drawn, not answered or not asked yet: `_failure` says where and why, the schema's columns are null
 
 Knows neither Ray nor Parquet files, and no time: a record holds nothing that differs between two runs over the same answers.
+(MuPDF's warnings about a page, which depend on the pages drawn before it, stay in the ledger with the times.)
 """
 
 from __future__ import annotations
@@ -48,7 +49,6 @@ PROVENANCE = {
     "_visual_tokens": (pa.int64(), "Visual tokens of these pages."),
     "_prompt_tokens": (pa.int64(), "Tokens read by the model, visual ones and re-asks included."),
     "_completion_tokens": (pa.int64(), "Tokens written by the model."),
-    "_warnings": (pa.list_(pa.string()), "What the renderer noted about these pages."),
     "_model": (pa.string(), "The checkpoint that answered."),
     "_engine": (pa.string(), "The engine that ran it."),
 }
@@ -149,7 +149,6 @@ def provenance(asked: list[Row]) -> Row:
         "_visual_tokens": sum(page["visual_tokens"] for page in pages),
         "_prompt_tokens": total("prompt_tokens"),
         "_completion_tokens": total("completion_tokens"),
-        "_warnings": [f"page {page['page_no']}: {warning}" for page in pages for warning in page["warnings"]],
         "_errors": [],
         "_disagreements": [],
         "_model": asked[0].get("model"),
