@@ -28,8 +28,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
+from transformers import AutoConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
+from pipeline import awq
 from pipeline.demo import model
 from pipeline.demo.documents import HEIGHT_PX, WIDTH_PX
 from pipeline.demo.lessons import COLUMNS, IGNORED, LETTERS, SCHEMAS, Batch, Lessons
@@ -175,8 +177,8 @@ def share(pupil: Pupil, elapsed_s: float) -> float:
     return float(flat[-1])
 
 
-def train(work: Path, minutes: float, batch_size: int, peak: float) -> None:
-    """Train for so many minutes, saving every few; a folder with a state in it is trained on."""
+def train(work: Path, minutes: float, batch_size: int, peak: float, start: Path | None = None) -> None:
+    """Train for so many minutes, saving every few; a folder with a state in it is trained on, an empty one from `start`."""
     rank, device = int(os.environ.get("RANK", 0)), "cuda" if torch.cuda.is_available() else "cpu"
     if "WORLD_SIZE" in os.environ and device == "cpu":
         dist.init_process_group("gloo")
@@ -186,6 +188,9 @@ def train(work: Path, minutes: float, batch_size: int, peak: float) -> None:
     pupil = Pupil().to(device)
     steppers = optimizers(pupil)
     step, before_s = restore(work, pupil, steppers)
+    if start and not step:
+        weights = awq.load(start, AutoConfig.from_pretrained(start), torch.float32, torch.device("cpu")).state_dict()
+        pupil.reader.load_state_dict(weights)
     shares = torch.multiprocessing.get_context("fork").Array("d", 2)
     shares[:] = curriculum(before_s / (minutes * 60))
     lessons = Lessons(step * 1000 + rank, batch_size, shares)
@@ -249,8 +254,6 @@ def restore(work: Path, pupil: Pupil, steppers: list[torch.optim.Optimizer] | No
 
 def export(work: Path, folder: Path) -> None:
     """Write the trained model as a plain checkpoint to `work`/plain and, rounded to 4 bits in AWQ layout, to `folder`."""
-    from pipeline.awq import quantize
-
     pupil = Pupil()
     if not restore(work, pupil, None)[0]:
         raise SystemExit(f"{work} holds no training state")
@@ -258,7 +261,7 @@ def export(work: Path, folder: Path) -> None:
     cast(nn.Module, pupil.reader).half()
     pupil.reader.save_pretrained(plain)
     model.processor(model.schemas(SCHEMAS)).save_pretrained(plain)
-    quantize(plain, folder)
+    awq.quantize(plain, folder)
 
 
 def main() -> None:
@@ -267,12 +270,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=90, help="training time in all, earlier runs in the same folder included")
     parser.add_argument("--batch-size", type=int, default=16, help="pages per process and step")
     parser.add_argument("--peak", type=float, default=3e-3, help="highest learning rate")
+    parser.add_argument("--start", type=Path, help="checkpoint to begin with, such as the shipped one, instead of random weights")
     parser.add_argument("--export", type=Path, help="write the checkpoint to this folder instead of training")
     given = parser.parse_args()
     if given.export:
         export(given.work, given.export)
     else:
-        train(given.work, given.minutes, given.batch_size, given.peak)
+        train(given.work, given.minutes, given.batch_size, given.peak, given.start)
 
 
 if __name__ == "__main__":
