@@ -9,6 +9,8 @@ Knows what follows what; each step's work is done in another room.
 from __future__ import annotations
 
 import logging
+import os
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -45,6 +47,8 @@ DOCUMENTS_PER_SHARD = 1000
 BLOCK_BYTES = 32 * 2**20
 """How much a task gathers before the next step sees it: three full requests, so that the first answers come soon."""
 BATCHES_IN_FLIGHT = 8
+RAISED = re.compile(r"^((?:\w+\.)*)([A-Z]\w*): (.+)$", re.MULTILINE)
+"""The line of a traceback that says what was raised."""
 LIBRARIES = ("pipeline", "ray", "torch", "transformers", "pymupdf", "pyarrow", "llguidance", "jsonschema")
 
 
@@ -90,6 +94,7 @@ def settle(job: Job) -> Report:
     job = job.with_demo() if before["job"]["model"]["name"] == "demo" else job
     if set(changed := differences(before["asked"], job.asked)) - {"extract.schema", "prompt"}:
         raise JobError(f"{job.file} has changed since {job.output} was asked: {', '.join(changed)}")
+    output.prepare()
     report = Report(job.sections.name, str(job.output), job.sections.model.name, job.uses_demo)
     settle_into(job, output, report, before["fingerprint"])
     output.write_report(report.as_dict())
@@ -126,7 +131,7 @@ def found(job: Job) -> pa.Table:
     Raises JobError, and SourceError when there is none at all.
     """
     listing = source.find(job.sections.source.paths, job.file.parent, allow_outside=job.sections.source.allow_outside)
-    own = source.name_of(str(job.output), str(job.file.parent)) + "/"
+    own = source.name_of(os.path.realpath(job.output), os.path.realpath(job.file.parent)) + "/"
     listing = listing.filter(pc.invert(pc.starts_with(listing["source"], own)))
     if not listing.num_rows:
         raise SourceError(f"{job.file}: source.paths names nothing but the output folder {job.output}")
@@ -230,7 +235,7 @@ def ask(job: Job, output: Output, documents: pa.Table, resources: cluster.Resour
                 ledger.add(row)
                 counted.add(row)
         except RayError as error:
-            raise RunError(f"the run stopped: {first_line(error)}; run the same command again to resume it") from error
+            raise stopped(error, "the run stopped: {}; run the same command again to resume it") from error
 
 
 def requests(rendering: Rendering, claims: Any, documents: pa.Table, resources: cluster.Resources) -> ray.data.Dataset:
@@ -285,8 +290,8 @@ def check_room(job: Job, resources: cluster.Resources) -> None:
     cpus = actor_cpus(job, resources)
     if actors * gpus > resources.gpus or actors * cpus + renderer_cpus(resources) > resources.cpus:
         raise JobError(
-            f"{job.file}: ray.actors is {actors}, each with {cpus:g} CPUs and {gpus:g} GPUs, and rendering takes {renderer_cpus(resources):g} CPUs; "
-            f"there are {resources.cpus:g} CPUs and {resources.gpus:g} GPUs"
+            f"{job.file}: ray.actors is {actors}, each with {cpus:g} CPUs and {gpus:g} GPUs, beside {renderer_cpus(resources):g} CPUs "
+            f"for rendering; there are {resources.cpus:g} CPUs and {resources.gpus:g} GPUs"
         )
 
 
@@ -294,9 +299,14 @@ def renderer_cpus(resources: cluster.Resources) -> float:
     return 1.0 if resources.gpus else 0.5
 
 
-def first_line(error: Exception) -> str:
-    cause = getattr(error, "cause", None) or error
-    return next((line for line in str(cause).strip().splitlines()[::-1] if line.strip()), type(error).__name__).strip()[:300]
+def stopped(error: RayError, sentence: str) -> RunError:
+    """Return what a worker raised as the end of this run. Of its exception only the text comes over from its process."""
+    text = str(error).partition("\nThe above exception was the direct cause")[0].strip()
+    raised = RAISED.findall(text)
+    if not raised:
+        return RunError(sentence.format(text.partition("\n")[0][:300]))
+    module, name, message = raised[-1]
+    return RunError(message if module == "pipeline.errors." else sentence.format(f"{name}: {message[:300]}"))
 
 
 SETTLED = pa.schema(
@@ -318,7 +328,7 @@ def settle_into(job: Job, output: Output, report: Report, fingerprint: str | Non
     try:
         rows = list(rows_of(settled))
     except RayError as error:
-        raise RunError(f"settling stopped: {first_line(error)}; nothing asked is lost: run pipeline settle") from error
+        raise stopped(error, "settling stopped: {}; nothing asked is lost: run pipeline settle") from error
     output.keep_records({row["file"] for row in rows})
     report.settled([s for row in rows for s in row["statuses"]], [f for row in rows for f in row["failures"]])
     seen = {name for row in rows for name in row["sources"]}

@@ -100,7 +100,7 @@ def test_the_demonstration_lies_in_the_package(desk: Desk) -> None:
 
 
 def test_choosing_and_checking_load_no_model_library(desk: Desk) -> None:
-    code = f"from pathlib import Path; from pipeline import Job, engines; import sys\n" \
-        f"engines.check(engines.choose(Job.load({str(desk.file)!r}), 0)); print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout
+    code = "import sys; from pipeline import Job, engines\nengines.check(engines.choose(Job.load(sys.argv[1]), 0)); print(*sys.modules)"
+    command = [sys.executable, "-c", code, str(desk.file)]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout
     assert not {"torch", "transformers", "ray"} & set(loaded.split())

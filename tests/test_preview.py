@@ -11,7 +11,6 @@ import pytest
 from desk import CUT, INVALID, VALID, Desk, Scripted, completion, slip, texts
 from made import page_pdf
 from PIL import Image
-from pytest import MonkeyPatch
 
 from pipeline import engines, preview
 from pipeline.budget import smart_resize
@@ -81,7 +80,7 @@ def test_a_png_that_cannot_be_written_is_refused(desk: Desk) -> None:
 
 
 @pytest.fixture
-def loaded(monkeypatch: MonkeyPatch) -> Any:
+def loaded(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Load a scripted engine in the model's place."""
 
     def load(*says: Any) -> Scripted:

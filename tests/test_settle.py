@@ -78,12 +78,6 @@ def test_a_record_says_where_it_comes_from_and_what_it_cost(stage: SettleStage) 
     assert (row["_model"], row["_engine"]) == ("script-1", "scripted")
 
 
-def test_warnings_say_their_page(stage: SettleStage) -> None:
-    pages = [PAGE | {"page_no": 1, "warnings": ["no such font"]}, PAGE | {"page_no": 2}]
-    row = record(stage, document(page_count=2), {"answer": VALID, "pages": pages})
-    assert row["_warnings"] == ["page 1: no such font"]
-
-
 def test_a_manifests_columns_travel(desk: Desk) -> None:
     stage = SettleStage(desk.job(), pa.schema([("customer", pa.string()), ("tags", pa.list_(pa.int64()))]))
     row = record(stage, document(customer="ACME", tags=[1, 2]), VALID)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pytest import MonkeyPatch
 
 from pipeline import sink
 from pipeline.errors import JobError, RunError
@@ -109,7 +108,7 @@ def test_a_shard_written_twice_has_the_same_bytes(output: Output) -> None:
     assert sink.write_shard(output.records, TABLE, ["a", "b"]).read_bytes() == first
 
 
-def test_a_full_disk_leaves_no_half_shard_and_the_old_one_whole(output: Output, monkeypatch: MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_half_shard_and_the_old_one_whole(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     file = sink.write_shard(output.records, TABLE, ["a"])
 
     def full(_: int) -> None:  # what fsync does on a disk that fills up: quotas and tmpfs say so at once, networks only here
@@ -161,7 +160,7 @@ def test_the_ledger_holds_what_was_added(output: Output) -> None:
     ]
 
 
-def test_the_ledger_writes_when_it_has_enough(output: Output, monkeypatch: MonkeyPatch) -> None:
+def test_the_ledger_writes_when_it_has_enough(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ledger, "ROWS", 2)
     ledger = Ledger(output)
     for key in ("k1", "k2", "k3"):
@@ -169,7 +168,7 @@ def test_the_ledger_writes_when_it_has_enough(output: Output, monkeypatch: Monke
     assert sink.read_shards(output.requests, ["key"], LEDGER)["key"].to_pylist() == ["k1", "k2"]
 
 
-def test_the_ledger_writes_when_it_is_time(output: Output, monkeypatch: MonkeyPatch) -> None:
+def test_the_ledger_writes_when_it_is_time(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ledger, "SECONDS", -1.0)
     Ledger(output).add(row("k1"))
     assert sink.read_shards(output.requests, ["key"], LEDGER)["key"].to_pylist() == ["k1"]

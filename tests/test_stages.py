@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from desk import CUT, INVALID, VALID, Desk, Say, Scripted, completion, listed, slip, texts
-from pytest import MonkeyPatch
 
 from pipeline import schema
 from pipeline.budget import RenderSettings
@@ -20,9 +19,8 @@ from pipeline.records import Request
 from pipeline.sandbox import Sandbox
 from pipeline.stages import AskStage, RenderStage, Row, document_keys, images, page_ranges, render_settings, request_key
 
-ASK_ALL = staticmethod(lambda identity, source, keys: keys)
 SIZE = {"page_no": 1, "width_px": 28, "height_px": 28, "dpi": 200.0, "visual_tokens": 1, "warnings": []}
-REQUEST: Row = {"source": "a.pdf", "key": "k", "first_page": 1, "last_page": 1, "page_count": 1, "pages": [SIZE], "pixels": [bytes(28 * 28 * 3)]}
+REQUEST: Row = {"source": "a.pdf", "key": "k", "first_page": 1, "last_page": 1, "page_count": 1, "pages": [SIZE], "pixels": [bytes(2352)]}
 
 
 # --- names of requests
@@ -60,7 +58,7 @@ def sandbox() -> Iterator[Sandbox]:
 
 @pytest.fixture
 def stage(desk: Desk, sandbox: Sandbox) -> RenderStage:
-    made = RenderStage(sandbox.settings, desk.folder, 2, "f" * 16, ASK_ALL)
+    made = RenderStage(sandbox.settings, desk.folder, 2, "f" * 16, lambda identity, source, keys: keys)
     made.sandbox = sandbox
     return made
 
@@ -106,7 +104,7 @@ def test_a_file_that_was_not_there_when_listed_says_so(desk: Desk, stage: Render
     assert row["failure"]["message"] == "in/gone.pdf cannot be read: there is no such file"
 
 
-def test_a_page_that_cannot_be_drawn_costs_its_request_alone(desk: Desk, stage: RenderStage, monkeypatch: MonkeyPatch) -> None:
+def test_a_page_that_cannot_be_drawn_costs_its_request_alone(desk: Desk, stage: RenderStage, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = stage.sandbox.pages
 
     def torn(first_page: int, last_page: int) -> Iterator[Any]:  # a page whose content MuPDF gives up on, without the work to make one
@@ -139,7 +137,7 @@ def test_a_claim_names_document_source_and_keys(desk: Desk, stage: RenderStage) 
     assert claims == [(doc_id, "in/a.pdf", [request_key(doc_id, 1, 1, "f" * 16)])]
 
 
-def test_the_password_comes_from_the_environment(desk: Desk, monkeypatch: MonkeyPatch) -> None:
+def test_the_password_comes_from_the_environment(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLIP_PASSWORD", "open sesame")
     assert render_settings(desk.job("source.password_env=SLIP_PASSWORD")).password == "open sesame"
 
@@ -151,8 +149,8 @@ def test_a_password_that_is_not_there_is_refused(desk: Desk) -> None:
 
 
 def test_limits_are_the_jobs(desk: Desk) -> None:
-    settings = render_settings(desk.job("limits.timeout_s=5", "limits.memory_mib=300", "limits.max_file_mib=2", "limits.max_image_megapixels=7"))
-    assert (settings.timeout_s, settings.memory_bytes, settings.max_file_bytes, settings.max_image_pixels) == (5, 300 * 2**20, 2 * 2**20, 7 * 10**6)
+    settings = render_settings(desk.job("limits.timeout_s=5", "limits.memory_mib=300", "limits.max_file_mib=2", "limits.max_pages=7"))
+    assert (settings.timeout_s, settings.memory_bytes, settings.max_file_bytes, settings.max_pages) == (5, 300 * 2**20, 2 * 2**20, 7)
 
 
 # --- asking

@@ -1,0 +1,336 @@
+"""Commands become text and exit codes: words on stderr, data on stdout, one sentence for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from click.testing import CliRunner, Result
+from desk import CUT, INVALID, JOB, SCHEMA, VALID, Desk, Scripted, completion
+from PIL import Image
+from rich.console import Console
+
+from pipeline import cli, engines
+from pipeline.errors import DocumentError, EngineDead, JobError, RunError, SourceError
+from pipeline.report import Exit, Progress, Report
+from pipeline.sink import Output, write_shard
+
+COMMANDS = ("run", "settle", "check", "preview", "status")
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def shell(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run Python as a process of its own, where nothing can hide what it writes."""
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+
+
+def refusal(*arguments: str | Path) -> str:
+    """Return the one sentence with which a command is refused."""
+    result = invoke(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    said, end = result.stderr.split("\n")
+    assert (said.startswith("error: "), end) == (True, "")
+    return said
+
+
+# --- help
+
+
+def test_help_names_the_commands() -> None:
+    said = invoke("--help").stdout
+    assert [name for name in COMMANDS if re.search(rf"^  {name} ", said, re.MULTILINE)] == list(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    result = invoke(command, "--help")
+    assert (result.exit_code, result.stdout.startswith(f"Usage: main {command} ")) == (0, True)
+
+
+@pytest.mark.parametrize("line", ["", "jump", "run", "run job.yaml --limit 0", "preview job.yaml a.pdf --page 0", "status"])
+def test_a_wrong_command_line_is_exit_code_2(line: str) -> None:
+    result = invoke(*line.split())
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Usage: " in result.stderr
+
+
+# --- what is refused before anything starts
+
+
+WRONG: dict[str, tuple[Callable[[Desk], Any], list[str], str]] = {
+    "no job": (lambda desk: desk.file.unlink(), [], r"cannot read the job file .*job\.yaml: No such file"),
+    "no YAML": (lambda desk: desk.file.write_text("name: ["), [], r"job\.yaml is not valid YAML"),
+    "unknown key": (lambda desk: desk.file.write_text(JOB + "modle: {}\n"), [], r"job\.yaml:7: unknown key modle; did you mean model\?"),
+    "unknown key set": (lambda desk: None, ["--set", "model.engin=x"], r"unknown key model\.engin; did you mean engine\?"),
+    "wrong engine": (lambda desk: None, ["--set", "model.engine=nope"], r"model\.engine: should be 'auto' or .*, found 'nope'"),
+    "no schema": (lambda desk: (desk.folder / "schema.json").unlink(), [], r"schema\.json cannot be read: No such file"),
+    "misspelt keyword": (lambda desk: spoil(desk, {"minimun": 0}), [], r"minimun"),
+    "impossible keyword": (lambda desk: spoil(desk, {"$dynamicRef": "#x"}), [], r"'\$dynamicRef' .* not supported"),
+    "no source": (lambda desk: None, ["--set", "source.paths=[gone]"], r"source 'gone' does not exist"),
+    "no files": (lambda desk: (desk.inputs / "a.pdf").unlink(), [], r"source 'in' holds no files"),
+    "no password": (lambda desk: None, ["--set", "source.password_env=NOT_SET_HERE"], r"variable NOT_SET_HERE, which is not set"),
+    "no checkpoint": (lambda desk: None, ["--set", "model.name=./gone"], r"holds no checkpoint"),
+}
+
+
+def spoil(desk: Desk, keyword: dict[str, Any]) -> None:
+    """Give a property of the schema one more keyword."""
+    (desk.folder / "schema.json").write_text(json.dumps(SCHEMA | {"properties": {"total": {"type": "number"} | keyword}, "required": []}))
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_job_is_refused_and_nothing_is_started(desk: Desk, case: str) -> None:
+    spoiled, arguments, sentence = WRONG[case]
+    desk.put("a.pdf")
+    spoiled(desk)
+    assert re.search(sentence, refusal("run", desk.file, *arguments))
+    assert not (desk.folder / "out").exists()
+
+
+def test_a_refusal_is_one_line_for_the_shell_too(desk: Desk) -> None:
+    ended = shell("-m", "pipeline.cli", "run", desk.file, "--set", "source.paths=[gone]")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"error: source 'gone' does not exist (looked for {desk.folder}/gone)\n"
+
+
+def test_settling_a_job_that_never_ran_is_refused(desk: Desk) -> None:
+    assert "there is nothing to settle in" in refusal("settle", desk.file)
+    assert not (desk.folder / "out").exists()
+
+
+# --- check
+
+
+def test_check_shows_prompt_and_columns(desk: Desk) -> None:
+    result = invoke("check", desk.file)
+    assert (result.exit_code, result.stderr) == (0, "")
+    for line in ("  name: slips", "  - total (number or null)", "  total: decimal128(18, 2)", "  _status: string"):
+        assert f"\n{line}\n" in result.stdout
+    assert f"\nfingerprint: {desk.job().fingerprint}\n" in result.stdout
+
+
+def test_check_says_what_is_narrowed_and_what_the_grammar_leaves_out(desk: Desk) -> None:
+    spoil(desk, {"not": {"const": 7}})
+    said = invoke("check", desk.file).stdout
+    assert "left to the validator by the grammar:\n  not enforced while decoding: /properties/total/not" in said
+
+
+def test_check_prints_json_alone(desk: Desk) -> None:
+    result = invoke("check", desk.file, "--set", "pages.dpi=150", "--json")
+    found = json.loads(result.stdout)
+    assert (result.stderr, found["job"]["pages"]["dpi"], found["prompt"]) == ("", 150, desk.job().system)
+    assert found["columns"]["currency"].startswith("dictionary")
+
+
+def test_check_starts_nothing(desk: Desk) -> None:
+    code = "import sys; from pipeline import cli\ntry: cli.main(['check', sys.argv[1]])\nfinally: print(*sys.modules, file=sys.stderr)"
+    ended = shell("-c", code, desk.file)
+    assert not {"ray", "torch", "transformers", "pymupdf"} & set(ended.stderr.split())
+    assert ended.returncode == 0
+    assert not (desk.folder / "out").exists()
+
+
+# --- preview
+
+
+def test_preview_says_the_size_of_the_png_it_writes(desk: Desk) -> None:
+    png = desk.folder / "seen.png"
+    result = invoke("preview", desk.file, desk.put("a.pdf"), "--no-answer", "--png", png)
+    with Image.open(png) as image:
+        assert f"{image.width}×{image.height} px, 200.0 dpi, 256 visual tokens" in result.stdout
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_preview_shows_the_prompt(desk: Desk) -> None:
+    said = invoke("preview", desk.file, desk.put("a.pdf"), "--no-answer").stdout
+    assert said.endswith(f"\nprompt:\n{desk.job().system}\n\n[page image]\nReturn the JSON object for this document.\n\n")
+
+
+def test_preview_prints_json_alone(desk: Desk) -> None:
+    result = invoke("preview", desk.file, desk.put("a.pdf"), "--no-answer", "--json")
+    found = json.loads(result.stdout)
+    assert (found["page_count"], found["width_px"], found["visual_tokens"], result.stderr) == (1, 448, 256, "")
+
+
+@pytest.mark.parametrize(
+    ("say", "code", "line"),
+    [
+        (completion(VALID), 0, f"answer (300 + 20 tokens, stop):\n{VALID}\n"),
+        (completion(INVALID), 1, f"{INVALID}\ninvalid: $.total: -1 is less than 0\n"),
+        (CUT, 1, "failed: the answer was cut after 20 tokens; raise sampling.max_tokens or lower pages.per_request\n"),
+    ],
+)
+def test_preview_shows_the_answer(desk: Desk, monkeypatch: pytest.MonkeyPatch, say: Any, code: int, line: str) -> None:
+    monkeypatch.setattr(engines, "load", lambda job: Scripted(say))
+    monkeypatch.setattr(engines, "gpu_count", lambda: 0)
+    result = invoke("preview", desk.file, desk.put("a.pdf"))
+    assert (result.exit_code, result.stderr) == (code, "")
+    assert result.stdout.endswith(line)
+
+
+def test_preview_says_aloud_that_the_demonstration_answers(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "load", lambda job: Scripted())
+    monkeypatch.setattr(engines, "gpu_count", lambda: 0)
+    settings = ("--set", "model.name=Qwen/Qwen2.5-VL-7B-Instruct-AWQ", "--set", "model.without_gpu=demo")
+    result = invoke("preview", desk.file, desk.put("a.pdf"), *settings)
+    assert "the DEMONSTRATION MODEL of this package answers instead of Qwen/Qwen2.5-VL-7B-Instruct-AWQ" in result.stderr
+
+
+def test_preview_of_what_is_no_document_is_exit_code_1(desk: Desk) -> None:
+    result = invoke("preview", desk.file, desk.put("a.pdf", b"Dear Sir"), "--no-answer")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("failed: the content is none of PDF")
+
+
+def test_the_demonstration_answers_without_a_warning(desk: Desk) -> None:
+    ended = shell("-m", "pipeline.cli", "preview", desk.file, desk.put("a.pdf"), "--json", "--set", "sampling.max_tokens=200")
+    found = json.loads(ended.stdout)
+    assert (found["status"], found["model"], found["engine"], found["errors"]) == ("extracted", "demo", "transformers", [])
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+# --- status
+
+
+@pytest.fixture
+def output(desk: Desk) -> Output:
+    made = Output(desk.folder / "out")
+    made.prepare()
+    made.write_job({"job": {"name": "slips"}, "fingerprint": "f", "asked": {}})
+    records = [{"_status": "failed", "_failure": {"stage": "render", "kind": "empty", "message": "…"}}]
+    write_shard(made.records, pa.Table.from_pylist(records), ["a"])
+    return made
+
+
+def test_status_is_words(output: Output) -> None:
+    result = invoke("status", output.path)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert re.search(r"records failed +│ 1", result.stderr)
+
+
+def test_status_prints_json_alone(output: Output) -> None:
+    result = invoke("status", output.path, "--json")
+    assert (result.stderr, json.loads(result.stdout)["failures"]) == ("", {"render/empty": 1})
+
+
+def test_status_of_something_else_is_refused(desk: Desk) -> None:
+    assert "was not written by a run" in refusal("status", desk.folder)
+
+
+# --- the end of a run
+
+
+def report(**given: Any) -> Report:
+    return Report("slips", "/tmp/out", "demo", True, documents=2, records=2, statuses={"extracted": 1, "failed": 1}, **given)
+
+
+def test_the_summary_is_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.show(report(failures={"render/empty": 1}, requests_asked=1), as_json=False) is Exit.DOCUMENTS_FAILED
+    said = capsys.readouterr()
+    assert said.out == ""
+    for line in ("slips: 2 documents, 2 records", r"extracted +│ 1", r"  render/empty +│ 1", r"demo \(demonstration\)"):
+        assert re.search(line, said.err)
+    assert re.search(r"^records: .*tmp/out/records$", said.err, re.MULTILINE)
+
+
+def test_the_summary_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.show(made := report(), as_json=True)
+    said = capsys.readouterr()
+    assert (json.loads(said.out), said.err) == (made.as_dict(), "")
+
+
+def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.show(report(missing=["in/b.pdf"]), as_json=False) is Exit.RUN_BROKEN
+    assert "error: 1 sources have no record, the first is in/b.pdf" in capsys.readouterr().err
+
+
+def test_there_is_no_bar_without_a_terminal() -> None:
+    with cli.progress(Console(file=StringIO()), quiet=False) as on_progress:
+        assert on_progress is None
+
+
+def test_there_is_no_bar_beside_json() -> None:
+    with cli.progress(Console(file=StringIO(), force_terminal=True), quiet=True) as on_progress:
+        assert on_progress is None
+
+
+def test_the_bar_shows_pages_per_second() -> None:
+    with cli.progress(Console(file=(screen := StringIO()), force_terminal=True, width=120), quiet=False) as on_progress:
+        assert on_progress is not None
+        on_progress(Progress(documents=4, documents_done=1, pages_done=6, requests_done=2, failed=1, elapsed_s=4))
+    assert "6 pages, 1.5 pages/s, 1 failed" in screen.getvalue()
+    assert "1/4" in screen.getvalue()
+
+
+# --- what ends a command
+
+
+def ended(act: Callable[[], Any]) -> int:
+    """Return the exit code of a command that does this."""
+    with pytest.raises(SystemExit) as error:
+        cli.guarded(act)()
+    return int(error.value.code or 0)
+
+
+def fail(error: BaseException) -> Callable[[], Any]:
+    def act() -> None:
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (JobError("bad job"), 2, "error: bad job"),
+        (SourceError("no files"), 2, "error: no files"),
+        (DocumentError("empty", "no bytes"), 1, "failed: no bytes"),
+        (RunError("full disk"), 3, "error: full disk"),
+        (EngineDead("no GPU"), 3, "error: no GPU"),
+        (KeyboardInterrupt(), 130, "stopped; what was answered is kept: run the same command again to go on"),
+        (cli.Terminated(), 143, "stopped; what was answered is kept: run the same command again to go on"),
+    ],
+)
+def test_every_end_has_its_code_and_its_sentence(capsys: pytest.CaptureFixture[str], error: BaseException, code: int, said: str) -> None:
+    assert ended(fail(error)) == code
+    assert capsys.readouterr().err == said + "\n"
+
+
+@pytest.mark.parametrize("code", [None, Exit.OK, Exit.DOCUMENTS_FAILED])
+def test_what_a_command_returns_is_its_code(code: Exit | None) -> None:
+    assert ended(lambda: code) == (code or 0)
+
+
+def test_a_terminated_command_stops_like_an_interrupted_one() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert ended(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_rays_core_writes_is_not_for_the_user(capfd: pytest.CaptureFixture[str]) -> None:
+    with cli.quiet_core():
+        os.write(2, b"core_worker.cc:2465: Actor with class name\n")
+        print("words", file=sys.stderr)
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "words\nafter\n"
+
+
+@pytest.mark.parametrize(("cause", "shown"), [(ValueError("Ray's own"), "core_worker.cc\n"), (None, "")])
+def test_what_rays_core_wrote_is_shown_if_it_broke_the_run(capfd: pytest.CaptureFixture[str], cause: Exception | None, shown: str) -> None:
+    with pytest.raises(RunError), cli.quiet_core():  # noqa: PT012  what is written inside is what is tested
+        os.write(2, b"core_worker.cc\n")
+        raise RunError("it broke") from cause
+    assert capfd.readouterr().err == shown

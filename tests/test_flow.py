@@ -1,0 +1,394 @@
+"""A folder of documents becomes a folder of results, and stays right whatever is done to it meanwhile."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pymupdf
+import pytest
+import ray
+from desk import SCHEMA, Desk, Scripted, completion, slip
+from PIL import Image
+from ray.exceptions import RayError
+
+from pipeline import cluster, engines, flow, sink
+from pipeline.errors import EngineDead, JobError, RunError
+from pipeline.job import Job
+from pipeline.records import Completion, Request
+from pipeline.report import Exit, Progress, Report
+from pipeline.settle import SettleStage
+from pipeline.sink import Output
+from pipeline.stages import AskStage
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+PASSWORD = "open sesame"
+MANIFEST = "path,customer\nin/a.pdf,0042\nin/b.pdf,\nin/c.pdf,ACME\n"
+
+
+class Ink(Scripted):
+    """Reads how dark the first page is: a page's answer is its own, and no model has to be loaded, which takes seconds each time."""
+
+    async def complete(self, request: Request) -> Completion:
+        pixels = request.messages[1].parts[0]
+        assert not isinstance(pixels, str)
+        return completion(f'{{"currency":"EUR","total":{int((pixels < 128).sum()) / 100},"lines":[]}}')
+
+
+class QuickAsker(flow.Asker):
+    def __init__(self, job: Job, threads: int) -> None:
+        self.stage = AskStage(job, Ink())
+
+
+class AskerWithoutModel(flow.Asker):
+    def __init__(self, job: Job, threads: int) -> None:
+        raise RunError("there is no memory for the weights")
+
+
+class DyingAsker(flow.Asker):
+    """Answers once, and is dead."""
+
+    def __init__(self, job: Job, threads: int) -> None:
+        self.stage = AskStage(job, Scripted(completion(), EngineDead("the GPU has fallen off the bus")))
+
+
+for module in (__name__, Scripted.__module__):
+    ray.cloudpickle.register_pickle_by_value(sys.modules[module])  # Ray's workers do not find the tests
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answer without a model, where a test does not say otherwise."""
+    monkeypatch.setattr(flow, "Asker", QuickAsker)
+
+
+# --- what a test looks at
+
+
+def records(desk: Desk) -> dict[str, dict[str, Any]]:
+    """Return the records by file name, which each must have one of."""
+    rows = pq.read_table(desk.folder / "out" / "records").to_pylist()
+    found = {Path(row["_source"]).name: row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def ledger(desk: Desk) -> list[dict[str, Any]]:
+    """Return the rows of the requests, whose keys must differ."""
+    folder = desk.folder / "out" / "requests"
+    rows: list[dict[str, Any]] = pq.read_table(folder).to_pylist() if list(folder.glob("*")) else []
+    assert len({row["key"] for row in rows}) == len(rows)
+    return rows
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def picture(kind: str, *pages: int) -> bytes:
+    """Return slips as an image file; more than one page is a TIFF."""
+    drawn = [pymupdf.open(stream=slip(page), filetype="pdf")[0].get_pixmap(dpi=200) for page in pages]
+    images = [Image.frombytes("RGB", (image.width, image.height), image.samples) for image in drawn]
+    file = io.BytesIO()
+    images[0].save(file, kind, **({"save_all": True, "append_images": images[1:]} if kind == "TIFF" else {}))
+    return file.getvalue()
+
+
+def locked(password: str) -> bytes:
+    document = pymupdf.open(stream=slip(7), filetype="pdf")
+    return bytes(document.tobytes(encryption=pymupdf.PDF_ENCRYPT_AES_256, owner_pw="owner", user_pw=password))
+
+
+# --- one run over files of all kinds
+
+
+@pytest.fixture(scope="module")
+def mixed(ray_session: cluster.Resources, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Desk, Job, Report]]:
+    """A run over ten files, three of which cannot be read."""
+    desk = Desk(tmp_path_factory.mktemp("mixed"))
+    files = {"good.pdf": slip(1), "twin.pdf": slip(1), "photo.jpg": picture("JPEG", 2), "fax.tif": picture("TIFF", 3, 4)}
+    files |= {"long.pdf": slip(1, 2, 3, 4, 5), "name with\nä newline.pdf": slip(6), "known.pdf": locked(PASSWORD)}
+    files |= {"unknown.pdf": locked("another"), "empty.pdf": b"", "letter.pdf": b"Dear Sir or Madam"}
+    for name, data in files.items():
+        desk.put(name, data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow, "Asker", QuickAsker)
+        patch.setenv("SLIP_PASSWORD", PASSWORD)
+        job = desk.job("pages.per_request=2", "source.password_env=SLIP_PASSWORD")
+        yield desk, job, flow.run(job)
+
+
+@pytest.fixture
+def copied(mixed: tuple[Desk, Job, Report], tmp_path: Path) -> tuple[Desk, Job]:
+    """A copy of that run's folder, to be spoilt."""
+    shutil.copytree(mixed[0].folder, tmp_path / "copy", copy_function=shutil.copy2)
+    desk = object.__new__(Desk)
+    desk.folder, desk.file, desk.inputs = tmp_path / "copy", tmp_path / "copy" / "job.yaml", tmp_path / "copy" / "in"
+    return desk, desk.job("pages.per_request=2", "source.password_env=SLIP_PASSWORD")
+
+
+def test_every_file_has_its_record(mixed: tuple[Desk, Job, Report]) -> None:
+    desk, _, report = mixed
+    assert {name: row["_status"] for name, row in records(desk).items()} == {
+        name: "failed" if name in ("unknown.pdf", "empty.pdf", "letter.pdf") else "extracted" for name in os.listdir(desk.inputs)
+    }
+    assert (report.documents, report.records, report.statuses) == (10, 10, {"extracted": 7, "failed": 3})
+
+
+def test_what_cannot_be_read_says_why(mixed: tuple[Desk, Job, Report]) -> None:
+    desk, _, report = mixed
+    kinds = {name: row["_failure"]["kind"] for name, row in records(desk).items() if row["_failure"]}
+    assert kinds == {"unknown.pdf": "encrypted", "empty.pdf": "empty", "letter.pdf": "unrecognised"}
+    assert report.failures == {"render/empty": 1, "render/encrypted": 1, "render/unrecognised": 1}
+
+
+def test_some_failures_are_exit_code_1(mixed: tuple[Desk, Job, Report]) -> None:
+    assert (mixed[2].exit_code, mixed[2].missing) == (Exit.DOCUMENTS_FAILED, [])
+
+
+def test_the_report_is_written(mixed: tuple[Desk, Job, Report]) -> None:
+    _, job, report = mixed
+    assert json.loads((job.output / "report.json").read_text()) == report.as_dict()
+    assert (report.requests_asked, report.pages_asked, report.prompt_tokens) == (8, 11, 8 * 300)
+
+
+def test_two_files_of_the_same_bytes_are_asked_once(mixed: tuple[Desk, Job, Report]) -> None:
+    good, twin = (records(mixed[0])[name] for name in ("good.pdf", "twin.pdf"))
+    assert good["_doc_id"] == twin["_doc_id"]
+    assert {**good, "_source": ""} == {**twin, "_source": ""}
+    assert sum(row["doc_id"] == good["_doc_id"] for row in ledger(mixed[0])) == 1
+
+
+def test_a_long_document_is_split_and_merged(mixed: tuple[Desk, Job, Report]) -> None:
+    row = records(mixed[0])["long.pdf"]
+    assert (row["_pages"], row["_requests"], row["_visual_tokens"]) == (5, 3, 5 * 256)
+    assert sorted((r["first_page"], r["last_page"]) for r in ledger(mixed[0]) if r["doc_id"] == row["_doc_id"]) == [(1, 2), (3, 4), (5, 5)]
+    assert row["total"] == records(mixed[0])["good.pdf"]["total"]
+    assert [(d["kept_page"], d["other_page"]) for d in row["_disagreements"]] == [(1, 3), (1, 5)]
+
+
+def test_a_fax_has_pages(mixed: tuple[Desk, Job, Report]) -> None:
+    row = records(mixed[0])["fax.tif"]
+    assert (row["_pages"], row["_requests"]) == (2, 1)
+
+
+def test_the_job_is_kept_without_the_password(mixed: tuple[Desk, Job, Report]) -> None:
+    desk, job, _ = mixed
+    kept = Output(job.output).read_job()
+    assert kept is not None
+    assert (kept["job"]["source"]["password_env"], kept["fingerprint"]) == ("SLIP_PASSWORD", ledger(desk)[0]["fingerprint"])
+    assert not [name for name, data in contents(job.output).items() if PASSWORD.encode() in data]
+
+
+def test_the_columns_are_what_check_says(mixed: tuple[Desk, Job, Report]) -> None:
+    _, job, _ = mixed
+    (file,) = (job.output / "records").iterdir()
+    assert pq.read_schema(file).equals(SettleStage(job, pa.schema([])).schema)
+
+
+def test_a_second_run_asks_nothing_and_changes_nothing(copied: tuple[Desk, Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, job = copied
+    monkeypatch.setenv("SLIP_PASSWORD", PASSWORD)
+    monkeypatch.setattr(flow, "ask", None)  # whoever calls it, fails
+    before = contents(job.output)
+    report = flow.run(job)
+    after = contents(job.output)
+    assert (report.requests_asked, report.pages_asked, report.statuses) == (0, 0, {"extracted": 7, "failed": 3})
+    assert {name for name in after if after[name] != before.get(name)} == {"report.json"}
+    assert before.keys() == after.keys()
+
+
+def test_settling_again_restores_the_records(copied: tuple[Desk, Job]) -> None:
+    _, job = copied
+    before = contents(job.output / "records")
+    shutil.rmtree(job.output / "records")
+    report = flow.settle(job)
+    assert contents(job.output / "records") == before
+    assert (report.documents, report.records, report.requests_asked, report.exit_code) == (10, 10, 0, Exit.DOCUMENTS_FAILED)
+
+
+def test_settling_follows_a_schema_that_has_changed(copied: tuple[Desk, Job]) -> None:
+    desk, _ = copied
+    strict = SCHEMA["properties"] | {"currency": {"enum": ["USD", None]}}  # type: ignore[operator]
+    (desk.folder / "schema.json").write_text(json.dumps(SCHEMA | {"properties": strict}))
+    report = flow.settle(desk.job("pages.per_request=2", "source.password_env=SLIP_PASSWORD"))
+    assert report.statuses == {"failed": 3, "invalid": 7}
+
+
+def test_what_a_killed_run_left_is_cleared_away(copied: tuple[Desk, Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, job = copied
+    monkeypatch.setenv("SLIP_PASSWORD", PASSWORD)
+    left = [job.output / name for name in (".job.yaml.1.tmp", "requests/.x.parquet.1.tmp", "records/.x.parquet.1.tmp")]
+    for file in left:
+        file.write_bytes(b"PAR1")
+    flow.run(job)
+    assert not [file for file in left if file.exists()]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [("sampling.seed=32", "sampling.seed"), ("pages.per_request=3", "pages.per_request"), ("extract.instructions=Go", "prompt")],
+)
+def test_another_job_into_the_same_folder_is_refused(copied: tuple[Desk, Job], setting: str, said: str) -> None:
+    desk, job = copied
+    before = contents(job.output)
+    with pytest.raises(JobError, match=f"holds answers to another job: {said} changed since"):
+        flow.run(desk.job("pages.per_request=2", setting))
+    assert contents(job.output) == before
+
+
+def test_settling_another_job_is_refused(copied: tuple[Desk, Job]) -> None:
+    with pytest.raises(JobError, match=r"has changed since .* was asked: sampling\.max_tokens"):
+        flow.settle(copied[0].job("pages.per_request=2", "sampling.max_tokens=32"))
+
+
+def test_a_damaged_shard_stops_the_run_and_is_named(copied: tuple[Desk, Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, job = copied
+    monkeypatch.setenv("SLIP_PASSWORD", PASSWORD)
+    shard = next((job.output / "requests").iterdir())
+    shard.write_bytes(b"PAR1")
+    with pytest.raises(RunError, match=f"{shard.name} is damaged"):
+        flow.run(job)
+
+
+# --- before anything has started
+
+
+@pytest.mark.parametrize("by_link", [False, True])
+def test_what_a_run_wrote_is_no_source_of_the_next(desk: Desk, tmp_path: Path, by_link: bool) -> None:
+    desk.put("a.pdf")
+    (desk.folder / "out" / "records").mkdir(parents=True)
+    (desk.folder / "out" / "records" / "shard.parquet").write_bytes(b"PAR1")
+    (tmp_path / "link").symlink_to(desk.folder)
+    job = Job.load(tmp_path / "link" / "job.yaml" if by_link else desk.file, ["source.paths=['**/*.p*']"])
+    assert flow.found(job)["source"].to_pylist() == ["in/a.pdf"]
+
+
+def test_there_is_nothing_to_settle_in_a_fresh_folder(desk: Desk) -> None:
+    with pytest.raises(JobError, match="there is nothing to settle in"):
+        flow.settle(desk.job())
+
+
+def test_a_run_killed_before_it_listed_anything_settles_to_nothing(desk: Desk) -> None:
+    desk.put("a.pdf")
+    flow.begin(job := engines.choose(desk.job(), 0), Output(job.output))
+    report = flow.settle(desk.job())
+    assert (report.documents, report.records, report.exit_code) == (0, 0, Exit.OK)
+
+
+def test_actors_that_will_never_fit_are_refused(desk: Desk) -> None:
+    desk.put("a.pdf")
+    with pytest.raises(JobError, match=r"ray\.actors is 3, each with 99 CPUs and .* for rendering; there are"):
+        flow.run(desk.job("ray.actors=3", "ray.cpus_per_actor=99"))
+    assert not (desk.folder / "out").exists()
+
+
+def test_gpus_that_are_not_there_are_refused(desk: Desk) -> None:
+    with pytest.raises(JobError, match=r"ray\.actors is 2, each with 1 CPUs and 1 GPUs, .* there are 8 CPUs and 1 GPUs"):
+        flow.check_room(desk.job("ray.actors=2"), cluster.Resources(8, 1))
+
+
+@pytest.mark.parametrize(("cpus", "actors", "each"), [(1, 1, 0.5), (2, 1, 1), (2, 3, 1 / 3), (16, 1, 14), (16, 3, 4)])
+def test_actors_share_what_rendering_leaves(desk: Desk, cpus: float, actors: int, each: float) -> None:
+    job, there = desk.job(f"ray.actors={actors}"), cluster.Resources(cpus, 0)
+    assert flow.actor_cpus(job, there) == pytest.approx(each)
+    flow.check_room(job, there)
+
+
+# --- a folder over time
+
+
+def test_a_folder_is_kept_up_to_date(desk: Desk) -> None:
+    """Three files of a manifest: the first alone at first, then one changes unseen, one visibly, and one goes."""
+    for name in ("a.pdf", "b.pdf", "c.pdf"):
+        desk.put(name)
+    (desk.folder / "list.csv").write_text(MANIFEST)
+    job = desk.job("source.paths=[list.csv]")
+    assert flow.run(job, limit=1).statuses == {"extracted": 1}
+    assert list(records(desk)) == ["a.pdf"]
+    assert flow.run(job, limit=3).requests_asked == 2
+    before = records(desk)
+    assert [row["customer"] for row in before.values()] == ["0042", None, "ACME"]
+
+    seen = (desk.inputs / "a.pdf").stat()
+    (desk.inputs / "a.pdf").write_bytes(b"x" * seen.st_size)
+    os.utime(desk.inputs / "a.pdf", ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    desk.put("b.pdf", slip(77))
+    (desk.folder / "list.csv").write_text(MANIFEST.replace("in/c.pdf,ACME\n", ""))
+    assert flow.run(job).requests_asked == 1
+    after = records(desk)
+    assert after.keys() == {"a.pdf", "b.pdf"}
+    assert after["a.pdf"] == before["a.pdf"]
+    assert after["b.pdf"]["_doc_id"] != before["b.pdf"]["_doc_id"]
+    assert after["b.pdf"]["total"] != before["b.pdf"]["total"]
+
+
+def test_a_stopped_run_keeps_its_answers_and_goes_on_later(desk: Desk) -> None:
+    """Five pages, a record each; stopped when two have come back."""
+    desk.put("a.pdf", slip(1, 2, 3, 4, 5))
+    job = desk.job("extract.per=page", "model.batch_size=1")
+
+    def stop(now: Progress) -> None:
+        if now.requests_done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        flow.run(job, on_progress=stop)
+    assert len(ledger(desk)) == 2
+    flow.settle(job)
+    assert sorted(pq.read_table(job.output / "records")["_status"].to_pylist()) == ["extracted"] * 2 + ["failed"] * 3
+
+    report = flow.run(job)
+    rows = pq.read_table(job.output / "records").to_pylist()
+    assert (report.requests_asked, len(ledger(desk))) == (3, 5)
+    assert [(row["_page"], row["_status"]) for row in rows] == [(page, "extracted") for page in range(1, 6)]
+    assert len({row["total"] for row in rows}) == 5
+
+
+def test_failures_alone_have_the_columns_of_any_run(desk: Desk, mixed: tuple[Desk, Job, Report]) -> None:
+    desk.put("empty.pdf", b"")
+    (desk.folder / "list.txt").write_text("in/empty.pdf\nin/gone.pdf\n")
+    job = engines.choose(desk.job("source.paths=[list.txt]"), 0)
+    report = flow.run(job)
+    assert (report.statuses, report.requests_asked) == ({"failed": 2}, 0)
+    schemas = [pq.read_schema(next((output / "records").iterdir())) for output in (job.output, mixed[1].output)]
+    assert schemas[0].equals(schemas[1])
+    assert flow.unasked(job, Output(job.output), sink.read_sources(Output(job.output))).num_rows == 0
+
+
+# --- an engine that fails
+
+
+def test_a_run_whose_engine_fails_goes_on_later(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At first the engine does not load, then it dies at its second answer."""
+    desk.put("a.pdf", slip(1, 2, 3))
+    job = desk.job("pages.per_request=1", "model.batch_size=1")
+    monkeypatch.setattr(flow, "Asker", AskerWithoutModel)
+    with pytest.raises(RunError, match=r"^there is no memory for the weights$"):
+        flow.run(job)
+    monkeypatch.setattr(flow, "Asker", DyingAsker)
+    with pytest.raises(RunError, match=r"^the GPU has fallen off the bus$"):
+        flow.run(job)
+    monkeypatch.setattr(flow, "Asker", QuickAsker)
+    assert flow.run(job).statuses == {"extracted": 1}
+    assert len(ledger(desk)) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("ray::x()\n  File\npipeline.errors.JobError: no weights\n\nThe above exception was the direct cause\nX: b", "no weights"),
+        ("ray::x()\ntorch.OutOfMemoryError: 3 GiB are free\n", "stopped: OutOfMemoryError: 3 GiB are free"),
+        ("The actor died.\n\tclass_name: Asker", "stopped: The actor died."),
+    ],
+)
+def test_what_a_worker_raised_is_said_in_a_sentence(text: str, said: str) -> None:
+    assert str(flow.stopped(RayError(text), "stopped: {}")) == said
