@@ -8,15 +8,18 @@ Knows what follows what; each step's work is done in another room.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any, cast
 
 import pyarrow as pa
@@ -229,13 +232,30 @@ def ask(job: Job, output: Output, documents: pa.Table, resources: cluster.Resour
     claims = Claims.remote(done)  # type: ignore[attr-defined]
     rendering = Rendering(render_settings(job), job.file.parent, job.pages_per_request, job.fingerprint)
     counted = Counted(documents.num_rows, report, on_progress)
-    with Ledger(output) as ledger:
-        try:
+    try:
+        with Ledger(output) as ledger, letting_go():
             for row in rows_of(answers(job, requests(rendering, claims, documents, resources), resources)):
                 ledger.add(row)
                 counted.add(row)
-        except RayError as error:
-            raise stopped(error, "the run stopped: {}; run the same command again to resume it") from error
+    except RayError as error:
+        raise stopped(error, "the run stopped: {}; run the same command again to resume it") from error
+
+
+@contextmanager
+def letting_go() -> Iterator[None]:
+    """Let go of the actors when something ends a run early.
+
+    The frames of its tracebacks would keep them alive, and a later run in this process waiting for their CPUs.
+    """
+    try:
+        yield
+    except BaseException as error:
+        link: BaseException | None = error
+        while link is not None:
+            clear_frames(link.__traceback__)
+            link = link.__cause__ or link.__context__
+        gc.collect()
+        raise
 
 
 def requests(rendering: Rendering, claims: Any, documents: pa.Table, resources: cluster.Resources) -> ray.data.Dataset:
