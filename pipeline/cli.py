@@ -287,7 +287,8 @@ def show(report: Report, as_json: bool) -> Exit:
     terminal().print(table)
     if report.missing:
         say(f"error: {len(report.missing)} sources have no record, the first is {report.missing[0]}; run the same command again")
-    say(f"records: {os.path.relpath(Path(report.output) / 'records')}")
+    records = Path(report.output) / "records"
+    say(f"records: {records.relative_to(Path.cwd()) if records.is_relative_to(Path.cwd()) else records}")
     return report.exit_code
 
 

@@ -14,7 +14,6 @@ import os
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -232,30 +231,21 @@ def ask(job: Job, output: Output, documents: pa.Table, resources: cluster.Resour
     claims = Claims.remote(done)  # type: ignore[attr-defined]
     rendering = Rendering(render_settings(job), job.file.parent, job.pages_per_request, job.fingerprint)
     counted = Counted(documents.num_rows, report, on_progress)
-    try:
-        with Ledger(output) as ledger, letting_go():
+    broken: RunError | None = None
+    with Ledger(output) as ledger:
+        try:
             for row in rows_of(answers(job, requests(rendering, claims, documents, resources), resources)):
                 ledger.add(row)
                 counted.add(row)
-    except RayError as error:
-        raise stopped(error, "the run stopped: {}; run the same command again to resume it") from error
-
-
-@contextmanager
-def letting_go() -> Iterator[None]:
-    """Let go of the actors when something ends a run early.
-
-    The frames of its tracebacks would keep them alive, and a later run in this process waiting for their CPUs.
-    """
-    try:
-        yield
-    except BaseException as error:
-        link: BaseException | None = error
-        while link is not None:
-            clear_frames(link.__traceback__)
-            link = link.__cause__ or link.__context__
+        except RayError as error:
+            broken = stopped(error, "the run stopped: {}; run the same command again to resume it")
+        except KeyboardInterrupt as error:
+            clear_frames(error.__traceback__)
+            raise
+    # Ray's actors live as long as the frames that know them: kept in a traceback, they would keep a later run in this process waiting.
+    if broken:
         gc.collect()
-        raise
+        raise broken
 
 
 def requests(rendering: Rendering, claims: Any, documents: pa.Table, resources: cluster.Resources) -> ray.data.Dataset:
@@ -320,13 +310,17 @@ def renderer_cpus(resources: cluster.Resources) -> float:
 
 
 def stopped(error: RayError, sentence: str) -> RunError:
-    """Return what a worker raised as the end of this run. Of its exception only the text comes over from its process."""
+    """Return what a worker raised as the end of this run: its message, or a sentence about it with its traceback as the cause.
+
+    Of a worker's exception only the text comes over from its process.
+    """
     text = str(error).partition("\nThe above exception was the direct cause")[0].strip()
-    raised = RAISED.findall(text)
-    if not raised:
-        return RunError(sentence.format(text.partition("\n")[0][:300]))
-    module, name, message = raised[-1]
-    return RunError(message if module == "pipeline.errors." else sentence.format(f"{name}: {message[:300]}"))
+    module, name, message = (RAISED.findall(text) or [("", "", text.partition("\n")[0])])[-1]
+    if module == "pipeline.errors.":
+        return RunError(message)
+    broken = RunError(sentence.format(f"{name}: {message}".removeprefix(": ")[:300]))
+    broken.__cause__ = RayError(text)
+    return broken
 
 
 SETTLED = pa.schema(
@@ -348,7 +342,7 @@ def settle_into(job: Job, output: Output, report: Report, fingerprint: str | Non
     try:
         rows = list(rows_of(settled))
     except RayError as error:
-        raise stopped(error, "settling stopped: {}; nothing asked is lost: run pipeline settle") from error
+        raise stopped(error, "settling stopped: {}; nothing asked is lost: run pipeline settle") from None
     output.keep_records({row["file"] for row in rows})
     report.settled([s for row in rows for s in row["statuses"]], [f for row in rows for f in row["failures"]])
     seen = {name for row in rows for name in row["sources"]}
