@@ -8,7 +8,6 @@ Knows what follows what; each step's work is done in another room.
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import re
@@ -18,7 +17,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from traceback import clear_frames
 from typing import Any, cast
 
 import pyarrow as pa
@@ -231,21 +229,16 @@ def ask(job: Job, output: Output, documents: pa.Table, resources: cluster.Resour
     claims = Claims.remote(done)  # type: ignore[attr-defined]
     rendering = Rendering(render_settings(job), job.file.parent, job.pages_per_request, job.fingerprint)
     counted = Counted(documents.num_rows, report, on_progress)
-    broken: RunError | None = None
-    with Ledger(output) as ledger:
-        try:
+    try:
+        with Ledger(output) as ledger:
             for row in rows_of(answers(job, requests(rendering, claims, documents, resources), resources)):
                 ledger.add(row)
                 counted.add(row)
-        except RayError as error:
-            broken = stopped(error, "the run stopped: {}; run the same command again to resume it")
-        except KeyboardInterrupt as error:
-            clear_frames(error.__traceback__)
-            raise
-    # Ray's actors live as long as the frames that know them: kept in a traceback, they would keep a later run in this process waiting.
-    if broken:
-        gc.collect()
-        raise broken
+    except BaseException as error:
+        ray.shutdown()  # with it go the actors, for whose CPUs the next run in this process would wait
+        if isinstance(error, RayError):
+            raise stopped(error, "the run stopped: {}; run the same command again to resume it") from error
+        raise
 
 
 def requests(rendering: Rendering, claims: Any, documents: pa.Table, resources: cluster.Resources) -> ray.data.Dataset:
