@@ -56,7 +56,8 @@ class Document:
     """One input file as listed. Its identity, the sha256 of its bytes, is known once it has been read."""
 
     source: str
-    size_bytes: int
+    size_bytes: int | None
+    """-1: listed, but not to be read; None: not known before it is read, as behind a URL."""
     version: str
     """What tells a changed file apart without reading it: mtime in ns, or an object store's etag."""
 

@@ -6,10 +6,11 @@
     list/a.pdf                 70123  1760000000000000000   ACME
     scans/2024/b.tif         1800000  1760000000000000000   null
     scans/gone.pdf                -1  vanished              null
+    https://example.com/c.pdf   null                        null
 
 Every file that is named, by the job, in a folder or in a manifest, is one row. What cannot be read is a row too: its
 size is -1 and its version is the kind of failure that `read` will raise. Dot-files are left out unless the job or a
-manifest names them.
+manifest names them. An http(s) URL is one file, of which nothing is asked before it is read: its size is null.
 
 `source` is the path relative to the job's folder, or absolute where it leads out of it: the same wherever a run is
 started. A name that is not UTF-8 stands as a `file://` URL of percent-encoded bytes, which no other name looks like.
@@ -31,7 +32,7 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 import fsspec
 import pyarrow as pa
 
-from pipeline import manifest
+from pipeline import manifest, web
 from pipeline.errors import DocumentError, SourceError
 from pipeline.records import Document
 
@@ -62,15 +63,18 @@ def find(paths: Sequence[str], root: Path, *, allow_outside: bool = False) -> pa
     return one_each(table.combine_chunks().sort_by("source"))
 
 
-def read(document: Document, root: Path, max_bytes: int) -> bytes:
-    """Return the bytes of a document as it was listed. Raises DocumentError."""
+def read(document: Document, root: Path, max_bytes: int, access: web.Access = web.PUBLIC_ONLY) -> bytes:
+    """Return the bytes of a document as it was listed, those of a URL as its server has them now. Raises DocumentError."""
+    if document.size_bytes is None:
+        return web.fetch(document.source, max_bytes, access)
     if document.size_bytes < 0:
         raise DocumentError(document.version, f"{document.source} cannot be read: {CANNOT_BE_READ[document.version]}")
     if document.size_bytes > max_bytes:
         allowed = f"`limits.max_file_mib` allows {max_bytes / 2**20:g} MiB"
         raise DocumentError("too_large", f"{document.source} has {document.size_bytes} bytes; {allowed}")
     try:
-        return read_remote(document) if REMOTE_URL.match(document.source) else read_local(document, root)
+        most = document.size_bytes + 1  # one more than there should be shows that there is more
+        return read_remote(document, most) if REMOTE_URL.match(document.source) else read_local(document, root, most)
     except (FileNotFoundError, NotADirectoryError):
         raise DocumentError("vanished", f"{document.source} was there when it was listed and is gone") from None
     except OSError as error:
@@ -82,6 +86,8 @@ def read(document: Document, root: Path, max_bytes: int) -> bytes:
 
 def listed(path: str, root: str, allow_outside: bool) -> pa.Table:
     """Return what one path of the job names: a file, a folder, a manifest, a glob or a URL."""
+    if web.is_url(path):
+        return tabulate(path, [at_url(path)])
     if REMOTE_URL.match(path):
         return tabulate(path, list_remote(path))
     full = absolute(os.path.expanduser(path), root)
@@ -106,7 +112,9 @@ def listed(path: str, root: str, allow_outside: bool) -> pa.Table:
 
 
 def entry(name: str, folder: str, root: str, forbidden: Predicate | None) -> Document:
-    """Return the file that a manifest in `folder` lists."""
+    """Return the file that a manifest in `folder` lists. A URL that cannot be is a row like any other: `read` refuses it."""
+    if web.is_url(name):
+        return Document(web.named(name), None, "")
     if not REMOTE_URL.match(name):
         return document(absolute(name, folder), root, forbidden)
     if forbidden:
@@ -139,7 +147,8 @@ def one_each(table: pa.Table) -> pa.Table:
     for row, cells in zip(rows, extras.take(pa.array(rows, pa.int64())).to_pylist() if rows else [], strict=True):
         given = {key: value for key, value in cells.items() if value is not None}
         if given and known.setdefault(names[row], given) != given:
-            raise SourceError(f"{names[row]} is listed twice, with different columns: {known[names[row]]} and {given}")
+            name = web.shown(names[row]) if web.is_url(names[row]) else names[row]
+            raise SourceError(f"{name} is listed twice, with different columns: {known[names[row]]} and {given}")
         if given is known.get(names[row]):
             first[names[row]] = row
     return table.take(pa.array(sorted(first.values()), pa.int64()))
@@ -263,13 +272,13 @@ def from_url(path: str) -> str:
     return os.fsdecode(unquote_to_bytes(path[len(LOCAL_URL) :])) if path.startswith(LOCAL_URL) else path
 
 
-def read_local(document: Document, root: Path) -> bytes:
+def read_local(document: Document, root: Path, most_bytes: int) -> bytes:
     """Return a local file's bytes. Never waits for a pipe or a device, should the file have become one."""
     path = absolute(document.source, os.path.realpath(root))
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(CANNOT_BE_READ["unreadable"])
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
-        data = file.read(document.size_bytes + 1)
+        data = file.read(most_bytes)
         found = os.fstat(file.fileno())
     return unchanged(document, data, str(found.st_mtime_ns))
 
@@ -284,10 +293,20 @@ def unchanged(document: Document, data: bytes, version: str) -> bytes:
 # ---- Other file systems -------------------------------------------------------------------------------------------
 
 
+def at_url(url: str) -> Document:
+    """Return the file at an http(s) URL of the job, unseen. Raises SourceError when no such URL can be fetched."""
+    name = web.named(url)
+    try:
+        web.parse(name)
+    except DocumentError as error:
+        raise SourceError(f"source {web.shown(url)!r} cannot be fetched: {error}") from None
+    return Document(name, None, "")
+
+
 def list_remote(url: str) -> Iterator[Document]:
     """Yield the objects at, below or matched by a URL. Raises SourceError when there is no way to them."""
     if url.partition("://")[0].lower() not in REMOTE or "::" in url:
-        allowed = ", ".join(f"{scheme}://" for scheme in ("file", *REMOTE))
+        allowed = ", ".join(f"{scheme}://" for scheme in ("file", *web.PORTS, *REMOTE))
         raise SourceError(f"source {url!r} cannot be read; allowed are paths and URLs that begin with {allowed}")
     try:
         files, path = fsspec.core.url_to_fs(url)
@@ -299,11 +318,11 @@ def list_remote(url: str) -> Iterator[Document]:
             yield Document(files.unstrip_protocol(info["name"]), info["size"], version_of(info))
 
 
-def read_remote(document: Document) -> bytes:
+def read_remote(document: Document, most_bytes: int) -> bytes:
     """Return an object's bytes."""
     files, path = fsspec.core.url_to_fs(document.source)
     with files.open(path, "rb") as file:
-        data = file.read(document.size_bytes + 1)
+        data = file.read(most_bytes)
     return unchanged(document, data, version_of(files.info(path)))
 
 

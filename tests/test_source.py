@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def root(tmp_path: Path) -> Path:
 
 def rows(root: Path, *paths: str, **options: bool) -> dict[str, str]:
     """Return source -> "" for files that are there, else why they cannot be read."""
-    return {row["source"]: row["version"] if row["size_bytes"] < 0 else "" for row in find(paths, root, **options).to_pylist()}
+    return {row["source"]: row["version"] if (row["size_bytes"] or 0) < 0 else "" for row in find(paths, root, **options).to_pylist()}
 
 
 def names(root: Path, *paths: str) -> list[str]:
@@ -102,7 +103,22 @@ def test_names_do_not_depend_on_where_the_run_starts(root: Path, monkeypatch: py
     assert str(tmp_path / "secret.pdf") in expected
 
 
-NOTHING = ["nowhere", "scans/*.tif", "scans/nowhere/*", "empty", "/dev/null", "scans/b.pdf/c", "a\0b", "https://example.com/a.pdf", "zip://a::b"]
+NOTHING = [
+    "nowhere",
+    "scans/*.tif",
+    "scans/nowhere/*",
+    "empty",
+    "/dev/null",
+    "scans/b.pdf/c",
+    "a\0b",
+    "zip://a::https://b",
+    "ftp://a/b",
+    "https://example.com/*.pdf",
+    "https://",
+    "http://exa mple.com/a.pdf",
+    "https://example.com:http/a.pdf",
+    "http://[fe80::1%25lo]/a.pdf",
+]
 
 
 @pytest.mark.parametrize("path", NOTHING)
@@ -159,7 +175,7 @@ def test_pipes_and_links_to_nothing_are_rows_and_never_opened(root: Path) -> Non
     (root / "scans/self").symlink_to("self")
     found = rows(root, "scans")
     assert (found["scans/pipe"], found["scans/dangling"], found["scans/self"]) == ("unreadable", "vanished", "unreadable")
-    assert [kind_of(d, root) for d in documents(root, "scans") if d.size_bytes < 0] == ["vanished", "unreadable", "unreadable"]
+    assert [kind_of(d, root) for d in documents(root, "scans") if d.size_bytes == -1] == ["vanished", "unreadable", "unreadable"]
 
 
 def test_links_in_a_circle_end_and_files_go_by_their_real_names(root: Path) -> None:
@@ -285,6 +301,44 @@ def test_other_file_systems_are_listed_and_read(root: Path) -> None:
     assert names(root, "memory://bucket/in/*.pdf") == ["memory:///bucket/in/a.pdf"]
     files.pipe("/bucket/in/a.pdf", b"changed")
     assert kind_of(found[0], root) == "changed"
+
+
+def test_a_url_is_one_file_of_which_nothing_is_asked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(socket, "getaddrinfo")
+    url = "HTTPS://example.com/a%20b.pdf?signature=x#page=2"
+    assert find([url, "http://[::1]:8080"], root).to_pylist() == [
+        {"source": url, "size_bytes": None, "version": ""},
+        {"source": "http://[::1]:8080", "size_bytes": None, "version": ""},
+    ]
+
+
+def test_a_manifest_may_name_urls_but_no_other_file_systems(root: Path) -> None:
+    (root / "scans/list.csv").write_text("path,customer\nhttps://example.com/a.pdf,ACME\nb.pdf,ACME\ns3://bucket/a.pdf,EVIL\n")
+    sizes = {row["source"]: row["size_bytes"] for row in find(["scans/list.csv"], root).to_pylist()}
+    assert sizes == {"https://example.com/a.pdf": None, "s3://bucket/a.pdf": -1, "scans/b.pdf": len("scans/b.pdf")}
+
+
+def test_a_url_of_a_manifest_that_cannot_be_fetched_is_a_row(root: Path) -> None:
+    (root / "list.txt").write_bytes(b"https://example.com/*.pdf\nhttp://127.0.0.1:1/caf\xe9.pdf\nhttps://[x/\n")
+    found = documents(root, "list.txt")
+    assert [d.source for d in found] == ["http://127.0.0.1:1/caf%E9.pdf", "https://[x/", "https://example.com/*.pdf"]
+    assert [kind_of(d, root) for d in found] == ["refused"] * 3
+
+
+def test_a_password_in_a_url_is_not_listed(root: Path) -> None:
+    (root / "list.txt").write_text("https://me:secret@example.com/a.pdf\nhttps://me:sec/ret@example.com/b.pdf\n")
+    assert names(root, "list.txt") == ["https://***@example.com/a.pdf", "https://***@example.com/b.pdf"]
+    with pytest.raises(SourceError) as caught:
+        find(["https://me:secret@example.com/a.pdf?signature=secret"], root)
+    assert "password" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_url_listed_with_two_truths_is_refused_without_its_signature(root: Path) -> None:
+    (root / "list.csv").write_text("path,n\nhttps://example.com/a?key=secret,1\nhttps://example.com/a?key=secret,2\n")
+    with pytest.raises(SourceError, match=r"^https://example\.com/a\?… is listed twice") as caught:
+        find(["list.csv"], root)
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
