@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pymupdf
@@ -12,12 +13,15 @@ import torch
 from made import corners, image, page_pdf, pages_pdf, pdf, stream
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from PIL.JpegImagePlugin import JpegImageFile
 from transformers import Qwen2VLImageProcessor
 
 from pipeline.budget import PixelBudget, RenderSettings, Size, fit, smart_resize, visual_tokens
 from pipeline.errors import DocumentError
 from pipeline.records import Page, Pixels
 from pipeline.render import Kind, inspect, png, recognise, render
+from pipeline.render.foreign import MAX_WARNINGS
+from pipeline.render.pdf import Complaints
 
 CORPORA = Path(__file__).parents[2] / "shared/corpora"
 SETTINGS = RenderSettings()
@@ -169,6 +173,23 @@ def test_mupdfs_warnings_are_collected_and_not_printed(capfd: pytest.CaptureFixt
     assert capfd.readouterr() == ("", "")
 
 
+def test_what_mupdf_says_is_bounded_and_a_lack_of_memory_is_never_missed() -> None:
+    complaints = Complaints()
+    for number in range(1000):
+        complaints.hear(f"{number} " + "x" * 1000)
+    complaints.hear("malloc of 8 bytes failed")
+    complaints.hear("realloc of 9 bytes failed")
+    lines, lacking = complaints.take()
+    assert (len(lines), max(map(len, lines)), lacking) == (MAX_WARNINGS, 300, "malloc of 8 bytes failed")
+    assert complaints.take() == ((), "")
+
+
+def test_the_text_layer_is_bounded() -> None:
+    page = first(page_pdf(content=b"BT /F .01 Tf " + b"1 0 0 1 9 9 Tm (%b) Tj 1 0 0 1 9 20 Tm (b) Tj " % (b"a" * 5000) * 60 + b"ET"))
+    assert sum(len(word.text) for word in page.words) <= 200_000
+    assert page.warnings == (f"of the text layer only the first {len(page.words)} words are kept",)
+
+
 def test_form_fields_are_drawn_and_read() -> None:
     field = "<</Type/Annot/Subtype/Widget/FT/Tx/T(a)/V(HELLO)/Rect[10 10 190 60]/DA(/Helv 24 Tf 0 g)/F 4>>"
     font = "<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>"
@@ -181,6 +202,35 @@ def test_form_fields_are_drawn_and_read() -> None:
 
 def test_pages_keep_their_numbers() -> None:
     assert [page.page_no for page in render(pages_pdf(5), SETTINGS, 2, 9)] == [2, 3, 4, 5]
+
+
+def tree(kids: str, entries: str = "/Count 9", *leaves: str) -> bytes:
+    return pdf("<</Type/Catalog/Pages 2 0 R>>", f"<</Type/Pages/Kids[{kids}]{entries}>>", *leaves)
+
+
+def test_a_page_that_is_missing_keeps_its_number() -> None:
+    leaf = "<</Type/Page/Parent 2 0 R/MediaBox[0 0 %s 100]>>"
+    opened = inspect(tree("3 0 R 9 0 R 4 0 R", "/Count 2", leaf % 300, leaf % 400), SETTINGS)
+    assert (opened.page_count, opened.draw(1).width_pt, opened.draw(3).width_pt) == (3, 300, 400)
+    with pytest.raises(DocumentError, match="page 2 cannot be found"):
+        opened.draw(2)
+
+
+@pytest.mark.parametrize("count", ["", "/Count 0", "/Count 1", "/Count -7", "/Count 1000000000", "/Count/Many", "/Count 2"])
+def test_pages_are_counted_and_the_count_is_not_believed(count: str) -> None:
+    inherited = f"{count}/MediaBox[0 0 300 100]/Rotate 90"
+    pages = list(render(tree("3 0 R 4 0 R", inherited, "<</Type/Page/Parent 2 0 R>>", "<</Parent 2 0 R/MediaBox[0 0 10 20]>>"), SETTINGS))
+    assert [(page.page_no, page.width_pt, page.height_pt) for page in pages] == [(1, 100, 300), (2, 20, 10)]
+
+
+def test_a_page_tree_in_a_circle_ends() -> None:
+    leaf = "<</Type/Page/Parent 2 0 R/MediaBox[0 0 300 100]>>"
+    assert [page.width_pt for page in render(tree("2 0 R 3 0 R 2 0 R", "/Count 3", leaf), SETTINGS)] == [300]
+
+
+def test_a_page_that_is_named_twice_is_two_pages() -> None:
+    leaf = "<</Type/Page/Parent 2 0 R/MediaBox[0 0 300 100]>>"
+    assert [page.page_no for page in render(tree("3 0 R 3 0 R", "/Count 2", leaf), SETTINGS)] == [1, 2]
 
 
 # ---- Kinds --------------------------------------------------------------------------------------------------------
@@ -204,7 +254,10 @@ def test_a_pdf_without_a_header_is_read() -> None:
     assert first(page_pdf().removeprefix(b"%PDF-1.7\n")).page_no == 1
 
 
-@pytest.mark.parametrize("data", [b"dear customer", b"BMW sells cars, and more of them than ever", b"PK\3\4", b"<svg></svg>"])
+PACKED = [b"PK\3\4" + page_pdf(), b"\x1f\x8b\x08" + page_pdf()]
+
+
+@pytest.mark.parametrize("data", [b"dear customer", b"BMW sells cars, and more of them than ever", b"<svg></svg>", *PACKED])
 def test_other_content_is_unrecognised(data: bytes) -> None:
     assert failure(data).kind == "unrecognised"
 
@@ -221,6 +274,39 @@ def test_of_an_animation_the_first_frame_is_read(kind: Kind) -> None:
     (page,) = render(image(frames[0], kind, save_all=True, append_images=frames[1:]), SETTINGS)
     assert page.pixels.max() < 5
     assert page.warnings == ("an animation: only its first frame is read",)
+
+
+def test_of_several_photographs_in_one_file_the_first_is_decoded_small() -> None:
+    frames = [Image.new("L", (4000, 4000), level) for level in (60, 200)]
+    opened = inspect(image(frames[0], "MPO", save_all=True, append_images=frames[1:]), SETTINGS)
+    drafted: list[tuple[int, int]] = []
+    draft = JpegImageFile.draft
+
+    def recorded(self: JpegImageFile, *arguments: Any) -> Any:
+        made = draft(self, *arguments)
+        drafted.append(self.size)
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JpegImageFile, "draft", recorded)
+        assert np.all(opened.draw(1).pixels == 60)
+    assert drafted == [(2000, 2000)]
+
+
+def test_a_tiff_is_counted_no_further_than_allowed() -> None:
+    sheets = [Image.new("L", (8, 8))] * 9
+    data = image(sheets[0], "TIFF", save_all=True, append_images=sheets[1:])
+    error = failure(data, RenderSettings(max_pages=5))
+    assert (error.kind, error.message) == ("too_many_pages", "the document has 6 pages or more; `limits.max_pages` is 5")
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+@pytest.mark.parametrize("animated", [False, True])
+def test_a_webp_is_measured_before_it_is_opened(lossless: bool, animated: bool) -> None:
+    extra = {"save_all": True, "append_images": [Image.new("RGB", (50, 40))]} if animated else {}
+    data = image(Image.new("RGB", (50, 40), "white"), "WEBP", lossless=lossless, **extra)
+    assert "50x40" in failure(data, RenderSettings(max_image_pixels=1999)).message
+    assert first(data, RenderSettings(max_image_pixels=2000)).page_no == 1
 
 
 # ---- Colours ------------------------------------------------------------------------------------------------------
