@@ -16,8 +16,10 @@ from PIL import Image
 from pipeline import schema
 from pipeline.budget import RenderSettings
 from pipeline.demo import documents, drawing, samples
-from pipeline.demo.documents import HEIGHT_PX, HELD_OUT, WIDTH_PX, Form, Sample
+from pipeline.demo.documents import HELD_OUT, Form, Sample
 from pipeline.demo.samples import Plan
+from pipeline.demo.sheets import HEIGHT_PX, WIDTH_PX, char_widths
+from pipeline.demo.truth import answer, leaves
 from pipeline.render import render
 from pipeline.validate import Validator
 
@@ -61,7 +63,7 @@ def test_the_truth_has_the_schema_s_keys_in_the_schema_s_order() -> None:
 def test_the_truth_satisfies_the_schema() -> None:
     validators = {form: Validator(given) for form, given in SCHEMAS.items()}
     for sample in SAMPLES:
-        assert validators[sample.form].errors(schema.parse(documents.answer(sample.truth))) == []
+        assert validators[sample.form].errors(schema.parse(answer(sample.truth))) == []
 
 
 def test_the_sums_add_up() -> None:
@@ -74,7 +76,7 @@ def test_every_text_of_the_truth_is_printed_and_so_is_every_amount() -> None:
     for sample in SAMPLES:
         text = printed(sample)
         digits = "".join(c for c in text if c.isdigit())
-        for path, value in documents.leaves(sample.truth):
+        for path, value in leaves(sample.truth):
             if isinstance(value, Decimal):
                 assert f"{value:.2f}".replace(".", "") in digits, path
             elif isinstance(value, str) and not path.endswith(("date", ".currency", ".payment_method")):
@@ -84,7 +86,7 @@ def test_every_text_of_the_truth_is_printed_and_so_is_every_amount() -> None:
 def test_every_run_and_rule_lies_inside_the_page() -> None:
     for sheet in (sheet for sample in SAMPLES for sheet in sample.sheets):
         for run in sheet.runs:
-            right_px = run.x_px + sum(documents.char_widths(run.text, run.font, run.size_px))
+            right_px = run.x_px + sum(char_widths(run.text, run.font, run.size_px))
             assert 0 <= run.x_px < right_px <= WIDTH_PX, run
             assert run.size_px <= run.y_px <= HEIGHT_PX - 0.25 * run.size_px, run
         assert all(0 <= rule.x0_px <= rule.x1_px <= WIDTH_PX and 0 <= rule.y0_px <= HEIGHT_PX for rule in sheet.rules)
@@ -95,7 +97,7 @@ def test_texts_of_one_row_do_not_touch() -> None:
         ends: dict[float, float] = {}  # each row's right end so far
         for run in sorted(sheet.runs, key=lambda run: run.x_px):
             assert run.x_px > ends.get(run.y_px, -1.0), run
-            ends[run.y_px] = run.x_px + sum(documents.char_widths(run.text, run.font, run.size_px))
+            ends[run.y_px] = run.x_px + sum(char_widths(run.text, run.font, run.size_px))
 
 
 def test_fields_that_may_be_null_are_missing_sometimes() -> None:
@@ -108,12 +110,12 @@ def test_fields_that_may_be_null_are_missing_sometimes() -> None:
 
 def test_an_answer_is_compact_json_with_two_decimals() -> None:
     truth = {"name": "Zoë", "total": Decimal("12.3"), "items": [{"count": 2, "price": Decimal(7)}], "date": None}
-    assert documents.answer(truth) == '{"name":"Zoë","total":12.30,"items":[{"count":2,"price":7.00}],"date":null}'
+    assert answer(truth) == '{"name":"Zoë","total":12.30,"items":[{"count":2,"price":7.00}],"date":null}'
 
 
 def test_leaves_are_all_values_with_their_paths() -> None:
     record = {"a": 1, "b": [{"c": 2}, {"c": None}], "d": []}
-    assert dict(documents.leaves(record)) == {"$.a": 1, "$.b[0].c": 2, "$.b[1].c": None, "$.d": None}
+    assert dict(leaves(record)) == {"$.a": 1, "$.b[0].c": 2, "$.b[1].c": None, "$.d": None}
 
 
 # --- the drawings
@@ -184,7 +186,7 @@ def test_the_files_in_jobs_are_the_samples_of_these_seeds() -> None:
     files = {f"{one.form}s/{one.name}" for one in drawn} | {"truth/invoices.jsonl", "truth/receipts.jsonl"}
     assert {str(file.relative_to(folder)) for file in folder.rglob("*.*")} == files
     for form in ("invoice", "receipt"):
-        lines = [documents.answer({"source": one.name, **one.truth}) for one in drawn if one.form == form]
+        lines = [answer({"source": one.name, **one.truth}) for one in drawn if one.form == form]
         assert (folder / f"truth/{form}s.jsonl").read_text(encoding="utf-8").splitlines() == lines
 
 

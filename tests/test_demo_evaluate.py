@@ -12,9 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.demo import documents, evaluate, samples
+from pipeline.demo import evaluate, samples
 from pipeline.demo.evaluate import compare, judge, plan, same, summary
 from pipeline.demo.samples import Drawn, Plan
+from pipeline.demo.truth import answer
 from pipeline.job import Job
 from pipeline.report import Report
 from pipeline.settle import SettleStage
@@ -132,7 +133,7 @@ class PerfectRun:
     """
 
     def __init__(self, drawn: list[Drawn], lost: str) -> None:
-        self.answers = {one.name: {"status": "extracted", "answer": documents.answer(one.truth)} for one in drawn}
+        self.answers = {one.name: {"status": "extracted", "answer": answer(one.truth)} for one in drawn}
         self.answers[lost] = {"status": "failed", "failure": {"stage": "render", "kind": "broken", "message": ""}}
 
     def __call__(self, job: Job) -> Report:

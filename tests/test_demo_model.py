@@ -14,9 +14,11 @@ from transformers import Qwen2_5_VLConfig
 
 from pipeline import prompt
 from pipeline.demo import documents, model
+from pipeline.demo.sheets import HEIGHT_PX, WIDTH_PX
+from pipeline.demo.truth import answer
 
 KNOWN = model.schemas(Path(__file__).parents[1] / "schemas")
-PROCESSOR = model.processor(KNOWN)
+PROCESSOR = model.processor(model.tokenizer(KNOWN))
 WORDS = PROCESSOR.tokenizer
 CONFIG: Qwen2_5_VLConfig = model.config(WORDS)
 UNTRAINED = model.untrained(WORDS)
@@ -37,8 +39,8 @@ def test_any_text_comes_back(text: str) -> None:
 
 @pytest.mark.parametrize("form", ["invoice", "receipt"])
 def test_an_answer_comes_back(form: documents.Form) -> None:
-    answer = documents.answer(documents.sample(1, form).truth)
-    assert WORDS.decode(ids(answer)) == answer
+    written = answer(documents.sample(1, form).truth)
+    assert WORDS.decode(ids(written)) == written
 
 
 @pytest.mark.parametrize("key", dict.fromkeys(key for schema in KNOWN.values() for key in model.keys(schema)))
@@ -82,7 +84,7 @@ def test_the_prompt_has_the_shape_that_qwen_has() -> None:
 
 
 def test_a_page_is_256_visual_tokens_and_is_not_resized() -> None:
-    page = np.full((documents.HEIGHT_PX, documents.WIDTH_PX, 3), 255, np.uint8)
+    page = np.full((HEIGHT_PX, WIDTH_PX, 3), 255, np.uint8)
     grid = PROCESSOR.image_processor(images=[page], return_tensors="np")["image_grid_thw"]
     assert np.array_equal(grid, [[1, 32, 32]])
 

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pytest
 from nbclient import NotebookClient
 
-from pipeline.demo import documents, samples
+from pipeline.demo import samples
+from pipeline.demo.truth import answer
 from pipeline.job import Job
 from pipeline.settle import SettleStage
 from pipeline.sink import write_shard
@@ -25,7 +26,7 @@ TRUTH = samples.read_truth(ROOT / "jobs/samples/truth/invoices.jsonl")
 def write_records(folder: Path, *, good: bool = False) -> None:
     """Settle a ledger made by hand: the samples read perfectly, and unless all is good one invalid and one failed."""
     job = Job.load(ROOT / "jobs/invoices.yaml").with_demo()
-    answers = {name: {"status": "extracted", "answer": documents.answer(record)} for name, record in TRUTH.items()}
+    answers = {name: {"status": "extracted", "answer": answer(record)} for name, record in TRUTH.items()}
     if not good:
         answers["torn.pdf"] = {"status": "invalid", "answer": '{"total":1.234}', "errors": ["$.total: 1.234 is not a multiple of 0.01"]}
         answers["lost.pdf"] = {"status": "failed", "failure": {"stage": "render", "kind": "broken", "message": "the PDF cannot be opened"}}

@@ -1,7 +1,6 @@
 """A folder with a tiny random Qwen2.5-VL checkpoint, for tests. Knows nothing of documents and of what an answer means.
 
-Its tokenizer is of the demonstration model's kind: single characters (printable ASCII and newline), the control tokens, and whole
-JSON keys and prompt lines as added tokens that are ordinary text.
+Its tokenizer is the demonstration model's with a smaller alphabet (printable ASCII and newline) and other phrases.
 """
 
 from __future__ import annotations
@@ -9,26 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import (
-    AutoModelForImageTextToText,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLProcessor,
-    Qwen2Tokenizer,
-    Qwen2VLConfig,
-    Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
-)
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2Tokenizer, Qwen2VLConfig
 
-CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+from pipeline.demo.model import SPECIAL as CONTROL
+from pipeline.demo.model import processor, spelling
+
 ORDINARY = ('{"invoice_number":', '"invoice_number":', ',"total":', "null", "Return the JSON object for this document.")
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 VOCABULARY = 192
 """Wider than the tokenizer, as published embeddings are padded."""
 
@@ -53,18 +39,7 @@ def tokenizer() -> Qwen2Tokenizer:
     """Return the tokenizer; what is not printable ASCII is lost in it."""
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     printable = [as_bytes.pre_tokenize_str(chr(code))[0][0] for code in (10, *range(32, 127))]
-    core = Tokenizer(BPE({character: at for at, character in enumerate(printable)}, []))
-    core.pre_tokenizer = as_bytes
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL])
-    core.add_tokens([AddedToken(token, normalized=False) for token in ORDINARY])
-    ends = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None, "bos_token": None}
-    return Qwen2Tokenizer(tokenizer_object=core, **ends)
-
-
-def processor(words: Qwen2Tokenizer) -> Qwen2_5_VLProcessor:
-    """Return tokenizer, image processing and chat template as a checkpoint keeps them."""
-    return Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), words, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
+    return spelling(printable, ORDINARY)
 
 
 def config(words: Qwen2Tokenizer, tied: bool, family: str) -> Qwen2_5_VLConfig | Qwen2VLConfig:

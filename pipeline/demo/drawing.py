@@ -13,7 +13,7 @@ import numpy as np
 import pymupdf
 from PIL import Image, ImageFilter
 
-from pipeline.demo.documents import DPI, HEIGHT_PX, WIDTH_PX, Sheet
+from pipeline.demo.sheets import DPI, HEIGHT_PX, WIDTH_PX, Sheet
 from pipeline.records import Pixels
 
 PT_PER_PX = 72 / DPI

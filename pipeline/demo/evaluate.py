@@ -23,11 +23,14 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from pipeline.demo import samples
-from pipeline.demo.documents import HELD_OUT, Form, leaves
+from pipeline.demo.documents import HELD_OUT, Form
 from pipeline.demo.samples import Drawn, Plan
+from pipeline.demo.truth import leaves
 from pipeline.job import Job
-from pipeline.sink import IDENTITY, Output, read_shards
+from pipeline.sink import Output, read_shards
 
 if TYPE_CHECKING:
     from pipeline.report import Report
@@ -88,7 +91,7 @@ def read(drawn: Sequence[Drawn], model: str, folder: Path) -> tuple[dict[str, Re
         settings = [f"source.paths={json.dumps([str(folder / f'{form}s')])}", f"model.name={json.dumps(model)}", "model.without_gpu=cpu"]
         job = Job.load(JOBS / f"{form}s.yaml", settings, folder / "out" / form)
         reports.append(run(job))
-        rows = read_shards(Output(job.output).records, None, IDENTITY).to_pylist()
+        rows = read_shards(Output(job.output).records, None, pa.schema([])).to_pylist()
         records |= {Path(row["_source"]).name: row for row in rows}
     return records, reports
 

@@ -23,7 +23,10 @@ from torch.utils.data import IterableDataset
 
 from pipeline import prompt
 from pipeline.demo import documents, drawing, model
-from pipeline.demo.documents import HEIGHT_PX, HELD_OUT, WIDTH_PX, Form, Pen, Run, Sample, Sheet, answer, pieces
+from pipeline.demo.documents import HELD_OUT, Form, Sample
+from pipeline.demo.sheets import HEIGHT_PX, WIDTH_PX, Pen, Run, Sheet, char_widths
+from pipeline.demo.truth import answer, pieces
+from pipeline.demo.words import sample_word
 from pipeline.schema import Schema
 
 COLUMNS = 8
@@ -69,7 +72,7 @@ class Lessons(IterableDataset[Batch]):
         torch.set_num_threads(1)
         rng = random.Random(self.seed)
         known = model.schemas(SCHEMAS)
-        words = model.processor(known)
+        words = model.processor(model.tokenizer(known))
         while True:
             spelling, copying = self.shares
             if rng.random() < spelling:
@@ -116,7 +119,7 @@ def cells(run: Run, angle_deg: float) -> Iterator[tuple[int, int]]:
     """Yield for each character the visual token of its page that shows its centre, and the column in it."""
     sine, cosine = math.sin(math.radians(angle_deg)), math.cos(math.radians(angle_deg))
     x_px = run.x_px
-    for width_px in documents.char_widths(run.text, run.font, run.size_px):
+    for width_px in char_widths(run.text, run.font, run.size_px):
         dx, dy = x_px + width_px / 2 - WIDTH_PX / 2, run.y_px - 0.3 * run.size_px - HEIGHT_PX / 2
         x = min(max(WIDTH_PX / 2 + dx * cosine + dy * sine, 0.0), WIDTH_PX - 1.0)
         y = min(max(HEIGHT_PX / 2 - dx * sine + dy * cosine, 0.0), HEIGHT_PX - 1.0)
@@ -143,7 +146,7 @@ def spelling_sheet(rng: random.Random) -> Sheet:
         pen.plain, pen.bold, pen.size_px, x_px = fonts.plain, fonts.bold, fonts.size_px, pen.left_px
         while x_px < pen.right_px - 10:
             bold = rng.random() < 0.3
-            word = "".join(rng.choices("".join(LETTERS), k=rng.randint(1, 6))) if rng.random() < 0.25 else documents.sample_word(rng)
+            word = "".join(rng.choices("".join(LETTERS), k=rng.randint(1, 6))) if rng.random() < 0.25 else sample_word(rng)
             width_px = pen.width(word, bold)
             if x_px + width_px > WIDTH_PX - 4:
                 break

@@ -8,7 +8,7 @@ spelled out in bytes. Knows nothing of documents or training.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,23 +53,27 @@ def keys(schema: Schema) -> Iterator[str]:
 
 def tokenizer(known: dict[str, Schema]) -> Qwen2Tokenizer:
     """Return a byte-level tokenizer without merges whose added tokens are the schemas' keys and prompt lines."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    phrases = dict.fromkeys(k for schema in known.values() for k in keys(schema))
+    phrases |= dict.fromkeys(line for schema in known.values() for line in prompt.system(schema).splitlines())
+    return spelling(sorted(pre_tokenizers.ByteLevel.alphabet()), (*phrases, prompt.ASK, "null"))
+
+
+def spelling(alphabet: Sequence[str], phrases: Sequence[str]) -> Qwen2Tokenizer:
+    """Return a tokenizer that spells text out in the letters of an alphabet, but for phrases, which are one token each."""
     core = Tokenizer(BPE({token: index for index, token in enumerate(alphabet)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
-    phrases = dict.fromkeys(k for schema in known.values() for k in keys(schema))
-    phrases |= dict.fromkeys(line for schema in known.values() for line in prompt.system(schema).splitlines())
-    core.add_tokens([AddedToken(p, normalized=False) for p in (*phrases, prompt.ASK, "null")])
+    core.add_tokens([AddedToken(p, normalized=False) for p in phrases])
     special: dict[str, Any] = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None, "bos_token": None}
     return Qwen2Tokenizer(tokenizer_object=core, model_max_length=32768, **special)
 
 
-def processor(known: dict[str, Schema]) -> Qwen2_5_VLProcessor:
-    """Return the processor: the tokenizer, Qwen's own image processing and a chat template of the usual shape."""
+def processor(words: Qwen2Tokenizer) -> Qwen2_5_VLProcessor:
+    """Return the processor: a tokenizer, Qwen's own image processing and a chat template of the usual shape."""
     pixels: dict[str, Any] = {"min_pixels": 4 * 28 * 28, "max_pixels": 16384 * 28 * 28}
     images, videos = Qwen2VLImageProcessor(**pixels), Qwen2VLVideoProcessor(**pixels)
-    return Qwen2_5_VLProcessor(images, tokenizer(known), videos, chat_template=CHAT_TEMPLATE)
+    return Qwen2_5_VLProcessor(images, words, videos, chat_template=CHAT_TEMPLATE)
 
 
 def config(words: Qwen2Tokenizer) -> Qwen2_5_VLConfig:

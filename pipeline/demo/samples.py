@@ -24,7 +24,9 @@ from typing import Any
 from PIL import Image
 
 from pipeline.demo import documents, drawing
-from pipeline.demo.documents import DPI, HELD_OUT, Form, Sheet
+from pipeline.demo.documents import HELD_OUT, Form
+from pipeline.demo.sheets import DPI, Sheet
+from pipeline.demo.truth import answer
 from pipeline.records import Pixels
 
 FIRST_SEED = HELD_OUT + 1575
@@ -107,7 +109,7 @@ def write_truth(drawn: Iterable[Drawn], folder: Path) -> None:
     """Write one JSON line per document: its file's name, then the record in the schema's order."""
     lines: dict[Form, list[str]] = {}
     for one in drawn:
-        lines.setdefault(one.form, []).append(documents.answer({"source": one.name, **one.truth}) + "\n")
+        lines.setdefault(one.form, []).append(answer({"source": one.name, **one.truth}) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
     for form, texts in lines.items():
         (folder / f"{form}s.jsonl").write_text("".join(texts), encoding="utf-8")

@@ -33,8 +33,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 
 from pipeline import awq
 from pipeline.demo import model
-from pipeline.demo.documents import HEIGHT_PX, WIDTH_PX
 from pipeline.demo.lessons import COLUMNS, IGNORED, LETTERS, SCHEMAS, Batch, Lessons
+from pipeline.demo.sheets import HEIGHT_PX, WIDTH_PX
 from pipeline.engines.vision import batch_windows
 
 POINTERS = ((1, 0), (2, 0), (2, 2))
@@ -189,7 +189,9 @@ def train(work: Path, minutes: float, batch_size: int, peak: float, start: Path 
     steppers = optimizers(pupil)
     step, before_s = restore(work, pupil, steppers)
     if start and not step:
-        weights = awq.load(start, AutoConfig.from_pretrained(start), torch.float32, torch.device("cpu")).state_dict()
+        weights = awq.load(
+            start, AutoConfig.from_pretrained(start, trust_remote_code=False), torch.float32, torch.device("cpu")
+        ).state_dict()
         pupil.reader.load_state_dict(weights)
     shares = torch.multiprocessing.get_context("fork").Array("d", 2)
     shares[:] = curriculum(before_s / (minutes * 60))
@@ -260,7 +262,7 @@ def export(work: Path, folder: Path) -> None:
     plain = work / "plain"
     cast(nn.Module, pupil.reader).half()
     pupil.reader.save_pretrained(plain)
-    model.processor(model.schemas(SCHEMAS)).save_pretrained(plain)
+    model.processor(model.tokenizer(model.schemas(SCHEMAS))).save_pretrained(plain)
     awq.quantize(plain, folder)
 
 

@@ -1,0 +1,43 @@
+"""A record -> its values by their paths, and its JSON in pieces, as the demonstration model learns to write it. Knows no page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from decimal import Decimal
+from typing import Any
+
+
+def leaves(value: Any, path: str = "$") -> Iterator[tuple[str, Any]]:
+    """Yield every leaf value of a record with its path; an empty array is one leaf."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from leaves(inner, f"{path}.{key}")
+    elif isinstance(value, list) and value:
+        for index, inner in enumerate(value):
+            yield from leaves(inner, f"{path}[{index}]")
+    else:
+        yield path, None if value == [] else value
+
+
+def answer(value: Any) -> str:
+    """Return a record as the model should write it: compact JSON, sums of money with two decimals."""
+    return "".join(text for text, _ in pieces(value))
+
+
+def pieces(value: Any, path: str = "$") -> Iterator[tuple[str, str]]:
+    """Yield a record's JSON in pieces: each value with its path, and what stands between values with none."""
+    if isinstance(value, dict):
+        for at, (key, inner) in enumerate(value.items()):
+            yield ("," if at else "{") + json.dumps(key) + ":", ""
+            yield from pieces(inner, f"{path}.{key}")
+        yield "}", ""
+    elif isinstance(value, list):
+        yield "[", ""
+        for at, inner in enumerate(value):
+            if at:
+                yield ",", ""
+            yield from pieces(inner, f"{path}[{at}]")
+        yield "]", ""
+    else:
+        yield f"{value:.2f}" if isinstance(value, Decimal) else json.dumps(value, ensure_ascii=False), path
