@@ -1,0 +1,227 @@
+"""A request -> the body of a Chat Completions call, and the events that come back -> a `Completion`. Knows no network.
+
+    Message("user", (page 1, page 2, "Return …"))
+    -> {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}}, …, {"type": "text", …}]}
+
+    {"choices": [{"delta": {"content": "{\\"tot"}}]}, …, {"choices": [{"delta": {}, "finish_reason": "stop"}]}, {"usage": {…}}
+    -> Completion('{"total":…}', STOP, Usage(1310, 42))
+
+Pages travel as data URLs, never as a document's address: a server that fetches addresses can be sent anywhere (CVE-2026-34753).
+"""
+
+from __future__ import annotations
+
+import base64
+import codecs
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from PIL import Image
+
+from pipeline.budget import CELL_AREA, MAX_TOKENS
+from pipeline.errors import DocumentError
+from pipeline.prompt import CONTROL_TOKEN
+from pipeline.records import Completion, FinishReason, Message, Pixels, Request, Sampling, Token, Usage
+
+Structure = Literal["json_schema", "tool", "prompt"]
+RECORD = "record"
+"""What the schema is called where it must have a name."""
+FINISHED = {"stop": FinishReason.STOP, "tool_calls": FinishReason.STOP, "function_call": FinishReason.STOP, "length": FinishReason.LENGTH}
+PNG_LEVEL = 1
+"""zlib's fastest: 91 ms instead of 344 for a scanned A4 page, a tenth larger."""
+JPEG_QUALITY = 90
+MAX_TOKEN_CHARACTERS = 64
+"""More than this per token, or more than two events per token, and the server does not keep to `max_tokens`."""
+
+
+class Broken(Exception):
+    """An answer did not come, or not whole; asking again may help. `wait_s` is how long the server said to wait."""
+
+    def __init__(self, kind: str, message: str, wait_s: float | None = None) -> None:
+        super().__init__(kind, message, wait_s)
+        self.kind, self.message, self.wait_s = kind, message, wait_s
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How one server is spoken to."""
+
+    model: str
+    structure: Structure = "prompt"
+    vllm: bool = False
+    """vLLM is told everything: what is left out it takes from the checkpoint's own defaults, a repetition penalty of 1.05 among them."""
+    logprobs: bool = False
+    image_format: Literal["png", "jpeg"] = "png"
+    pixel_bounds: tuple[int, int] = (CELL_AREA, MAX_TOKENS * CELL_AREA)
+    """Between them a page keeps its size."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Goes over everything else; a null takes a key away."""
+
+
+def body(request: Request, dialect: Dialect) -> bytes:
+    """Return a request as JSON. Milliseconds for each page: not for an event loop."""
+    asked = {
+        "model": dialect.model,
+        "messages": [turn(message, dialect.image_format) for message in spoken(request, dialect.structure)],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "max_tokens": request.sampling.max_tokens,
+        **drawn(request.sampling, dialect.vllm),
+        **(form(request.schema, dialect.structure) if request.schema else {}),
+    }
+    if dialect.logprobs:
+        asked["logprobs"] = True
+    if dialect.vllm:
+        low, high = dialect.pixel_bounds
+        asked["mm_processor_kwargs"] = {"min_pixels": low, "max_pixels": high}
+    asked |= dialect.extra
+    return json.dumps({name: value for name, value in asked.items() if value is not None}, separators=(",", ":")).encode()
+
+
+def drawn(sampling: Sampling, everything: bool) -> dict[str, Any]:
+    """Return how tokens are chosen; what changes nothing is left out, for servers that refuse keys they do not know."""
+    given = {"temperature": sampling.temperature}
+    chosen = {"top_p": sampling.top_p, "top_k": sampling.top_k, "repetition_penalty": sampling.repetition_penalty}
+    default = Sampling()
+    given |= {name: value for name, value in chosen.items() if everything or value != getattr(default, name)}
+    return given | ({"seed": sampling.seed} if sampling.temperature else {})
+
+
+def form(schema: str, structure: Structure) -> dict[str, Any]:
+    """Return what makes a server keep to a schema; nothing where only the prompt can ask for it."""
+    if structure == "json_schema":
+        record = {"name": RECORD, "strict": True, "schema": json.loads(schema)}
+        return {"response_format": {"type": "json_schema", "json_schema": record}}
+    if structure == "tool":
+        function = {"name": RECORD, "description": "Keeps what the document says.", "parameters": json.loads(schema)}
+        choice = {"type": "function", "function": {"name": RECORD}}
+        return {"tools": [{"type": "function", "function": function}], "tool_choice": choice}
+    return {}
+
+
+def spoken(request: Request, structure: Structure) -> Sequence[Message]:
+    """Return the conversation, with the schema itself in its system message where nothing else carries it."""
+    if structure != "prompt" or not request.schema:
+        return request.messages
+    words = f"Answer with the JSON object alone, without a code fence. It must satisfy this JSON Schema:\n{request.schema}"
+    first, *others = request.messages
+    if first.role != "system":
+        return (Message("system", (words,)), *request.messages)
+    return (Message("system", (*first.parts, words)), *others)
+
+
+def turn(message: Message, image_format: Literal["png", "jpeg"]) -> dict[str, Any]:
+    """Return a message; one without images as plain text, which some servers' templates insist on.
+
+    What a page or an answer says must not become a control token on the server, which knows no difference.
+    """
+    parts = [CONTROL_TOKEN.sub(" ", part) if isinstance(part, str) else part for part in message.parts]
+    texts = [part for part in parts if isinstance(part, str)]
+    if len(texts) == len(parts):
+        return {"role": message.role, "content": "\n".join(texts)}
+    content = [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image_url", "image_url": {"url": data_url(part, image_format)}}
+        for part in parts
+    ]
+    return {"role": message.role, "content": content}
+
+
+def data_url(pixels: Pixels, image_format: Literal["png", "jpeg"]) -> str:
+    """Return a page as a data URL: PNG keeps every pixel, JPEG is smaller for scans."""
+    buffer, picture = io.BytesIO(), Image.fromarray(pixels)
+    if image_format == "png":
+        picture.save(buffer, "PNG", compress_level=PNG_LEVEL)
+    else:
+        picture.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return f"data:image/{image_format};base64,{base64.b64encode(buffer.getbuffer()).decode('ascii')}"
+
+
+class Answer:
+    """An answer as its events come in; of a server that does not stream, one event."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self.content, self.arguments, self.refusal = list[str](), list[str](), list[str]()
+        self.tokens: list[Token] = []
+        self.usage: Usage | None = None
+        self.finish_reason: str | None = None
+        self._events, self._written = 0, 0
+        self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    @property
+    def runs_away(self) -> bool:
+        """Whether more has come than `max_tokens` allows, by any measure of a token."""
+        return self._events > 2 * self.max_tokens + 16 or self._written > MAX_TOKEN_CHARACTERS * (self.max_tokens + 16)
+
+    def add(self, event: Any) -> None:
+        """Take an event in. Raises Broken for one that says or is an error."""
+        try:
+            if error := event.get("error"):
+                raise Broken("server", f"the server broke off: {sentence(error)}")
+            self._count(event.get("usage"))
+            for choice in event.get("choices") or ():
+                self._choose(choice)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise Broken("garbled", f"the server sent what is no Chat Completions event ({type(error).__name__}: {error})") from None
+
+    def completion(self) -> Completion:
+        """Return the whole answer. Raises Broken when it is not whole, DocumentError when the server declines to give one."""
+        if self.refusal or self.finish_reason == "content_filter":
+            said = "".join(self.refusal) or "its content filter"
+            raise DocumentError("refused", f"the model declines to answer: {said[:200]}")
+        reason = "length" if self.runs_away else self.finish_reason
+        if reason is None:
+            raise Broken("connection", "the answer ended before it was finished")
+        if reason not in FINISHED:
+            raise Broken("garbled", f"the answer ended with the finish_reason {reason[:40]!r}")
+        text = "".join(self.arguments or self.content)
+        return Completion(text, FINISHED[reason], self.usage or Usage(0, len(self.tokens) or self._events), spelling(text, self.tokens))
+
+    def _count(self, usage: Any) -> None:
+        """Keep the token counts; the last ones count."""
+        if usage:
+            self.usage = Usage(int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0))
+
+    def _choose(self, choice: Any) -> None:
+        """Take in what one event adds to the answer."""
+        delta = choice.get("delta") or choice.get("message") or {}
+        calls = [call["function"].get("arguments") or "" for call in delta.get("tool_calls") or ()]
+        arguments = [call if isinstance(call, str) else json.dumps(call) for call in calls]
+        for pieces, kept in ([delta.get("content")], self.content), (arguments, self.arguments), ([delta.get("refusal")], self.refusal):
+            for piece in filter(None, pieces):
+                kept.append(piece)
+                self._written += len(piece)
+                self._events += 1
+        for token in (choice.get("logprobs") or {}).get("content") or ():
+            known = token.get("bytes")
+            text = token["token"] if known is None else self._characters.decode(bytes(known))
+            self.tokens.append(Token(text, float(token["logprob"])))
+        self.finish_reason = choice.get("finish_reason") or self.finish_reason
+
+
+def spelling(text: str, tokens: Sequence[Token]) -> tuple[Token, ...]:
+    """Return the tokens that spell the text: not the one that ended it, and none at all if they spell something else."""
+    at = 0
+    for count, token in enumerate(tokens):
+        if at == len(text):
+            return tuple(tokens[:count])
+        if not text.startswith(token.text, at):
+            return ()
+        at += len(token.text)
+    return tuple(tokens) if at == len(text) else ()
+
+
+def sentence(error: Any) -> str:
+    """Return what a server says went wrong, from any of the shapes in which servers say it."""
+    for name in ("error", "message", "detail", "msg"):
+        if isinstance(error, dict) and error.get(name):
+            return sentence(error[name])
+    if isinstance(error, list) and error:
+        return sentence(error[0])
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:199] + "…"

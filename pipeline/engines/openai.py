@@ -1,0 +1,195 @@
+"""Requests -> answers by a server that speaks OpenAI's Chat Completions. Knows no document and no Ray.
+
+`check` and `resolve` ask the server what it is before anything starts; what they find stands in the job from then on, so that
+the actors of a run need not ask again and `job.yaml` says it. The engine's calls run in an event loop and a thread of its
+own: whoever awaits an answer may do so from any loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Coroutine
+from threading import Thread
+from typing import Any, TypeVar
+
+from pipeline import schema
+from pipeline.budget import CELL_AREA, PixelBudget, fit_pixels
+from pipeline.engines import structure
+from pipeline.engines.chat import Broken, Dialect, body
+from pipeline.engines.endpoint import Endpoint, Patience
+from pipeline.errors import DocumentError, EngineDead, JobError
+from pipeline.job import Job
+from pipeline.records import Completion, Request
+
+Value = TypeVar("Value")
+
+
+class OpenAIEngine:
+    """A server that answers elsewhere."""
+
+    name = "openai"
+
+    def __init__(
+        self, base_url: str, dialect: Dialect, patience: Patience, key: str | None = None, max_request_tokens: int | None = None
+    ) -> None:
+        """Open no connection yet."""
+        self.model, self.dialect, self._over = dialect.model, dialect, False
+        self.max_request_tokens = max_request_tokens
+        self._loop = asyncio.new_event_loop()
+        self._thread = Thread(target=self._loop.run_forever, name="openai-engine", daemon=True)
+        self._thread.start()
+        self._endpoint = Endpoint(base_url, key, patience)
+        self._places = asyncio.Semaphore(patience.concurrency)
+
+    async def complete(self, request: Request) -> Completion:
+        """Return the answer to one request; from any event loop.
+
+        Raises DocumentError when this request alone fails, EngineDead when the server cannot be reached any more.
+        """
+        if self._over:
+            raise EngineDead("the engine was closed")
+        check_length(request, self.max_request_tokens)
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._closable(self.ask(request, self.dialect)), self._loop))
+
+    def close(self) -> None:
+        """Cut all connections. Requests still waiting fail with EngineDead."""
+        if self._over:
+            return
+        self._over = True
+        self.wait(self._shut())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def wait(self, doing: Coroutine[Any, Any, Value]) -> Value:
+        """Return what comes of this in the engine's own loop."""
+        return asyncio.run_coroutine_threadsafe(doing, self._loop).result()
+
+    # What follows runs in the engine's loop.
+
+    async def ask(self, request: Request, dialect: Dialect) -> Completion:
+        """Return the answer to a request; waits until one of the places is free, before its pages are written out."""
+        async with self._places:
+            written = await asyncio.to_thread(body, request, dialect)
+            return await self._endpoint.ask(written, request.sampling.max_tokens)
+
+    async def models(self) -> list[dict[str, Any]] | None:
+        """Return the models that the server lists, as it describes them."""
+        return await self._endpoint.models()
+
+    async def _closable(self, answer: Awaitable[Completion]) -> Completion:
+        """Tell whoever waits for an answer when the engine is closed."""
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            if self._over:
+                raise EngineDead("the engine was closed") from None
+            raise
+
+    async def _shut(self) -> None:
+        """End everything that is under way in this loop."""
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._endpoint.close()
+        await self._loop.shutdown_default_executor()
+
+
+def check_length(request: Request, allowed: int | None) -> None:
+    """Refuse a request whose pages and answer alone are more than the job allows; its words only the server can count."""
+    images = [part for message in request.messages for part in message.parts if not isinstance(part, str)]
+    read, written = sum(image.shape[0] * image.shape[1] // CELL_AREA for image in images), request.sampling.max_tokens
+    if allowed and read + written > allowed:
+        found = f"the request needs more than {read + written:,} tokens ({read:,} for its pages and up to {written:,} to write)"
+        way_out = "lower pages.per_request or sampling.max_tokens, or raise limits.max_request_tokens"
+        raise DocumentError("too_long", f"{found}, limits.max_request_tokens allows {allowed:,}: {way_out}")
+
+
+def check(job: Job) -> None:
+    """Ask the server whether it is there and takes the key; nothing else. Raises JobError."""
+    looked_at(job, lambda engine: engine.models())
+
+
+def resolve(job: Job) -> Job:
+    """Return the job with what the server is in place of each `auto`. Costs up to a dozen short requests. Raises JobError."""
+    model = job.sections.model
+    if "auto" not in (model.name, model.server, model.structure) and model.logprobs is not None:
+        return job
+    return looked_at(job, lambda engine: survey(job, engine))
+
+
+async def survey(job: Job, engine: OpenAIEngine) -> Job:
+    """Find out the model's name, which server it is, and how it keeps to the job's schema."""
+    model = job.sections.model
+    cards = await engine.models() or [] if "auto" in (model.name, model.server) else []
+    name = only(structure.listed(cards)) if model.name == "auto" else model.name
+    server = model.server if model.server != "auto" else "vllm" if structure.is_vllm(cards) else "other"
+    named = job.with_model(name=name, server=server)
+    subject = structure.Subject(job.system, schema.compact(job.schema), job.sampling)
+    wanted = None if model.structure == "auto" else model.structure
+    found = await structure.probe(engine.ask, subject, dialect(named), wanted, model.logprobs)
+    return named.with_model(structure=found.structure, logprobs=found.logprobs)
+
+
+def only(names: list[str]) -> str:
+    """Return the one model that a server has."""
+    if len(names) != 1:
+        found = f"it lists {len(names)} models ({', '.join(names[:5])})" if names else "it lists no model"
+        raise JobError(f"{found}: say which one in model.name")
+    return names[0]
+
+
+def looked_at(job: Job, look: Callable[[OpenAIEngine], Coroutine[Any, Any, Value]]) -> Value:
+    """Return what a look at the job's server shows; whatever goes wrong is the job's fault, for nothing has started."""
+    engine = load(job)
+    try:
+        return engine.wait(look(engine))
+    except (Broken, DocumentError, JobError, EngineDead) as error:
+        message = error.message if isinstance(error, Broken | DocumentError) else str(error)
+        raise JobError(f"{job.file}: model.base_url {job.sections.model.base_url}: {message}") from None
+    finally:
+        engine.close()
+
+
+def load(job: Job) -> OpenAIEngine:
+    """Return the engine that speaks to the job's server. Raises JobError when its key is missing."""
+    model = job.sections.model
+    patience = Patience(model.concurrency, model.idle_timeout_s, model.timeout_s, model.max_retries)
+    return OpenAIEngine(str(model.base_url), dialect(job), patience, key(job), job.sections.limits.max_request_tokens)
+
+
+def dialect(job: Job) -> Dialect:
+    """Return how the job says its server is spoken to."""
+    model, budget = job.sections.model, job.sections.pages.budget
+    return Dialect(
+        model.name,
+        structure="prompt" if model.structure == "auto" else model.structure,
+        vllm=model.server == "vllm",
+        logprobs=bool(model.logprobs),
+        image_format=model.image_format,
+        pixel_bounds=bounds(budget),
+        extra=model.extra_body,
+    )
+
+
+def bounds(budget: PixelBudget) -> tuple[int, int]:
+    """Return the areas between which every page of this budget lies."""
+    if budget.resized_height and budget.resized_width:
+        size = fit_pixels(1, 1, budget)
+        return size.width_px * size.height_px, size.width_px * size.height_px
+    return budget.min_pixels, budget.max_pixels
+
+
+def key(job: Job) -> str | None:
+    """Return the key from the environment variable that the job names."""
+    name = job.sections.model.api_key_env
+    if name is None:
+        return None
+    found = os.environ.get(name, "").strip()
+    if not found:
+        raise JobError(f"{job.file}: model.api_key_env names the environment variable {name}, which is not set")
+    if not (found.isascii() and found.isprintable()):
+        raise JobError(f"{job.file}: the environment variable {name} (model.api_key_env) holds characters that no key has")
+    return found

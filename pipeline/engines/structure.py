@@ -1,0 +1,94 @@
+"""A server that answers -> how it is best spoken to, found out by asking it. Knows no network and no document.
+
+    json_schema   response_format with the strict schema     the server decodes under it
+    tool          a call of one tool is forced               its arguments are the record
+    prompt        the schema stands in the prompt            nothing is forced: the validator and the re-ask do the work
+
+The first of these that the server obeys is taken. A server may refuse a way, or take it and ignore it, or refuse the job's
+schema in it: so it is told to say hello under a schema that wants another word, and then asked for a record of an empty page.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from pipeline.engines.chat import Dialect, Structure
+from pipeline.errors import DocumentError, JobError
+from pipeline.prompt import build
+from pipeline.records import Completion, Message, Request, Sampling
+
+Ask = Callable[[Request, Dialect], Awaitable[Completion]]
+WAYS: tuple[Structure, ...] = ("json_schema", "tool", "prompt")
+WORD = "k3v9"
+WANTED = {
+    "type": "object",
+    "properties": {"word": {"type": "string", "enum": [WORD]}},
+    "required": ["word"],
+    "additionalProperties": False,
+}
+HELLO_TOKENS = 256
+"""Room for a model that thinks first."""
+RECORD_TOKENS = 16
+"""Enough to see that the schema is taken."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a job asks for: probed with it, so that nothing is refused later."""
+
+    system: str
+    schema: str
+    sampling: Sampling
+
+    def hello(self) -> Request:
+        """Return a question whose answer shows whether a schema is obeyed."""
+        sampling = replace(self.sampling, max_tokens=HELLO_TOKENS)
+        return Request("hello", (Message("user", ("Say hello.",)),), json.dumps(WANTED), sampling)
+
+    def record(self) -> Request:
+        """Return the job's own question about an empty page."""
+        page = np.full((56, 56, 3), 255, np.uint8)
+        return Request("record", build(self.system, [page]), self.schema, replace(self.sampling, max_tokens=RECORD_TOKENS))
+
+
+async def probe(ask: Ask, subject: Subject, start: Dialect, structure: Structure | None, logprobs: bool | None) -> Dialect:
+    """Return how a server is spoken to; what is given stays as it is.
+
+    Raises JobError when it refuses every way, and whatever else `ask` raises.
+    """
+    refusal = ""
+    for way, scores in product([structure] if structure else WAYS, [True, False] if logprobs is None else [logprobs]):
+        dialect = replace(start, structure=way, logprobs=scores)
+        try:
+            if structure or way == "prompt" or obeyed((await ask(subject.hello(), dialect)).text):
+                await ask(subject.record(), dialect)
+                return dialect
+        except DocumentError as error:
+            if error.kind != "refused":
+                raise
+            refusal = error.message
+    raise JobError(f"it refuses to be asked: {refusal}; model.base_url mostly ends in /v1, model.extra_body can take keys away")
+
+
+def obeyed(text: str) -> bool:
+    """Say whether an answer keeps to the schema of the hello."""
+    try:
+        return bool(json.loads(text) == {"word": WORD})
+    except ValueError:
+        return False
+
+
+def listed(cards: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the models that a server lists, adapters left out."""
+    return [str(card["id"]) for card in cards if card.get("id") and not card.get("parent")]
+
+
+def is_vllm(cards: Sequence[Mapping[str, Any]]) -> bool:
+    """Say whether a list of models is vLLM's, which signs it."""
+    return any(card.get("owned_by") == "vllm" for card in cards)
