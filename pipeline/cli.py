@@ -72,7 +72,12 @@ def guarded(command: Callable[..., Exit | None]) -> Callable[..., None]:
 
 
 def say(text: str) -> None:
-    click.echo(text, err=True)
+    click.echo(plain(text), err=True)
+
+
+def plain(text: str) -> str:
+    """Return text that does nothing to a terminal: file names and messages come from strangers."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -85,10 +90,11 @@ def main() -> None:
 @JOB
 @OUTPUT
 @click.option("--limit", type=click.IntRange(min=1), help="Take only the first so many documents of the listing.")
+@click.option("--retry", metavar="failed[:KIND]", help="Ask once more what failed, all or one kind of it (failed:timeout).")
 @SET
 @JSON
 @guarded
-def run(job_file: Path, output: Path | None, limit: int | None, settings: tuple[str, ...], as_json: bool) -> Exit:
+def run(job_file: Path, output: Path | None, limit: int | None, retry: str | None, settings: tuple[str, ...], as_json: bool) -> Exit:
     """Ask what has not been asked yet and write the records.
 
     Exit codes: 0 all records extracted, 1 some failed or invalid, 2 the job is wrong and nothing was started,
@@ -98,7 +104,7 @@ def run(job_file: Path, output: Path | None, limit: int | None, settings: tuple[
     from pipeline import flow
 
     with quiet_core() as console, progress(console, as_json) as on_progress:
-        report = flow.run(job, limit, on_progress, on_demo=None if as_json else announce_demo)
+        report = flow.run(job, limit, on_progress, None if as_json else announce_demo, retry)
     return show(report, as_json)
 
 
@@ -170,7 +176,7 @@ def preview(job_file: Path, file: Path, page: int, png: Path | None, no_answer: 
             f"{facts['visual_tokens']} visual tokens, {facts['words']} words in the text layer"
         )
         for warning in facts["warnings"]:
-            click.echo(f"warning: {warning}")
+            click.echo(plain(f"warning: {warning}"))
         click.echo(f"\nprompt:\n{job.system}\n\n[page image]\n{seen.ask}\n")
     answer = {} if no_answer else room.answer(job, seen, None if as_json else announce_demo)
     if as_json:
@@ -189,20 +195,30 @@ def preview(job_file: Path, file: Path, page: int, png: Path | None, no_answer: 
 @JSON
 @guarded
 def status(folder: Path, as_json: bool) -> None:
-    """Show where the run in an output folder stands. Starts nothing."""
-    from pipeline.sink import Output, count
+    """Show where the run in an output folder stands, and which documents went worst. Starts nothing."""
+    from pipeline.sink import Output
+    from pipeline.status import count
 
     found = count(Output(folder))
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
         return
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("", "count", title=str(folder), title_justify="left")
-    for name, value in found.items():
-        for inner, number in value.items():
-            table.add_row(f"{name} {inner}", str(number))
+    table = Table("", "count", title=f"{found['job']} in {folder}", title_justify="left")
+    for name in ("documents", "requests", "request_failures", "records", "record_failures"):
+        for inner, number in found[name].items():
+            table.add_row(f"{name.replace('_', ' ')}: {inner}", str(number))
     terminal().print(table)
+    if found["worst"]:
+        worst = Table("document", "failed", "invalid", "of", "kind", "what it says", title="worst documents", title_justify="left")
+        for row in found["worst"]:
+            cells = (row["source"], row["failed"], row["invalid"], row["requests"], row["kind"], row["message"][:200])
+            worst.add_row(*(escape(plain(str(cell)).replace("\n", "\\n")) for cell in cells))
+        terminal().print(worst)
+    for file in found["damaged"]:
+        say(f"damaged: {file}; run the job again: it is set aside and its requests are asked again")
 
 
 def load(job_file: Path, settings: tuple[str, ...], output: Path | None = None) -> Job:
@@ -285,6 +301,8 @@ def show(report: Report, as_json: bool) -> Exit:
     table.add_row("tokens read, written", f"{report.prompt_tokens}, {report.completion_tokens}")
     table.add_row("model", report.model + (" (demonstration)" if report.demonstration else ""))
     terminal().print(table)
+    for file in report.damaged:
+        say(f"damaged: {file} was set aside, and its requests were asked again")
     if report.missing:
         say(f"error: {len(report.missing)} sources have no record, the first is {report.missing[0]}; run the same command again")
     records = Path(report.output) / "records"
@@ -292,5 +310,29 @@ def show(report: Report, as_json: bool) -> Exit:
     return report.exit_code
 
 
+def start() -> None:
+    """The program `pipeline`: what starts Ray is watched, so that its end has a name whatever ends it."""
+    if sys.argv[1:2] not in (["run"], ["settle"]):
+        main()
+        return
+    from pipeline.watch import watched
+
+    sys.exit(watched(status_of, broken_off))
+
+
+def status_of() -> int:
+    """Return the exit code with which the command line ends."""
+    try:
+        main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else bool(end.code)
+    return Exit.OK
+
+
+def broken_off(how: str) -> int:
+    say(f"error: the run's process is gone: {how}; what was answered is kept: run the same command again to go on")
+    return Exit.RUN_BROKEN
+
+
 if __name__ == "__main__":
-    main()
+    start()

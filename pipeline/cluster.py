@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import threading
+import time
+from collections.abc import Set
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pipeline.errors import RunError
 
+if TYPE_CHECKING:
+    from ray.exceptions import RayError
+
 STARTS = 3
+THREADS_S = 3.0
+"""How long Ray Data's threads may take to notice that it is over; one of them only waits, for good and to nobody's harm."""
+RAISED = re.compile(r"^((?:\w+\.)*)([A-Z]\w*): (.+)$", re.MULTILINE)
+"""The line of a traceback that says what was raised."""
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DEDUP_LOGS": "0"}
 
 
@@ -53,3 +64,29 @@ def start() -> None:
                 raise RunError(f"Ray does not start on this machine: {error}") from error
     if callable(listener) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, listener)
+
+
+def stop(threads: Set[threading.Thread]) -> None:
+    """Stop Ray, when all threads but these have ended, or had time to: pulled away from under them, it can end this process."""
+    import ray
+
+    deadline = time.monotonic() + THREADS_S
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    ray.shutdown()
+
+
+def stopped(error: RayError, sentence: str) -> RunError:
+    """Return what a worker raised as the end of this run: its message, or a sentence about it with its traceback as the cause.
+
+    Of a worker's exception only the text comes over from its process.
+    """
+    from ray.exceptions import RayError
+
+    text = str(error).partition("\nThe above exception was the direct cause")[0].strip()
+    module, name, message = (RAISED.findall(text) or [("", "", text.partition("\n")[0])])[-1]
+    if module == "pipeline.errors.":
+        return RunError(message)
+    broken = RunError(sentence.format(f"{name}: {message}".removeprefix(": ")[:300]))
+    broken.__cause__ = RayError(text)
+    return broken

@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
@@ -25,41 +22,40 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from pipeline import cluster, engines, sink, source
-from pipeline.budget import RenderSettings
-from pipeline.errors import JobError, RunError, SourceError
+from pipeline import attempts, cluster, engines, sink, source
+from pipeline.asking import ask, check_room, rows_of
+from pipeline.attempts import Asked, Retry
+from pipeline.errors import DamagedShard, JobError, SourceError
 from pipeline.job import Job, differences
-from pipeline.report import Counted, OnProgress, Report
+from pipeline.report import Breaker, Counted, OnProgress, Report
 from pipeline.settle import SettleStage
-from pipeline.sink import IDENTITY, LEDGER, Ledger, Output
-from pipeline.stages import AskStage, RenderStage, Row, document_keys, render_settings
+from pipeline.sink import IDENTITY, Ledger, Output
+from pipeline.stages import Row, document_keys, render_settings
 
-RENDERED = pa.schema(
-    [
-        *IDENTITY,
-        *(LEDGER.field(n) for n in ("key", "first_page", "last_page", "status", "failure", "pages")),
-        ("pixels", pa.list_(pa.binary())),
-    ]
-)
-ANSWERED = pa.schema([*IDENTITY, *(field for field in LEDGER if field.name not in IDENTITY.names)])
-DOCUMENTS_PER_TASK = 16
 DOCUMENTS_PER_SHARD = 1000
-BLOCK_BYTES = 32 * 2**20
-"""How much a task gathers before the next step sees it: three full requests, so that the first answers come soon."""
-BATCHES_IN_FLIGHT = 8
-RAISED = re.compile(r"^((?:\w+\.)*)([A-Z]\w*): (.+)$", re.MULTILINE)
-"""The line of a traceback that says what was raised."""
+ROUNDS = 3
+"""One asks everything. Another is for what went missing with a machine, should Ray not bring all of it back."""
+BLOCK_BYTES = 1
+"""What a task gathers before the next step sees it: every request goes on as soon as it is drawn, and its answer is kept as
+soon as it has come; blocks of 32 MiB held back those of a whole task, which a kill then cost."""
 LIBRARIES = ("pipeline", "ray", "torch", "transformers", "pymupdf", "pyarrow", "llguidance", "jsonschema")
 
 
-def run(job: Job, limit: int | None = None, on_progress: OnProgress | None = None, on_demo: Callable[[str], None] | None = None) -> Report:
+def run(
+    job: Job,
+    limit: int | None = None,
+    on_progress: OnProgress | None = None,
+    on_demo: Callable[[str], None] | None = None,
+    retry: str | None = None,
+) -> Report:
     """Ask what has not been asked yet, settle everything, and return what became of it.
 
-    `limit` takes the first so many documents of the listing; `on_demo` is told the model's name when the demonstration
-    model takes its place. Raises JobError before anything has started, RunError when the run cannot go on; running it
-    again resumes it.
+    `limit` takes the first so many documents of the listing; `retry`, "failed" or "failed:KIND", asks once more what failed
+    so; `on_demo` is told the model's name when the demonstration model takes its place. Raises JobError before anything
+    has started, RunError when the run cannot go on; running it again resumes it.
     """
     started = time.monotonic()
+    again = Retry.parse(retry) if retry else None
     listing = found(job)
     render_settings(job)  # these three refuse a missing password, clashing columns or an impossible schema before Ray starts
     SettleStage(job, extras_of(listing))
@@ -71,17 +67,47 @@ def run(job: Job, limit: int | None = None, on_progress: OnProgress | None = Non
         on_demo(wanted.sections.model.name)
     output = Output(job.output)
     begin(job, output)
-    documents = identify(output, listing if limit is None else first(listing, limit, output))
-    sink.replace_sources(output, documents)
-    to_ask = unasked(job, output, documents)
     report = Report(job.sections.name, str(job.output), job.sections.model.name, job.uses_demo)
-    if to_ask.num_rows:
-        ask(job, output, to_ask, resources, report, on_progress or (lambda _: None))
-        sink.replace_sources(output, identify(output, documents.drop(["doc_id", "page_count"])))
-    settle_into(job, output, report)
+    report.damaged = sink.set_aside_damaged(output)
+    listing = listing if limit is None else first(listing, limit, output)
+    settled = False
+    while not settled:
+        ask_open(job, output, listing, again, resources, report, on_progress or (lambda _: None))
+        try:
+            settle_into(job, output, report)
+            settled = True
+        except DamagedShard as damage:
+            report.damaged.append(sink.set_aside(damage))
+            again = None
     report.elapsed_s = round(time.monotonic() - started, 3)
     output.write_report(report.as_dict())
     return report
+
+
+def ask_open(
+    job: Job,
+    output: Output,
+    listing: pa.Table,
+    retry: Retry | None,
+    resources: cluster.Resources,
+    report: Report,
+    on_progress: OnProgress,
+) -> None:
+    """Ask every request that the ledger does not know or that is to be retried, and write the answers to it as they come."""
+    for _ in range(ROUNDS):
+        asked = attempts.asked(sink.read_outcomes(output), retry)
+        documents = forget_unopened(job, identify(output, listing), asked)
+        sink.replace_sources(output, documents)
+        to_ask = unasked(job, documents, asked)
+        if not to_ask.num_rows:
+            return
+        counted = Counted(to_ask.num_rows, report, on_progress)
+        breaker = Breaker(job.sections.limits.max_failure_ratio, job.sections.limits.min_requests)
+        with closing(ask(job, to_ask, asked, resources)) as rows, Ledger(output) as ledger:
+            for row in filter(ledger.add, rows):
+                counted.add(row)
+                breaker.add(row)
+        retry = None
 
 
 def settle(job: Job) -> Report:
@@ -91,7 +117,7 @@ def settle(job: Job) -> Report:
     if before is None:
         raise JobError(f"there is nothing to settle in {job.output}: run the job first")
     connect()
-    job = job.with_demo() if before["job"]["model"]["name"] == "demo" else job
+    job = job.as_resolved(before["job"]["model"])
     if set(changed := differences(before["asked"], job.asked)) - {"extract.schema", "prompt"}:
         raise JobError(f"{job.file} has changed since {job.output} was asked: {', '.join(changed)}")
     output.prepare()
@@ -162,169 +188,40 @@ def identify(output: Output, listing: pa.Table) -> pa.Table:
     return listing
 
 
-def unasked(job: Job, output: Output, documents: pa.Table) -> pa.Table:
-    """Return the documents that have a request the ledger does not know."""
-    done = set(sink.read_shards(output.requests, ["key"], LEDGER)["key"].to_pylist())
+def forget_unopened(job: Job, documents: pa.Table, asked: Asked) -> pa.Table:
+    """Return the documents without the page counts of those that could not be opened and shall be tried once more."""
     rows = documents.select(IDENTITY.names).to_pylist()
-    keep = [row["page_count"] is None or not done.issuperset(document_keys(row, job.pages_per_request, job.fingerprint)) for row in rows]
-    return documents.filter(pa.array(keep, pa.bool_()))
+    again = [row["page_count"] == 0 and not asked.done.issuperset(keys_of(job, row)) for row in rows]
+    counts = [None if shut else row["page_count"] for shut, row in zip(again, rows, strict=True)]
+    place = documents.schema.get_field_index("page_count")
+    return documents.set_column(place, IDENTITY.field("page_count"), pa.array(counts, pa.int32()))
 
 
-@ray.remote(num_cpus=0)
-class Claims:
-    """Who asks what: a request that is done is not asked again, and of two files of the same bytes only one is asked."""
-
-    def __init__(self, done: list[str]) -> None:
-        self.done, self.owners = set(done), dict[str, str]()
-
-    def claim(self, identity: str, source: str, keys: list[str]) -> list[str]:
-        if self.owners.setdefault(identity, source) != source:
-            return []
-        return [key for key in keys if key not in self.done]
-
-
-@dataclass(frozen=True)
-class Rendering:
-    """What a render task needs to know; equal ones share a renderer within a worker process."""
-
-    settings: RenderSettings
-    root: Path
-    per_request: int
-    fingerprint: str
-
-
-@lru_cache(maxsize=1)
-def renderer(rendering: Rendering, claims: Any) -> RenderStage:
-    """Return this worker's renderer, so that its sandbox outlives a task."""
-
-    def claim(identity: str, source: str, keys: list[str]) -> list[str]:
-        wanted: list[str] = ray.get(claims.claim.remote(identity, source, keys))
-        return wanted
-
-    return RenderStage(rendering.settings, rendering.root, rendering.per_request, rendering.fingerprint, claim)
-
-
-def render_documents(batch: pa.Table, rendering: Rendering, claims: Any) -> Iterator[pa.Table]:
-    """The render task: documents -> requests, streamed one by one."""
-    stage = renderer(rendering, claims)
-    for document in batch.to_pylist():
-        for row in stage(document):
-            yield pa.Table.from_pylist([row], RENDERED)
-
-
-class Asker:
-    """The engine actor: loads the model once, answers requests as they come."""
-
-    def __init__(self, job: Job, threads: int) -> None:
-        self.stage = AskStage(job, engines.load(job, threads))
-
-    async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
-        async for row in self.stage(batch.to_pylist()):
-            yield pa.Table.from_pylist([row], ANSWERED)
-
-
-def ask(job: Job, output: Output, documents: pa.Table, resources: cluster.Resources, report: Report, on_progress: OnProgress) -> None:
-    """Ask every request of these documents, write the answers to the ledger as they come, and count them in the report."""
-    done = sink.read_shards(output.requests, ["key"], LEDGER)["key"].to_pylist()
-    claims = Claims.remote(done)  # type: ignore[attr-defined]
-    rendering = Rendering(render_settings(job), job.file.parent, job.pages_per_request, job.fingerprint)
-    counted = Counted(documents.num_rows, report, on_progress)
-    try:
-        with Ledger(output) as ledger:
-            for row in rows_of(answers(job, requests(rendering, claims, documents, resources), resources)):
-                ledger.add(row)
-                counted.add(row)
-    except BaseException as error:
-        ray.shutdown()  # with it go the actors, for whose CPUs the next run in this process would wait
-        if isinstance(error, RayError):
-            raise stopped(error, "the run stopped: {}; run the same command again to resume it") from error
-        raise
-
-
-def requests(rendering: Rendering, claims: Any, documents: pa.Table, resources: cluster.Resources) -> ray.data.Dataset:
-    """Return the documents' requests, rendered in tasks of their own.
-
-    Half a CPU each where the engine shares the processor with them: unlike the engine's, so that Ray does not fuse the two
-    steps and a renderer that dies takes no model with it.
-    """
-    listed = documents.select(["source", "size_bytes", "version"])
-    blocks = [listed.slice(start, DOCUMENTS_PER_TASK).combine_chunks() for start in range(0, listed.num_rows, DOCUMENTS_PER_TASK)]
-    step: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": renderer_cpus(resources)}
-    return ray.data.from_arrow(blocks).map_batches(cast(Any, render_documents), fn_args=(rendering, claims), **step)
-
-
-def answers(job: Job, asked: ray.data.Dataset, resources: cluster.Resources) -> ray.data.Dataset:
-    """Return the requests' answers; an actor takes the next batches while the engine works on the last."""
-    cpus = actor_cpus(job, resources)
-    pool = ray.data.ActorPoolStrategy(
-        size=job.sections.ray.actors,
-        max_tasks_in_flight_per_actor=BATCHES_IN_FLIGHT,
-        max_concurrent_calls_per_actor=BATCHES_IN_FLIGHT,
-    )
-    return asked.map_batches(
-        cast(Any, Asker),
-        batch_size=job.sections.model.batch_size,
-        batch_format="pyarrow",
-        fn_constructor_args=(job, max(1, int(cpus))),
-        num_cpus=cpus,
-        num_gpus=job.sections.ray.gpus_per_actor if resources.gpus else 0,
-        compute=pool,
+def unasked(job: Job, documents: pa.Table, asked: Asked) -> pa.Table:
+    """Return the documents that have a request to be asked: one that the ledger does not know, or that is wanted again."""
+    rows = documents.select(IDENTITY.names).to_pylist()
+    return documents.filter(
+        pa.array([row["page_count"] is None or not asked.done.issuperset(keys_of(job, row)) for row in rows], pa.bool_())
     )
 
 
-def rows_of(dataset: ray.data.Dataset) -> Iterator[Row]:
-    """Yield a dataset's rows as they come."""
-    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from cast(pa.Table, block).to_pylist()
-
-
-def actor_cpus(job: Job, resources: cluster.Resources) -> float:
-    """Return the CPUs of an engine actor: one beside a GPU; without one, all but what rendering needs, shared out."""
-    if job.sections.ray.cpus_per_actor:
-        return job.sections.ray.cpus_per_actor
-    spare = resources.cpus - max(1.0, resources.cpus / 8) if resources.cpus > 1 else resources.cpus / 2
-    share = spare / job.sections.ray.actors
-    return 1.0 if resources.gpus else share // 1 or share
-
-
-def check_room(job: Job, resources: cluster.Resources) -> None:
-    """Raise JobError when the engine's actors and one renderer do not fit: Ray would wait for room without end."""
-    actors, gpus = job.sections.ray.actors, job.sections.ray.gpus_per_actor if resources.gpus else 0
-    cpus = actor_cpus(job, resources)
-    if actors * gpus > resources.gpus or actors * cpus + renderer_cpus(resources) > resources.cpus:
-        raise JobError(
-            f"{job.file}: ray.actors is {actors}, each with {cpus:g} CPUs and {gpus:g} GPUs, beside {renderer_cpus(resources):g} CPUs "
-            f"for rendering; there are {resources.cpus:g} CPUs and {resources.gpus:g} GPUs"
-        )
-
-
-def renderer_cpus(resources: cluster.Resources) -> float:
-    return 1.0 if resources.gpus else 0.5
-
-
-def stopped(error: RayError, sentence: str) -> RunError:
-    """Return what a worker raised as the end of this run: its message, or a sentence about it with its traceback as the cause.
-
-    Of a worker's exception only the text comes over from its process.
-    """
-    text = str(error).partition("\nThe above exception was the direct cause")[0].strip()
-    module, name, message = (RAISED.findall(text) or [("", "", text.partition("\n")[0])])[-1]
-    if module == "pipeline.errors.":
-        return RunError(message)
-    broken = RunError(sentence.format(f"{name}: {message}".removeprefix(": ")[:300]))
-    broken.__cause__ = RayError(text)
-    return broken
+def keys_of(job: Job, document: Row) -> Iterable[str]:
+    return document_keys(document, job.pages_per_request, job.fingerprint)
 
 
 SETTLED = pa.schema(
-    [("file", pa.string()), ("sources", pa.list_(pa.string())), ("statuses", pa.list_(pa.string())), ("failures", pa.list_(pa.string()))]
+    [
+        *((name, pa.string()) for name in ("file", "damaged", "why")),
+        *((name, pa.list_(pa.string())) for name in ("sources", "statuses", "failures")),
+    ]
 )
 
 
 def settle_into(job: Job, output: Output, report: Report, fingerprint: str | None = None) -> None:
     """Write the records of every source listed, shard by shard, and count them in the report.
 
-    A shard holds the documents of one range of doc_ids, so that its task reads a range of a sorted ledger.
+    A shard holds the documents of one range of doc_ids, so that its task reads a range of a sorted ledger. Raises
+    DamagedShard where the ledger cannot be read.
     """
     documents = sink.read_sources(output).sort_by([("doc_id", "ascending"), ("source", "ascending")])
     stage = SettleStage(job, extras_of(documents), fingerprint)
@@ -335,7 +232,10 @@ def settle_into(job: Job, output: Output, report: Report, fingerprint: str | Non
     try:
         rows = list(rows_of(settled))
     except RayError as error:
-        raise stopped(error, "settling stopped: {}; nothing asked is lost: run pipeline settle") from None
+        raise cluster.stopped(error, "settling stopped: {}; nothing asked is lost: run pipeline settle") from None
+    for row in rows:
+        if row["damaged"]:
+            raise DamagedShard(row["damaged"], row["why"])
     output.keep_records({row["file"] for row in rows})
     report.settled([s for row in rows for s in row["statuses"]], [f for row in rows for f in row["failures"]])
     seen = {name for row in rows for name in row["sources"]}
@@ -345,7 +245,10 @@ def settle_into(job: Job, output: Output, report: Report, fingerprint: str | Non
 
 def settle_shard(documents: pa.Table, stage: SettleStage, output: Output) -> pa.Table:
     """The settle task: the documents of one range -> one shard of records."""
-    requests = sink.read_requests(output, documents["doc_id"])
+    try:
+        requests = sink.read_requests(output, documents["doc_id"])
+    except DamagedShard as damage:
+        return pa.Table.from_pylist([{"damaged": damage.file, "why": damage.why}], SETTLED)
     records = stage.table(documents.to_pylist(), requests.to_pylist())
     sources = records["_source"].to_pylist()
     file = sink.write_shard(output.records, records, [f"{name}/{row}" for row, name in enumerate(sources)])

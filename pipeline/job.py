@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -24,6 +26,9 @@ from pipeline.jobfile import explain, override, read_yaml
 from pipeline.records import Sampling
 
 DEMO = "demo"
+IN_PROCESS = {"name", "revision", "dtype", "rope_scaling", "lora"}
+AT_SERVER = {"engine", "name", "server", "structure", "image_format", "extra_body"}
+"""What decides a model's answer in this process, and at a server: not its address, behind which the same model answers the same."""
 
 
 class Section(BaseModel):
@@ -36,11 +41,16 @@ class SourceSection(Section):
     paths: tuple[str, ...] = Field(
         min_length=1,
         description="Files, folders (read recursively), globs and manifests (.txt, .csv, .jsonl, .parquet with a `path` column), "
-        "relative to the job file. A manifest's other columns travel into the records.",
+        "relative to the job file, and http(s) URLs of single files. A manifest's other columns travel into the records.",
     )
     password_env: str | None = Field(None, description="Name of the environment variable that holds the password of encrypted PDFs.")
     allow_outside: bool = Field(
         False, description="Let a manifest name files outside its own folder. Costs safety: whoever writes the manifest reads your disk."
+    )
+    allow_private: bool = Field(
+        False,
+        description="Let http(s) URLs lead to private, loopback and link-local addresses. Costs safety: whoever writes the manifest, or "
+        "a server it names, reaches your network and your cloud's metadata.",
     )
 
 
@@ -89,9 +99,16 @@ class ExtractSection(Section):
 
 
 class ModelSection(Section):
-    name: str = Field(description="Hub id or folder of a Qwen2.5-VL or Qwen2-VL checkpoint, AWQ or not; `demo` is the one in this package.")
+    name: str = Field(
+        description="Hub id or folder of a Qwen2.5-VL or Qwen2-VL checkpoint, AWQ or not; `demo` is the one in this package. With the "
+        "engine `openai` the server's own name of its model; `auto`, the default there, takes the only one that it lists."
+    )
     revision: str | None = Field(None, description="Commit of the hub repository; without it the newest one.")
-    engine: Literal["auto", "transformers"] = Field("auto", description="Who runs the model. `auto` is `transformers`.")
+    engine: Literal["auto", "transformers", "openai"] = Field(
+        "auto",
+        description="Who runs the model. `auto` is `transformers`, in this process. `openai` is any server of Chat Completions at "
+        "`model.base_url`: it needs no GPU here, and every page leaves this machine.",
+    )
     without_gpu: Literal["stop", "demo", "cpu"] = Field(
         "stop",
         description="What to do where there is no GPU: stop with exit code 2, use the demonstration model of this package (said aloud and "
@@ -108,6 +125,91 @@ class ModelSection(Section):
         None, description="YaRN settings for contexts beyond 32,768 tokens. Costs accuracy of positions on short ones."
     )
     lora: str | None = Field(None, description="Folder or hub id of a LoRA adapter to apply to the model (needs the package `peft`).")
+    base_url: str | None = Field(
+        None,
+        description="Address of the server that the engine `openai` asks, without `/chat/completions`; mostly ends in `/v1`.",
+    )
+    api_key_env: str | None = Field(
+        None, description="Name of the environment variable that holds the server's key. The key itself is written nowhere."
+    )
+    server: Literal["auto", "vllm", "other"] = Field(
+        "auto",
+        description="Which server that is. `vllm` is also sent what only it understands: the pixel bounds, so that it resamples no page, "
+        "and every sampling setting. `other` resizes pages as it likes. `auto` asks the server.",
+    )
+    structure: Literal["auto", "json_schema", "tool", "prompt"] = Field(
+        "auto",
+        description="How the server is held to the schema: decoding under it, a forced tool call, or the schema in the prompt alone, which "
+        "costs its tokens in every request and more re-asks. `auto` tries them in this order before the run, in a few short requests.",
+    )
+    logprobs: bool | None = Field(
+        None, description="Have the server send every token's log-probability. Costs bytes, ten times the answer's; default: if it can."
+    )
+    image_format: Literal["png", "jpeg"] = Field(
+        "png",
+        description="How pages travel to the server. `png` keeps every pixel; `jpeg` is a quarter of it for scans and blurs small print.",
+    )
+    extra_body: dict[str, Any] = Field(
+        {},
+        description="Keys put into every request to the server, over its own; null takes one away. job.yaml shows it: no secrets.",
+    )
+    concurrency: int = Field(
+        16, ge=1, le=1024, description="Requests under way at the server at once, per actor. More use it better, until it answers 429."
+    )
+    idle_timeout_s: float = Field(
+        120.0,
+        gt=0,
+        description="Longest silence of the server, before an answer or within it; then it is asked again. Too short for a server with a "
+        "queue asks it everything twice.",
+    )
+    timeout_s: float = Field(
+        900.0, gt=0, description="Longest time for one answer of the server; then it is cut and fails (`timeout`), its tokens paid for."
+    )
+    max_retries: int = Field(
+        6,
+        ge=0,
+        le=100,
+        description="How often a request is sent again after 429, 5xx, a lost connection or a stalled answer, 1 s later, then 2, 4, … up "
+        "to 60 s. More outlast longer outages; each may be charged.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def unnamed(cls, data: Any) -> Any:
+        """Let a server say its model's name."""
+        return {"name": "auto"} | data if isinstance(data, dict) and data.get("engine") == "openai" else data
+
+    @model_validator(mode="after")
+    def reachable(self) -> ModelSection:
+        """Refuse an address or a name of a key that cannot be one; what was written is not repeated, it may be a secret."""
+        if self.engine != "openai":
+            for key in ("base_url", "api_key_env"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} is for the engine openai, and model.engine is {self.engine}")
+            return self
+        check_address(self.base_url)
+        if self.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
+            raise ValueError("api_key_env is no name of an environment variable; the key itself does not belong into a job")
+        if taken := sorted({"messages", "model", "stream"} & self.extra_body.keys()):
+            raise ValueError(f"extra_body cannot change {' and '.join(taken)}")
+        return self
+
+
+def check_address(base_url: str | None) -> None:
+    """Raise ValueError for what is not a server's address, or holds a secret."""
+    if base_url is None:
+        raise ValueError("the engine openai needs base_url, the server's address (http://127.0.0.1:8000/v1)")
+    try:
+        url = urlsplit(base_url)
+        sound = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        sound = False
+    if not sound:
+        raise ValueError("base_url is not an http(s) address such as http://127.0.0.1:8000/v1")
+    if "@" in url.netloc or url.query or url.fragment:
+        raise ValueError("base_url holds a user, a password or a query: name the variable that holds the key in api_key_env instead")
+    if url.path.rstrip("/").endswith("/chat/completions"):
+        raise ValueError("base_url ends in /chat/completions: leave that out")
 
 
 class SamplingSection(Section):
@@ -124,9 +226,30 @@ class LimitsSection(Section):
     memory_mib: int = Field(2048, ge=256, description="Address space of a rendering process. A page that needs more fails.")
     max_pages: int = Field(2000, ge=1, description="Most pages of a document; a longer one fails.")
     max_file_mib: int = Field(256, ge=1, description="Largest file; a larger one fails without being read.")
+    download_s: float = Field(
+        120.0,
+        gt=0,
+        le=86_400,
+        description="Longest time to fetch an http(s) URL, redirects and all; then it fails. More waits longer for slow servers, with a "
+        "renderer idle meanwhile.",
+    )
     max_image_megapixels: int = Field(
         300, ge=1, description="Largest image; a larger one (a decompression bomb, mostly) fails before it is decoded."
     )
+    max_request_tokens: int = Field(
+        32_768,
+        ge=256,
+        description="Most tokens of one request, `sampling.max_tokens` included; one that needs more fails (`too_long`) before it is "
+        "asked. More read more pages at once, in memory that grows with it, and beyond 32,768 these models need `model.rope_scaling`.",
+    )
+    max_failure_ratio: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Share of the last 1,000 requests that may fail before the run stops (exit code 3). 1 never stops it; 0.5 saves a "
+        "night when a disk or an engine is lost, and stops for a folder of broken files too.",
+    )
+    min_requests: int = Field(20, ge=1, description="Requests that must have come back before `max_failure_ratio` counts.")
 
 
 class OutputSection(Section):
@@ -135,6 +258,9 @@ class OutputSection(Section):
 
 class RaySection(Section):
     actors: int = Field(1, ge=1, description="Engine actors; each loads the model once.")
+    max_restarts: int = Field(
+        3, ge=0, description="How often an engine actor that died is replaced, the model loaded anew, before the run stops (exit code 3)."
+    )
     gpus_per_actor: float = Field(1.0, ge=0, description="GPUs an actor reserves, where there are any.")
     cpus_per_actor: float | None = Field(
         None, gt=0, description="CPUs an actor reserves and the threads it uses; default: 1 beside a GPU, else all but one."
@@ -212,12 +338,23 @@ class Job:
 
     @property
     def uses_demo(self) -> bool:
-        return self.sections.model.name == DEMO
+        return self.sections.model.name == DEMO and self.sections.model.engine != "openai"
 
     def with_demo(self) -> Job:
         """Return the job with the demonstration model in place of its own."""
-        model = self.sections.model.model_copy(update={"name": DEMO, "revision": __version__, "lora": None, "rope_scaling": None})
+        return self.with_model(name=DEMO, revision=__version__, lora=None, rope_scaling=None)
+
+    def with_model(self, **found: Any) -> Job:
+        """Return the job with other keys in its section `model`."""
+        model = self.sections.model.model_copy(update=found)
         return Job(self.file, self.sections.model_copy(update={"model": model}), self.schema, self.output)
+
+    def as_resolved(self, model: Mapping[str, Any]) -> Job:
+        """Return the job with what an earlier run chose, as its `job.yaml` keeps it: the demonstration model, or what its server is."""
+        mine = self.sections.model
+        if mine.engine != "openai":
+            return self.with_demo() if model["name"] == DEMO else self
+        return self.with_model(**{key: model.get(key, "auto") for key in ("name", "server", "structure") if getattr(mine, key) == "auto"})
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -229,7 +366,7 @@ class Job:
                 "re_asks": sections.extract.re_asks,
                 "schema": json.loads(schema.compact(self.schema)),
             },
-            "model": sections.model.model_dump(include={"name", "revision", "dtype", "rope_scaling", "lora"}),
+            "model": sections.model.model_dump(include=AT_SERVER if sections.model.engine == "openai" else IN_PROCESS),
             "pages": sections.pages.model_dump() | {"per_request": self.pages_per_request},
             "prompt": self.system,
             "sampling": asdict(self.sampling),

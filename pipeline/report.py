@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from typing import Any
+
+from pipeline.errors import RunError
 
 
 class Exit(IntEnum):
@@ -24,6 +26,10 @@ class Exit(IntEnum):
     """Ctrl-C; the same command resumes the run."""
     TERMINATED = 143
     """SIGTERM; the same command resumes the run."""
+
+
+PENDING = "settle/pending"
+"""How the failure of a record is counted that waits for an answer still."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,8 @@ class Report:
     """Records without a valid result, by `stage/kind`."""
     missing: list[str] = field(default_factory=list)
     """Sources without a row: always a defect, named here rather than lost."""
+    damaged: list[str] = field(default_factory=list)
+    """Shards that someone had damaged: set aside, and their requests asked again."""
     requests_asked: int = 0
     pages_asked: int = 0
     prompt_tokens: int = 0
@@ -67,7 +75,7 @@ class Report:
 
     @property
     def exit_code(self) -> Exit:
-        if self.missing:
+        if self.missing or PENDING in self.failures:
             return Exit.RUN_BROKEN
         return Exit.DOCUMENTS_FAILED if self.failures else Exit.OK
 
@@ -112,3 +120,29 @@ class Counted:
             del self.left[row["source"]]
         elapsed_s = time.monotonic() - self.started
         self.on_progress(Progress(self.documents, self.documents_done, report.pages_asked, report.requests_asked, self.failed, elapsed_s))
+
+
+class Breaker:
+    """Stops a run that is failing wholesale."""
+
+    WINDOW = 1000
+    """So many of the last requests count, so that a run of days notices what broke in its last hour."""
+
+    def __init__(self, max_ratio: float, min_requests: int) -> None:
+        self.max_ratio, self.min_requests = max_ratio, min_requests
+        self.kinds: deque[str | None] = deque(maxlen=self.WINDOW)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Take note of a request. Raises RunError when more of the last ones failed than allowed."""
+        if row["key"] is None:
+            return
+        failure = row.get("failure") if row.get("status") == "failed" else None
+        self.kinds.append(f"{failure['stage']}/{failure['kind']}: {failure['message']}" if failure else None)
+        if failure is None or len(self.kinds) < self.min_requests:
+            return
+        failed = [kind for kind in self.kinds if kind]
+        if len(failed) > self.max_ratio * len(self.kinds):
+            raise RunError(
+                f"the run stopped: {len(failed)} of the last {len(self.kinds)} requests failed, `limits.max_failure_ratio` allows "
+                f"{self.max_ratio:g}; the last said {failed[-1]}. The same command resumes; --retry failed asks the failed ones again"
+            )

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from pipeline import schema
 from pipeline.arrow import ArrowPlan
+from pipeline.attempts import newest
 from pipeline.errors import JobError
 from pipeline.job import Job
 from pipeline.merge import Merged, Part, merge
@@ -53,7 +54,12 @@ PROVENANCE = {
     "_engine": (pa.string(), "The engine that ran it."),
 }
 """Every record's columns after the schema's own, each with its meaning."""
-PENDING = {"stage": "settle", "kind": "pending", "message": "not asked yet: run the job again"}
+PENDING: Row = {
+    "status": str(Status.FAILED),
+    "attempt": 0,
+    "failure": {"stage": "settle", "kind": "pending", "message": "not asked yet: run the job again"},
+}
+"""What stands for a request that is not in the ledger."""
 
 
 class SettleStage:
@@ -86,7 +92,7 @@ class SettleStage:
     def rows(self, document: Row, ledger: dict[str, list[Row]]) -> Iterator[Row]:
         """Yield a document's rows."""
         keys = document_keys(document, self.per_request, self.fingerprint)
-        asked = [newest(ledger.get(key, [])) | {"first_page": pages[0], "last_page": pages[1]} for key, pages in keys.items()]
+        asked = [{**newest(ledger.get(key, [PENDING])), "first_page": pages[0], "last_page": pages[1]} for key, pages in keys.items()]
         about = {"_source": document["source"], "_doc_id": document["doc_id"], "_pages": document["page_count"] or None}
         about |= {name: document[name] for name in self.extras}
         if self.per_page and document["page_count"]:
@@ -120,13 +126,6 @@ def columns(job: Job) -> Row:
     """Return the names and types of a job's record columns, and what was decided about some of them."""
     stage = SettleStage(job, pa.schema([]))
     return {"columns": {field.name: str(field.type) for field in stage.schema}, "notes": stage.plan.notes}
-
-
-def newest(attempts: list[Row]) -> Row:
-    """Return the newest successful attempt of a request, else the newest; a request without one is pending."""
-    if not attempts:
-        return {"status": str(Status.FAILED), "failure": PENDING}
-    return max(attempts, key=lambda row: (row["status"] != Status.FAILED, row["attempt"]))
 
 
 def invalid(errors: list[str]) -> Row:

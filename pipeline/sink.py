@@ -12,12 +12,13 @@ rows' keys, so that writing it twice leaves one file. Knows neither Ray nor what
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
+from contextlib import suppress
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from pipeline.errors import JobError, RunError
+from pipeline.errors import DamagedShard, JobError, RunError
 
 FAILURE = pa.struct([("stage", pa.string()), ("kind", pa.string()), ("message", pa.string())])
 PAGE = pa.struct(
@@ -68,6 +69,7 @@ LEDGER = pa.schema(
     ]
 )
 """One row per request. `answer` is the model's last text as it came; `errors` is why it was not valid."""
+OUTCOME = ["key", "attempt", "status", "failure"]
 
 IDENTITY = pa.schema(
     [("source", pa.string()), ("size_bytes", pa.int64()), ("version", pa.string()), ("doc_id", pa.string()), ("page_count", pa.int32())]
@@ -136,14 +138,15 @@ def write_whole(file: Path, content: bytes) -> None:
         draft.replace(file)
     except OSError as error:
         draft.unlink(missing_ok=True)
-        raise RunError(f"cannot write {file}: {error.strerror}; free the disk and run the same command again") from None
+        cure = "free the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "put that right"
+        raise RunError(f"cannot write {file}: {error.strerror}; {cure} and run the same command again") from None
 
 
 def write_shard(folder: Path, table: pa.Table, keys: Iterable[str]) -> Path:
     """Write a table as one Parquet file named from its rows' keys; return its path."""
     name = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:24]
     buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, compression="zstd")
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     file = folder / f"{name}.parquet"
     write_whole(file, buffer.getvalue().to_pybytes())
     return file
@@ -152,19 +155,49 @@ def write_shard(folder: Path, table: pa.Table, keys: Iterable[str]) -> Path:
 def read_shards(folder: Path, columns: Sequence[str] | None, schema: pa.Schema, wanted: pc.Expression | None = None) -> pa.Table:
     """Return all rows of a folder's shards, in the order of their names.
 
-    Raises RunError that names a damaged shard.
+    Raises DamagedShard, also where a checksum says that what is read is not what was written.
     """
-    tables = []
-    for file in sorted(folder.glob("*.parquet")):
-        try:
-            tables.append(pq.read_table(file, columns=columns, filters=wanted, partitioning=None))
-        except (OSError, pa.ArrowInvalid) as error:
-            raise RunError(
-                f"the shard {file} is damaged ({' '.join(str(error).split())[:120]}): remove it, and its requests are asked again"
-            ) from None
+    tables = [read_shard(file, columns, schema, wanted) for file in sorted(folder.glob("*.parquet"))]
     if not tables:
         return schema.empty_table().select(columns or schema.names)
     return pa.concat_tables(tables, promote_options="permissive")
+
+
+def read_shard(file: Path, columns: Sequence[str] | None, schema: pa.Schema, wanted: pc.Expression | None = None) -> pa.Table:
+    """Return the rows of one shard."""
+    try:
+        table = pq.read_table(file, columns=columns, filters=wanted, partitioning=None, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise DamagedShard(str(file), " ".join(str(error).split())[:120]) from None
+    if missing := {*(columns or schema.names)} - {*table.column_names}:
+        raise DamagedShard(str(file), f"it lacks the columns {', '.join(sorted(missing))}")
+    return table
+
+
+def set_aside(damage: DamagedShard) -> str:
+    """Put a damaged shard out of sight, beside the others, for someone who wants to look at it; return its path."""
+    file = Path(damage.file)
+    with suppress(FileNotFoundError):
+        file.rename(file.with_name(f".{file.name}.damaged"))
+    return damage.file
+
+
+def set_aside_damaged(output: Output) -> list[str]:
+    """Set aside the shards of listing and ledger that do not say which requests they hold; return their paths."""
+    found = []
+    for folder, columns, schema in ((output.sources, None, IDENTITY), (output.requests, OUTCOME, LEDGER)):
+        for file in sorted(folder.glob("*.parquet")):
+            try:
+                read_shard(file, columns, schema)
+            except DamagedShard as damage:
+                found.append(set_aside(damage))
+    return found
+
+
+def read_outcomes(output: Output) -> Iterator[dict[str, Any]]:
+    """Yield what became of every request in the ledger: its key, attempt, status and failure."""
+    for batch in read_shards(output.requests, OUTCOME, LEDGER).to_batches(max_chunksize=65_536):
+        yield from batch.to_pylist()
 
 
 def write_sources(output: Output, table: pa.Table) -> None:
@@ -175,7 +208,11 @@ def write_sources(output: Output, table: pa.Table) -> None:
 
 def read_sources(output: Output) -> pa.Table:
     """Return one row per source: as it was listed, completed by what a later row found out about it."""
-    table = read_shards(output.sources, None, IDENTITY)
+    return completed(read_shards(output.sources, None, IDENTITY))
+
+
+def completed(table: pa.Table) -> pa.Table:
+    """Return one row of each source; a manifest's columns and a page count need not stand in the same row before."""
     known = one_per_source(table, pc.is_valid(table["page_count"]))
     extras = [name for name in table.column_names if name not in IDENTITY.names]
     if not extras:
@@ -221,11 +258,18 @@ class Ledger:
 
     def __init__(self, output: Output) -> None:
         self.output, self.rows, self.written_at = output, list[dict[str, Any]](), time.monotonic()
+        self.seen: set[str] = set()
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: dict[str, Any]) -> bool:
+        """Take a row; say whether it is new: work that was done again because a machine was lost brings some twice."""
+        if row["key"] in self.seen:
+            return False
+        if row["key"]:
+            self.seen.add(row["key"])
         self.rows.append(row)
         if len(self.rows) >= self.ROWS or time.monotonic() - self.written_at > self.SECONDS:
             self.flush()
+        return True
 
     def flush(self) -> None:
         asked = [row for row in self.rows if row["key"]]
@@ -239,24 +283,3 @@ class Ledger:
 
     def __exit__(self, *_: object) -> None:
         self.flush()
-
-
-def count(output: Output) -> dict[str, Any]:
-    """Return where a run stands: documents listed and identified, requests and records by status.
-
-    Raises JobError when the folder is no output folder.
-    """
-    job = output.read_job()
-    if job is None:
-        raise JobError(f"{output.path} is not an output folder: it has no job.yaml")
-    sources = read_sources(output)
-    requests = read_shards(output.requests, ["status"], LEDGER)["status"].to_pylist()
-    records = read_shards(output.records, ["_status", "_failure"], pa.schema([("_status", pa.string()), ("_failure", FAILURE)]))
-    failures = [f"{failure['stage']}/{failure['kind']}" for failure in records["_failure"].to_pylist() if failure]
-    return {
-        "job": {job["job"]["name"]: 1},
-        "documents": {"listed": sources.num_rows, "identified": sources.num_rows - sources["doc_id"].null_count},
-        "requests": dict(Counter(requests)),
-        "records": dict(Counter(records["_status"].to_pylist())),
-        "failures": dict(Counter(failures)),
-    }

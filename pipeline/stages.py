@@ -36,10 +36,12 @@ from pipeline.records import Completion, Document, Failure, FinishReason, Page, 
 from pipeline.sandbox import Sandbox
 from pipeline.source import read
 from pipeline.validate import Validator
+from pipeline.web import PUBLIC_ONLY, Access
 
 Row = dict[str, Any]
-Claim = Callable[[str, str, list[str]], list[str]]
-"""(doc_id, source, keys) -> the keys this source shall ask: not those done, nor those of a twin file claimed before."""
+Claim = Callable[[str, str, list[str]], dict[str, int]]
+"""(doc_id, source, keys) -> the keys this source shall ask, not those done nor those of a twin file claimed before, each with the
+number of its attempt, from 1."""
 
 
 def request_key(identity: str, first_page: int, last_page: int, fingerprint: str) -> str:
@@ -71,9 +73,11 @@ def failed(stage: Stage, error: DocumentError) -> Row:
 class RenderStage:
     """Documents -> requests. Owns one sandboxed renderer, started at the first document."""
 
-    def __init__(self, settings: RenderSettings, root: Path, per_request: int, fingerprint: str, claim: Claim) -> None:
+    def __init__(
+        self, settings: RenderSettings, root: Path, per_request: int, fingerprint: str, claim: Claim, access: Access = PUBLIC_ONLY
+    ) -> None:
         self.settings, self.root, self.per_request = settings, root, per_request
-        self.fingerprint, self.claim = fingerprint, claim
+        self.fingerprint, self.claim, self.access = fingerprint, claim, access
 
     @cached_property
     def sandbox(self) -> Sandbox:
@@ -89,7 +93,7 @@ class RenderStage:
         failure: Row = {}
         try:
             listed = Document(document["source"], document["size_bytes"], document["version"])
-            data = read(listed, self.root, self.settings.max_file_bytes)
+            data = read(listed, self.root, self.settings.max_file_bytes, self.access)
             row["doc_id"] = hashlib.sha256(data).hexdigest()
             row["page_count"] = self.sandbox.open(data)
         except DocumentError as error:
@@ -99,9 +103,9 @@ class RenderStage:
         wanted = self.claim(row["doc_id"] or f"unread {row['source']}", row["source"], list(keys))
         if not wanted:
             yield {**row, "key": None}
-        for key in wanted:
+        for key, attempt in wanted.items():
             first_page, last_page = keys[key]
-            request = {**row, "key": key, "first_page": first_page, "last_page": last_page}
+            request = {**row, "key": key, "attempt": attempt, "first_page": first_page, "last_page": last_page}
             yield {**request, **(failure or self.draw(first_page, last_page))}
 
     def draw(self, first_page: int, last_page: int) -> Row:
@@ -115,6 +119,11 @@ class RenderStage:
     def close(self) -> None:
         if "sandbox" in vars(self):
             self.sandbox.close()
+
+
+def access(job: Job) -> Access:
+    """Return how far URLs may lead."""
+    return Access(job.sections.source.allow_private, job.sections.limits.download_s)
 
 
 def render_settings(job: Job) -> RenderSettings:
@@ -162,17 +171,17 @@ class AskStage:
         self.validator = Validator(job.schema)
 
     async def __call__(self, rows: list[Row]) -> AsyncIterator[Row]:
-        """Yield each row answered, in the order in which the answers come; rows that ask nothing pass through."""
+        """Yield each row answered, in the order of the rows; those that ask nothing pass through."""
         asking = [asyncio.ensure_future(self.answer(row)) for row in rows]
-        for done in asyncio.as_completed(asking):
-            yield await done
+        for answered in asking:
+            yield await answered
 
     async def answer(self, row: Row) -> Row:
         """Return a row with its answer and without its pixels."""
         kept = {name: value for name, value in row.items() if name != "pixels"}
         if row["key"] is None:
             return kept
-        kept |= {"model": self.engine.model, "engine": self.engine.name, "fingerprint": self.job.fingerprint, "attempt": 1}
+        kept |= {"model": self.engine.model, "engine": self.engine.name, "fingerprint": self.job.fingerprint}
         if row.get("failure"):
             return kept
         started, clock = datetime.now(UTC), time.monotonic()

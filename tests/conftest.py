@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 from desk import Desk
+from hypothesis import settings
 
 from pipeline import cluster
+
+settings.register_profile("tests", derandomize=True, deadline=None)
+settings.load_profile("tests")
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 from click.testing import CliRunner, Result
 from desk import CUT, INVALID, JOB, SCHEMA, VALID, Desk, Scripted, completion
@@ -23,7 +22,7 @@ from rich.console import Console
 from pipeline import cli, engines
 from pipeline.errors import DocumentError, EngineDead, JobError, RunError, SourceError
 from pipeline.report import Exit, Progress, Report
-from pipeline.sink import Output, write_shard
+from pipeline.sink import Ledger, Output
 
 COMMANDS = ("run", "settle", "check", "preview", "status")
 
@@ -210,20 +209,23 @@ def output(desk: Desk) -> Output:
     made = Output(desk.folder / "out")
     made.prepare()
     made.write_job({"job": {"name": "slips"}, "fingerprint": "f", "asked": {}})
-    records = [{"_status": "failed", "_failure": {"stage": "render", "kind": "empty", "message": "…"}}]
-    write_shard(made.records, pa.Table.from_pylist(records), ["a"])
+    failure = {"stage": "render", "kind": "empty", "message": "no bytes\x1b[2J"}
+    row = {"source": "in/[red]a\x1b[31m.pdf", "size_bytes": 0, "version": "1", "page_count": 0}
+    with Ledger(made) as ledger:
+        ledger.add(row | {"key": "k1", "attempt": 1, "status": "failed", "failure": failure})
     return made
 
 
 def test_status_is_words(output: Output) -> None:
     result = invoke("status", output.path)
     assert (result.exit_code, result.stdout) == (0, "")
-    assert re.search(r"records failed +│ 1", result.stderr)
+    assert re.search(r"request failures: render/empty +│ 1", result.stderr)
+    assert re.search(r"in/\[red\]a\\x1b\[31m\.pdf +│ 1 +│ 0 +│ 1 +│ render/empty", result.stderr)
 
 
 def test_status_prints_json_alone(output: Output) -> None:
     result = invoke("status", output.path, "--json")
-    assert (result.stderr, json.loads(result.stdout)["failures"]) == ("", {"render/empty": 1})
+    assert (result.stderr, json.loads(result.stdout)["request_failures"]) == ("", {"render/empty": 1})
 
 
 def test_status_of_something_else_is_refused(desk: Desk) -> None:
@@ -250,6 +252,16 @@ def test_the_summary_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     cli.show(made := report(), as_json=True)
     said = capsys.readouterr()
     assert (json.loads(said.out), said.err) == (made.as_dict(), "")
+
+
+def test_a_shard_that_was_set_aside_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.show(report(damaged=["out/requests/ab.parquet"]), as_json=False)
+    assert "damaged: out/requests/ab.parquet was set aside, and its requests were asked again" in capsys.readouterr().err
+
+
+def test_a_strangers_file_name_does_not_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.say("in/\x1b]0;owned\x07\u202efdp.exe\nnext line")
+    assert capsys.readouterr().err == "in/\\x1b]0;owned\\x07\\u202efdp.exe\nnext line\n"
 
 
 def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from desk import SCHEMA, Desk
 from pipeline import __version__, engines
 from pipeline.demo import CHECKPOINT
 from pipeline.errors import JobError
+from pipeline.stages import AskStage, Row
 
+PAGE = {"page_no": 1, "width_px": 448, "height_px": 448, "dpi": 200.0, "visual_tokens": 256, "warnings": []}
 HUB = "model.name=Qwen/Qwen2.5-VL-7B-Instruct-AWQ"
 
 
@@ -97,6 +100,17 @@ def test_a_models_folder_is_relative_to_the_job(desk: Desk) -> None:
 
 def test_the_demonstration_lies_in_the_package(desk: Desk) -> None:
     assert engines.folder(desk.job()) == CHECKPOINT
+
+
+def test_the_jobs_limit_of_tokens_reaches_the_engine_and_no_key(desk: Desk) -> None:
+    job = desk.job("limits.max_request_tokens=300")
+    engine = engines.load(job, threads=1)
+    asked: Row = {"key": "k", "first_page": 1, "last_page": 1, "page_count": 1, "pages": [PAGE], "pixels": [bytes(448 * 448 * 3)]}
+    row = asyncio.run(AskStage(job, engine).answer({**asked, "attempt": 1}))
+    engine.close()
+    assert (row["failure"]["kind"], row["asks"]) == ("too_long", 0)
+    assert "limits.max_request_tokens allows 300: lower pages.per_request" in row["failure"]["message"]
+    assert job.fingerprint == desk.job().fingerprint
 
 
 def test_choosing_and_checking_load_no_model_library(desk: Desk) -> None:

@@ -10,25 +10,26 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pipeline"
 FLOORS = {
     0: {"errors", "records", "budget", "schema", "arrow", "prompt", "validate", "merge"},
-    1: {"job", "jobfile", "report"},
-    2: {"source", "manifest", "render", "sandbox", "sink", "awq", "decoding", "engines"},
-    3: {"stages", "settle"},
-    4: {"flow", "cluster", "preview"},
+    1: {"job", "jobfile", "report", "attempts"},
+    2: {"source", "manifest", "net", "web", "render", "sandbox", "sink", "awq", "decoding", "engines"},
+    3: {"stages", "settle", "status"},
+    4: {"cluster", "asking", "flow", "preview", "watch"},
     5: {"cli"},
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 DOORS = {
     "pymupdf": {"render", "demo"},
-    "PIL": {"render", "demo"},
+    "PIL": {"render", "engines", "demo"},
     "fsspec": {"source"},
     "torch": {"engines", "awq", "demo"},
     "transformers": {"engines", "awq", "demo"},
+    "httpx2": {"engines"},
     "awq": {"awq"},
     "llguidance": {"decoding"},
     "pydantic": {"job", "jobfile"},
     "yaml": {"cli", "jobfile", "sink"},
     "jsonschema": {"schema", "validate"},
-    "ray": {"flow", "cluster"},
+    "ray": {"flow", "asking", "cluster"},
     "click": {"cli"},
     "rich": {"cli"},
 }

@@ -20,14 +20,14 @@ from desk import SCHEMA, Desk, Scripted, completion, slip
 from PIL import Image
 from ray.exceptions import RayError
 
-from pipeline import cluster, engines, flow, sink
-from pipeline.errors import EngineDead, JobError, RunError
+from pipeline import asking, attempts, cluster, engines, flow, sink
+from pipeline.engines import Engine
+from pipeline.errors import DamagedShard, DocumentError, EngineDead, JobError, RunError
 from pipeline.job import Job
 from pipeline.records import Completion, Request
 from pipeline.report import Exit, Progress, Report
 from pipeline.settle import SettleStage
 from pipeline.sink import Output
-from pipeline.stages import AskStage
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 PASSWORD = "open sesame"
@@ -43,21 +43,49 @@ class Ink(Scripted):
         return completion(f'{{"currency":"EUR","total":{int((pixels < 128).sum()) / 100},"lines":[]}}')
 
 
-class QuickAsker(flow.Asker):
-    def __init__(self, job: Job, threads: int) -> None:
-        self.stage = AskStage(job, Ink())
+class Frail(Ink):
+    """Fails at every request as long as it is ill: a file called `well` beside the job heals it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    async def complete(self, request: Request) -> Completion:
+        if not (self.folder / "well").exists():
+            self.suffer(request)
+        return await super().complete(request)
+
+    def suffer(self, request: Request) -> None:
+        raise DocumentError("engine", "the kernel returned nonsense")
 
 
-class AskerWithoutModel(flow.Asker):
-    def __init__(self, job: Job, threads: int) -> None:
+class Mortal(Frail):
+    """Answers once in its life; the second request kills it, as a fault of CUDA does."""
+
+    def suffer(self, request: Request) -> None:
+        self.asked.append(request)
+        if len(self.asked) > 1:
+            raise EngineDead("the GPU has fallen off the bus")
+
+
+class Quick(asking.Asker):
+    def load(self, job: Job, threads: int) -> Engine:
+        return Ink()
+
+
+class WithoutModel(Quick):
+    def load(self, job: Job, threads: int) -> Engine:
         raise RunError("there is no memory for the weights")
 
 
-class DyingAsker(flow.Asker):
-    """Answers once, and is dead."""
+class FrailAsker(Quick):
+    def load(self, job: Job, threads: int) -> Engine:
+        return Frail(job.file.parent)
 
-    def __init__(self, job: Job, threads: int) -> None:
-        self.stage = AskStage(job, Scripted(completion(), EngineDead("the GPU has fallen off the bus")))
+
+class MortalAsker(Quick):
+    def load(self, job: Job, threads: int) -> Engine:
+        return Mortal(job.file.parent)
 
 
 for module in (__name__, Scripted.__module__):
@@ -67,7 +95,7 @@ for module in (__name__, Scripted.__module__):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answer without a model, where a test does not say otherwise."""
-    monkeypatch.setattr(flow, "Asker", QuickAsker)
+    monkeypatch.setattr(asking, "Asker", Quick)
 
 
 # --- what a test looks at
@@ -82,11 +110,11 @@ def records(desk: Desk) -> dict[str, dict[str, Any]]:
 
 
 def ledger(desk: Desk) -> list[dict[str, Any]]:
-    """Return the rows of the requests, whose keys must differ."""
+    """Return the rows of the requests, whose attempts must differ, in the order of source, page and attempt."""
     folder = desk.folder / "out" / "requests"
     rows: list[dict[str, Any]] = pq.read_table(folder).to_pylist() if list(folder.glob("*")) else []
-    assert len({row["key"] for row in rows}) == len(rows)
-    return rows
+    assert len({(row["key"], row["attempt"]) for row in rows}) == len(rows)
+    return sorted(rows, key=lambda row: (row["source"], row["first_page"], row["attempt"]))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -120,7 +148,7 @@ def mixed(ray_session: cluster.Resources, tmp_path_factory: pytest.TempPathFacto
     for name, data in files.items():
         desk.put(name, data)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flow, "Asker", QuickAsker)
+        patch.setattr(asking, "Asker", Quick)
         patch.setenv("SLIP_PASSWORD", PASSWORD)
         job = desk.job("pages.per_request=2", "source.password_env=SLIP_PASSWORD")
         yield desk, job, flow.run(job)
@@ -250,13 +278,35 @@ def test_settling_another_job_is_refused(copied: tuple[Desk, Job]) -> None:
         flow.settle(copied[0].job("pages.per_request=2", "sampling.max_tokens=32"))
 
 
-def test_a_damaged_shard_stops_the_run_and_is_named(copied: tuple[Desk, Job], monkeypatch: pytest.MonkeyPatch) -> None:
-    _, job = copied
+@pytest.mark.parametrize("folder", ["requests", "sources", "records"])
+def test_a_damaged_shard_is_made_anew(copied: tuple[Desk, Job], monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    """In the ledger it costs asking again what it held; the listing and the records cost nothing."""
+    desk, job = copied
     monkeypatch.setenv("SLIP_PASSWORD", PASSWORD)
-    shard = next((job.output / "requests").iterdir())
-    shard.write_bytes(b"PAR1")
-    with pytest.raises(RunError, match=f"{shard.name} is damaged"):
-        flow.run(job)
+    before, shard = contents(job.output / "records"), next((job.output / folder).iterdir())
+    lost = [row for row in pq.read_table(shard).to_pylist() if row.get("asks")]
+    shard.write_bytes(shard.read_bytes()[:-40])
+    report = flow.run(job)
+    assert (report.damaged, report.requests_asked) == ([str(shard)] if folder != "records" else [], len(lost))
+    assert contents(job.output / "records") == before
+    assert len(ledger(desk)) == 11
+
+
+def test_a_shard_whose_answers_are_damaged_is_found_when_it_is_settled(copied: tuple[Desk, Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its keys can be read, so that nothing is amiss before."""
+    desk, job = copied
+    monkeypatch.setenv("SLIP_PASSWORD", PASSWORD)
+    before, shard = contents(job.output / "records"), next((job.output / "requests").iterdir())
+    group = pq.ParquetFile(shard).metadata.row_group(0)
+    column = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == "answer")
+    data = bytearray(shard.read_bytes())
+    data[column.data_page_offset + column.total_compressed_size // 2] ^= 0x01
+    shard.write_bytes(data)
+    with pytest.raises(DamagedShard, match=f"{shard.name} is damaged"):
+        flow.settle(job)
+    assert flow.run(job).damaged == [str(shard)]
+    assert contents(job.output / "records") == before
+    assert len(ledger(desk)) == 11
 
 
 # --- before anything has started
@@ -293,17 +343,24 @@ def test_actors_that_will_never_fit_are_refused(desk: Desk) -> None:
 
 def test_gpus_that_are_not_there_are_refused(desk: Desk) -> None:
     with pytest.raises(JobError, match=r"ray\.actors is 2, each with 1 CPUs and 1 GPUs, .* there are 8 CPUs and 1 GPUs"):
-        flow.check_room(desk.job("ray.actors=2"), cluster.Resources(8, 1))
+        asking.check_room(desk.job("ray.actors=2"), cluster.Resources(8, 1))
 
 
 @pytest.mark.parametrize(("cpus", "actors", "each"), [(1, 1, 0.5), (2, 1, 1), (2, 3, 1 / 3), (16, 1, 14), (16, 3, 4)])
 def test_actors_share_what_rendering_leaves(desk: Desk, cpus: float, actors: int, each: float) -> None:
     job, there = desk.job(f"ray.actors={actors}"), cluster.Resources(cpus, 0)
-    assert flow.actor_cpus(job, there) == pytest.approx(each)
-    flow.check_room(job, there)
+    assert asking.actor_cpus(job, there) == pytest.approx(each)
+    asking.check_room(job, there)
 
 
 # --- a folder over time
+
+
+def test_who_asks_a_server_needs_no_gpu_and_one_cpu(desk: Desk) -> None:
+    job = desk.job("model={engine: openai, base_url: 'http://127.0.0.1:1/v1', concurrency: 20}")
+    assert (asking.actor_gpus(job, cluster.Resources(8, 4)), asking.actor_cpus(job, cluster.Resources(8, 4))) == (0, 1)
+    assert asking.requests_per_batch(job) == 3
+    asking.check_room(job, cluster.Resources(1, 0))
 
 
 def test_a_folder_is_kept_up_to_date(desk: Desk) -> None:
@@ -361,25 +418,48 @@ def test_failures_alone_have_the_columns_of_any_run(desk: Desk, mixed: tuple[Des
     assert (report.statuses, report.requests_asked) == ({"failed": 2}, 0)
     schemas = [pq.read_schema(next((output / "records").iterdir())) for output in (job.output, mixed[1].output)]
     assert schemas[0].equals(schemas[1])
-    assert flow.unasked(job, Output(job.output), sink.read_sources(Output(job.output))).num_rows == 0
+    done = attempts.asked(sink.read_outcomes(Output(job.output)))
+    assert flow.unasked(job, sink.read_sources(Output(job.output)), done).num_rows == 0
 
 
 # --- an engine that fails
 
 
-def test_a_run_whose_engine_fails_goes_on_later(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At first the engine does not load, then it dies at its second answer."""
+def test_a_run_whose_engine_does_not_load_goes_on_later(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     desk.put("a.pdf", slip(1, 2, 3))
-    job = desk.job("pages.per_request=1", "model.batch_size=1")
-    monkeypatch.setattr(flow, "Asker", AskerWithoutModel)
+    monkeypatch.setattr(asking, "Asker", WithoutModel)
     with pytest.raises(RunError, match=r"^there is no memory for the weights$"):
+        flow.run(desk.job())
+    monkeypatch.setattr(asking, "Asker", Quick)
+    assert flow.run(desk.job()).statuses == {"extracted": 1}
+
+
+def test_an_engine_that_dies_is_replaced_and_dies_once_too_often(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its lives answers one page of nine, in batches of one, and loses the next; three lives do not see all."""
+    desk.put("a.pdf", slip(*range(9)))
+    job = desk.job("pages.per_request=1", "model.batch_size=1", "ray.max_restarts=2")
+    monkeypatch.setattr(asking, "Asker", MortalAsker)
+    with pytest.raises(RunError, match=r"died for the 3\. time, `ray.max_restarts` is 2: the GPU has fallen off the bus; the same command"):
         flow.run(job)
-    monkeypatch.setattr(flow, "Asker", DyingAsker)
-    with pytest.raises(RunError, match=r"^the GPU has fallen off the bus$"):
+    asked_before = len(ledger(desk))
+    assert 0 < asked_before <= 3
+    (desk.folder / "well").touch()
+    report = flow.run(job)
+    assert (report.statuses, report.requests_asked) == ({"extracted": 1}, 9 - asked_before)
+    assert [row["first_page"] for row in ledger(desk)] == list(range(1, 10))
+
+
+def test_a_run_that_fails_wholesale_is_stopped_and_its_failures_are_asked_again(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    for page in range(12):
+        desk.put(f"{page}.pdf", slip(page))
+    monkeypatch.setattr(asking, "Asker", FrailAsker)
+    job = desk.job("limits.max_failure_ratio=0.5", "limits.min_requests=4", "model.batch_size=1")
+    with pytest.raises(RunError, match=r"4 of the last 4 requests failed.* generate/engine: the kernel returned nonsense"):
         flow.run(job)
-    monkeypatch.setattr(flow, "Asker", QuickAsker)
-    assert flow.run(job).statuses == {"extracted": 1}
-    assert len(ledger(desk)) == 3
+    assert 4 <= len(ledger(desk)) < 12
+    (desk.folder / "well").touch()
+    report = flow.run(job, retry="failed:engine")
+    assert (report.requests_asked, report.statuses) == (12, {"extracted": 12})
 
 
 @pytest.mark.parametrize(
@@ -391,4 +471,31 @@ def test_a_run_whose_engine_fails_goes_on_later(desk: Desk, monkeypatch: pytest.
     ],
 )
 def test_what_a_worker_raised_is_said_in_a_sentence(text: str, said: str) -> None:
-    assert str(flow.stopped(RayError(text), "stopped: {}")) == said
+    assert str(cluster.stopped(RayError(text), "stopped: {}")) == said
+
+
+# --- asking once more
+
+
+def test_what_failed_is_asked_once_more_and_nothing_else(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.pdf", "b.pdf", "c.pdf"):
+        desk.put(name)
+    desk.put("locked.pdf", locked(PASSWORD))
+    desk.put("empty.pdf", b"")
+    assert flow.run(desk.job()).failures == {"render/empty": 1, "render/encrypted": 1}
+    monkeypatch.setenv("SLIP_PASSWORD", PASSWORD)
+    job = desk.job("source.password_env=SLIP_PASSWORD")
+    assert flow.run(job).requests_asked == 0
+    report = flow.run(job, retry="failed:encrypted")
+    assert (report.requests_asked, report.failures) == (1, {"render/empty": 1})
+    assert records(desk)["locked.pdf"]["_status"] == "extracted"
+    assert flow.run(job, retry="failed").requests_asked == 0
+    tried = [(Path(row["source"]).name, row["attempt"], row["status"]) for row in ledger(desk) if "empty" in row["source"]]
+    assert tried == [("empty.pdf", 1, "failed"), ("empty.pdf", 2, "failed")]
+
+
+def test_a_retry_of_nothing_known_is_refused(desk: Desk) -> None:
+    desk.put("a.pdf")
+    with pytest.raises(JobError, match="retry is 'invalid'; allowed are failed"):
+        flow.run(desk.job(), retry="invalid")
+    assert not (desk.folder / "out").exists()

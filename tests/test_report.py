@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.report import Counted, Exit, Progress, Report
+from pipeline.errors import RunError
+from pipeline.report import Breaker, Counted, Exit, Progress, Report
 
 
 def report(**given: Any) -> Report:
@@ -59,6 +60,12 @@ def test_a_failed_document_is_exit_1_and_counted_by_stage_and_kind() -> None:
 def test_a_source_without_a_row_is_worse_than_a_failed_one() -> None:
     total = report(documents=2, missing=["b.pdf"])
     total.settled(["failed"], ["render/broken"])
+    assert total.exit_code is Exit.RUN_BROKEN
+
+
+def test_a_record_that_waits_for_an_answer_is_a_run_that_broke_off() -> None:
+    total = report(documents=2)
+    total.settled(["failed", "extracted"], ["settle/pending"])
     assert total.exit_code is Exit.RUN_BROKEN
 
 
@@ -118,3 +125,47 @@ def test_a_document_that_cannot_be_opened_is_done_and_failed_and_asked_nothing()
 def test_time_runs_forward() -> None:
     _, seen = count(2, row("a.pdf"), row("b.pdf"))
     assert 0 <= seen[0].elapsed_s <= seen[1].elapsed_s
+
+
+# --- the breaker
+
+
+FAILED = row(status="failed", failure={"stage": "generate", "kind": "engine", "message": "no answer"})
+
+
+def test_a_run_that_fails_wholesale_is_stopped() -> None:
+    breaker = Breaker(max_ratio=0.5, min_requests=10)
+    for one in [row()] * 10 + [FAILED] * 10:
+        breaker.add(one)
+    with pytest.raises(RunError, match=r"11 of the last 21 requests failed, .* allows 0.5; .* generate/engine: no answer"):
+        breaker.add(FAILED)
+
+
+def test_a_few_failures_at_first_say_nothing() -> None:
+    breaker = Breaker(max_ratio=0.0, min_requests=10)
+    for _ in range(9):
+        breaker.add(FAILED)
+    with pytest.raises(RunError, match="10 of the last 10"):
+        breaker.add(FAILED)
+
+
+def test_what_broke_lately_counts_after_a_long_good_start() -> None:
+    breaker = Breaker(max_ratio=0.5, min_requests=10)
+    for one in [row()] * 100_000 + [FAILED] * 500:
+        breaker.add(one)
+    with pytest.raises(RunError, match="501 of the last 1000"):
+        breaker.add(FAILED)
+
+
+def test_a_ratio_of_one_never_stops_a_run() -> None:
+    breaker = Breaker(max_ratio=1.0, min_requests=1)
+    for _ in range(2000):
+        breaker.add(FAILED)
+    assert len(breaker.kinds) == Breaker.WINDOW
+
+
+def test_what_asks_nothing_and_what_is_invalid_is_no_failure() -> None:
+    breaker = Breaker(max_ratio=0.0, min_requests=1)
+    breaker.add(unasked("a.pdf"))
+    breaker.add(row(status="invalid", failure={"stage": "validate", "kind": "invalid", "message": "total is not a number"}))
+    assert list(breaker.kinds) == [None]

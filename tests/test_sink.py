@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import sink
-from pipeline.errors import JobError, RunError
+from pipeline.errors import DamagedShard, JobError, RunError
 from pipeline.sink import IDENTITY, LEDGER, Ledger, Output
 
 TABLE = pa.table({"key": ["a", "b"], "n": [1, 2]})
@@ -123,15 +123,44 @@ def test_a_full_disk_leaves_no_half_shard_and_the_old_one_whole(output: Output, 
 
 def test_a_folder_that_is_gone_is_an_error_that_says_so(output: Output) -> None:
     output.records.rmdir()
-    with pytest.raises(RunError, match="No such file or directory"):
+    with pytest.raises(RunError, match="No such file or directory; put that right and run the same command again"):
         sink.write_shard(output.records, TABLE, ["a"])
 
 
 def test_a_damaged_shard_is_named(output: Output) -> None:
     file = sink.write_shard(output.requests, TABLE, ["a"])
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(RunError, match=f"the shard .*{file.name} is damaged .*: remove it"):
+    with pytest.raises(DamagedShard, match=f"the shard .*{file.name} is damaged .*: it is set aside"):
         sink.read_shards(output.requests, None, LEDGER)
+
+
+def test_a_shard_of_something_else_is_damaged(output: Output) -> None:
+    sink.write_shard(output.requests, TABLE, ["a"])
+    with pytest.raises(DamagedShard, match="it lacks the columns answer, asks, attempt"):
+        sink.read_shards(output.requests, None, LEDGER)
+
+
+@pytest.mark.parametrize("part", range(16))
+def test_a_byte_that_someone_changed_is_noticed_or_changes_nothing(output: Output, part: int) -> None:
+    given = pa.Table.from_pylist([row(f"k{n}", answer=f'{{"total":{n}}}', status="extracted") for n in range(50)], LEDGER)
+    file = sink.write_shard(output.requests, given, ["a"])
+    data = bytearray(file.read_bytes())
+    data[len(data) * part // 16 + 3] ^= 0x10
+    file.write_bytes(data)
+    try:
+        found = sink.read_shards(output.requests, None, LEDGER)
+    except DamagedShard:
+        return
+    assert found == given
+
+
+def test_what_is_damaged_is_set_aside_and_the_rest_is_read(output: Output) -> None:
+    good = sink.write_shard(output.requests, pa.Table.from_pylist([row("k1", status="extracted")], LEDGER), ["k1"])
+    bad = sink.write_shard(output.requests, pa.Table.from_pylist([row("k2", status="extracted")], LEDGER), ["k2"])
+    bad.write_bytes(b"PAR1")
+    assert sink.set_aside_damaged(output) == [str(bad)]
+    assert names(output.requests) == sorted([f".{bad.name}.damaged", good.name])
+    assert [outcome["key"] for outcome in sink.read_outcomes(output)] == ["k1"]
 
 
 def test_no_shards_are_an_empty_table_of_the_schema(output: Output) -> None:
@@ -207,6 +236,12 @@ def test_tokens_stay_on_the_disk(output: Output) -> None:
     assert "tokens" not in sink.read_requests(output, pa.chunked_array([["a"]])).column_names
 
 
+def test_a_row_that_comes_twice_is_kept_once(output: Output) -> None:
+    with Ledger(output) as ledger:
+        assert [ledger.add(row(key)) for key in ("k1", "k2", "k1", None, None)] == [True, True, False, True, True]
+    assert [outcome["key"] for outcome in sink.read_outcomes(output)] == ["k1", "k2"]
+
+
 # --- the listing
 
 
@@ -247,7 +282,7 @@ def test_a_listing_replaces_what_was_there(output: Output) -> None:
     assert len(names(output.sources)) == 1
 
 
-# --- records and counts
+# --- records
 
 
 def test_records_of_an_earlier_settling_are_removed(output: Output) -> None:
@@ -255,25 +290,3 @@ def test_records_of_an_earlier_settling_are_removed(output: Output) -> None:
     output.keep_records({new.name})
     assert not old.exists()
     assert new.exists()
-
-
-def test_status_counts_documents_requests_and_records(output: Output) -> None:
-    output.write_job({"job": {"name": "slips"}, "fingerprint": "f", "asked": {}})
-    sink.write_sources(output, listing({"source": "a.pdf"}, {"source": "b.pdf"}))
-    with Ledger(output) as ledger:
-        ledger.add(row("k1", status="extracted"))
-    failure = {"stage": "render", "kind": "broken", "message": "…"}
-    records = pa.Table.from_pylist([{"_status": "extracted", "_failure": None}, {"_status": "failed", "_failure": failure}])
-    sink.write_shard(output.records, records, ["a", "b"])
-    assert sink.count(output) == {
-        "job": {"slips": 1},
-        "documents": {"listed": 2, "identified": 1},
-        "requests": {"extracted": 1},
-        "records": {"extracted": 1, "failed": 1},
-        "failures": {"render/broken": 1},
-    }
-
-
-def test_status_refuses_a_folder_of_something_else(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match=r"is not an output folder: it has no job\.yaml"):
-        sink.count(Output(tmp_path))

@@ -20,7 +20,8 @@ from pipeline.sandbox import Sandbox
 from pipeline.stages import AskStage, RenderStage, Row, document_keys, images, page_ranges, render_settings, request_key
 
 SIZE = {"page_no": 1, "width_px": 28, "height_px": 28, "dpi": 200.0, "visual_tokens": 1, "warnings": []}
-REQUEST: Row = {"source": "a.pdf", "key": "k", "first_page": 1, "last_page": 1, "page_count": 1, "pages": [SIZE], "pixels": [bytes(2352)]}
+PLACE: Row = {"source": "a.pdf", "key": "k", "attempt": 2, "first_page": 1, "last_page": 1, "page_count": 1}
+REQUEST: Row = PLACE | {"pages": [SIZE], "pixels": [bytes(2352)]}
 
 
 # --- names of requests
@@ -58,7 +59,7 @@ def sandbox() -> Iterator[Sandbox]:
 
 @pytest.fixture
 def stage(desk: Desk, sandbox: Sandbox) -> RenderStage:
-    made = RenderStage(sandbox.settings, desk.folder, 2, "f" * 16, lambda identity, source, keys: keys)
+    made = RenderStage(sandbox.settings, desk.folder, 2, "f" * 16, lambda identity, source, keys: dict.fromkeys(keys, 1))
     made.sandbox = sandbox
     return made
 
@@ -118,20 +119,20 @@ def test_a_page_that_cannot_be_drawn_costs_its_request_alone(desk: Desk, stage: 
 
 
 def test_only_the_requests_that_are_claimed_are_drawn(desk: Desk, stage: RenderStage) -> None:
-    stage.claim = lambda identity, source, keys: keys[1:]
+    stage.claim = lambda identity, source, keys: {keys[1]: 1}
     row = one(stage(listed(desk.put("a.pdf", slip(1, 2, 3)), desk.folder)))
     assert (row["first_page"], row["last_page"]) == (3, 3)
 
 
 def test_a_document_that_asks_nothing_still_says_what_it_is(desk: Desk, stage: RenderStage) -> None:
-    stage.claim = lambda identity, source, keys: []
+    stage.claim = lambda identity, source, keys: {}
     row = one(stage(listed(desk.put("a.pdf", slip(1, 2, 3)), desk.folder)))
     assert (row["key"], row["page_count"], row["doc_id"]) == (None, 3, hashlib.sha256(slip(1, 2, 3)).hexdigest())
 
 
 def test_a_claim_names_document_source_and_keys(desk: Desk, stage: RenderStage) -> None:
     claims = []
-    stage.claim = lambda *claim: claims.append(claim) or []
+    stage.claim = lambda *claim: claims.append(claim) or {}
     one(stage(listed(desk.put("a.pdf", slip(1)), desk.folder)))
     doc_id = hashlib.sha256(slip(1)).hexdigest()
     assert claims == [(doc_id, "in/a.pdf", [request_key(doc_id, 1, 1, "f" * 16)])]
@@ -166,7 +167,7 @@ def test_a_valid_answer_is_extracted(desk: Desk) -> None:
     row, engine = ask(desk, completion(VALID))
     assert (row["status"], row["answer"], row["errors"], row["failure"]) == ("extracted", VALID, [], None)
     assert (row["asks"], row["prompt_tokens"], row["completion_tokens"]) == (1, 300, 20)
-    assert (row["model"], row["engine"], row["attempt"], row["fingerprint"]) == ("script-1", "scripted", 1, desk.job().fingerprint)
+    assert (row["model"], row["engine"], row["attempt"], row["fingerprint"]) == ("script-1", "scripted", 2, desk.job().fingerprint)
     assert len(engine.asked) == 1
 
 
@@ -312,6 +313,24 @@ def test_requests_of_a_batch_are_under_way_together(desk: Desk) -> None:
         return [row async for row in AskStage(desk.job(), Patient())(rows)]
 
     assert len(asyncio.run(asyncio.wait_for(answers(), 60))) == 3
+
+
+def test_rows_come_in_the_order_they_were_given_whatever_is_answered_first(desk: Desk) -> None:
+    """A batch that is asked again, because its actor died, must have the same rows at the same places: Ray drops those it has."""
+
+    class Backwards(Scripted):
+        async def complete(self, request: Request) -> Any:
+            for _ in range(3 - int(request.key[1:])):
+                await asyncio.sleep(0)
+            self.asked.append(request)
+            return completion()
+
+    async def answers() -> list[Row]:
+        return [row async for row in AskStage(desk.job(), engine)([REQUEST | {"key": key} for key in ("k1", "k2", "k3")])]
+
+    engine = Backwards()
+    assert [row["key"] for row in asyncio.run(answers())] == ["k1", "k2", "k3"]
+    assert [request.key for request in engine.asked] == ["k3", "k2", "k1"]
 
 
 def test_a_dead_engine_is_no_row(desk: Desk) -> None:

@@ -12,19 +12,22 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 from pipeline import awq
 from pipeline.decoding import Vocabulary
+from pipeline.engines import files
 from pipeline.engines.encoding import Encoder
 from pipeline.engines.generate import Model
 from pipeline.engines.vision import batch_windows
-from pipeline.errors import JobError
+from pipeline.errors import JobError, PipelineError
 
-MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl")
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
+BROKEN = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, StrictDataclassError, TypeError, ValueError)
+"""What transformers raises about files whose content makes no sense."""
 TRAINED_TOKENS = 32_768
 """Qwen2.5-VL's own context; its config.json names 128,000, which needs YaRN."""
 
@@ -38,8 +41,10 @@ def load(
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
     folder = located(name, revision)
+    files.check(folder)
     config = configured(folder, rope_scaling)
     quantized = awq.is_awq(config)
+    check_shapes(folder, config, quantized)
     chosen = weights_dtype(dtype, config, device, quantized, keep_int4)
     network: Any = awq.load(folder, config, chosen, device, keep_int4) if quantized else plain(folder, config, chosen, device)
     if lora:
@@ -51,15 +56,30 @@ def load(
         tokenizer.backend_tokenizer.to_str(), size=network.lm_head.out_features, eos_ids=end_tokens(network, tokenizer), threads=threads
     )
     encoder = Encoder(processor, config.image_token_id, device)
+    try_out(encoder, folder)
     return Model(network, encoder, vocabulary, device, tokenizer.pad_token_id or 0)
+
+
+def said(error: Exception) -> str:
+    """Return an exception in one line."""
+    name = "" if isinstance(error, OSError | ValueError | PipelineError) else f"{type(error).__name__}: "
+    return " ".join(f"{name}{error}".split())[:300]
+
+
+def try_out(encoder: Encoder, folder: Path) -> None:
+    """Refuse a chat template that cannot ask about a page, before every request finds that out."""
+    try:
+        encoder.trial()
+    except Exception as error:  # any: a template runs what its author wrote
+        raise JobError(f"{folder}: its chat template cannot ask about a page: {said(error)}") from None
 
 
 def own_processor(folder: Path) -> Any:
     """Return the checkpoint's tokenizer, chat template and image processor."""
     try:
         return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise JobError(f"{folder}: tokenizer or image processor cannot be read: {' '.join(str(error).split())[:300]}") from None
+    except BROKEN as error:
+        raise JobError(f"{folder}: tokenizer or image processor cannot be read: {said(error)}") from None
 
 
 def located(name: str, revision: str | None) -> Path:
@@ -69,18 +89,15 @@ def located(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
     except (OSError, ValueError) as error:  # the hub's errors are OSErrors, a malformed id is a ValueError
-        reason = " ".join(str(error).split())[:300]
-        raise JobError(f"model {name!r}: neither a folder here nor a checkpoint that the hub gave: {reason}") from None
+        raise JobError(f"model {name!r}: neither a folder here nor a checkpoint that the hub gave: {said(error)}") from None
 
 
 def configured(folder: Path, rope_scaling: dict[str, Any] | None) -> Any:
     """Return the checkpoint's config with the job's rotary scaling, refusing what this engine cannot run."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise JobError(f"{folder}: config.json cannot be read: {' '.join(str(error).split())[:300]}") from None
-    if config.model_type not in MODEL_TYPES:
-        raise JobError(f"{folder}: model_type is {config.model_type!r}; allowed: {', '.join(MODEL_TYPES)}")
+    except BROKEN as error:
+        raise JobError(f"{folder}: config.json cannot be used: {said(error)}") from None
     text = config.get_text_config()
     if "sliding_attention" in (text.layer_types or ()):
         raise JobError(f"{folder}: use_sliding_window is true, which this engine does not know")
@@ -88,6 +105,42 @@ def configured(folder: Path, rope_scaling: dict[str, Any] | None) -> Any:
         given = {("rope_type" if key == "type" else key): value for key, value in rope_scaling.items()}
         text.rope_parameters = {**text.rope_parameters, "type": given.get("rope_type", "default"), **given}
     return config
+
+
+def check_shapes(folder: Path, config: Any, quantized: bool) -> None:
+    """Hold the shapes of the stored weights against what the config asks for, before gigabytes of either are in memory.
+
+    Raises JobError. What the folder lacks shows when it is loaded, and what the model does not have is not looked at.
+    """
+    loader: Any = AutoModelForImageTextToText
+    try:
+        with torch.device("meta"):
+            network = loader.from_config(config)
+    except BROKEN as error:
+        raise JobError(f"{folder}: config.json describes no model that can be built: {said(error)}") from None
+    wanted = {name: tuple(parameter.shape) for name, parameter in network.named_parameters(remove_duplicate=False)}
+    group_size = config.quantization_config.get("group_size") if quantized else 0
+    if not isinstance(group_size, int) or group_size < quantized:
+        raise JobError(f"{folder}: config.json says group_size {group_size!r}; allowed are whole numbers from 1")
+    for name, shape in files.shapes(folder).items():
+        expected = stored_shape(name, wanted, group_size)
+        if expected not in (None, shape):
+            raise JobError(f"{folder}: the weight {name} is {shape}, config.json asks for {expected}")
+
+
+def stored_shape(name: str, wanted: dict[str, tuple[int, ...]], group_size: int) -> tuple[int, ...] | None:
+    """Return the shape in which a folder holds a tensor of this name; None for one that the model does not have."""
+    layer, _, kind = name.rpartition(".")
+    packed = group_size and kind in ("qweight", "qzeros", "scales")
+    try:
+        shape = wanted[awq.own_name(f"{layer}.weight" if packed else name, set(wanted))]
+    except JobError:
+        return None
+    if not packed:
+        return shape
+    outputs, inputs = shape
+    rows = inputs if kind == "qweight" else inputs // group_size
+    return (rows, outputs if kind == "scales" else outputs // awq.PACKED)
 
 
 def context_tokens(config: Any) -> int:
@@ -125,7 +178,7 @@ def plain(folder: Path, config: Any, dtype: torch.dtype, device: torch.device) -
             folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise JobError(f"{folder}: the checkpoint cannot be read: {' '.join(str(error).split())[:300]}") from None
+        raise JobError(f"{folder}: the checkpoint cannot be read: {said(error)}") from None
     if wrong := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise JobError(f"{folder}: the checkpoint lacks weights: {', '.join(wrong[:5])} (of {len(wrong)})")
     return network.to(device).eval()

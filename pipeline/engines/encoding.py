@@ -69,6 +69,11 @@ class Encoder:
             raise DocumentError("prompt", f"the chat template shows {short.count(self._image_token)} of {len(images)} images")
         return Prompt(list(spread(short, grids, self._image_token)), positions(short, grids, self._image_token), images)
 
+    def trial(self) -> Prompt:
+        """Return a prompt about a page of one visual token: what a template must be able to ask at least."""
+        page = np.zeros((self._unit_px, self._unit_px, 3), np.uint8)
+        return self.encode([Message("system", ("Read.",)), Message("user", (page, "What does it say?"))])
+
     def pixel_values(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
         """Return the images of a batch as the vision tower takes them, on the model's device; empty without images."""
         images = [image for prompt in prompts for image in prompt.images]

@@ -20,10 +20,17 @@ from pipeline.engines.encoding import Encoder
 from pipeline.errors import DocumentError
 from pipeline.records import FinishReason, Sampling
 
+LOOP_PERIOD = 512
+"""An answer that repeats up to 512 tokens …"""
+LOOP_TIMES = 4
+"""… this many times, one after the other, to the letter …"""
 LOOP_TOKENS = 512
-"""An answer whose last 512 tokens repeat a pattern …"""
-LOOP_PERIOD = 64
-"""… of at most 64 tokens will not end by itself. Tables with hundreds of equal cells in a row are rarer than loops."""
+"""… and for this long will not end by itself. Tables with so many equal rows in sequence are rarer than loops; rows that only
+count on are no loop."""
+LOOP_SHOWN = 80
+"""Characters of a loop that its failure shows."""
+LOOP_EVERY = 64
+"""How many tokens are written between two looks of 0.4 ms each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,18 +70,19 @@ def step(model: Model, batch: Batch) -> None:
         places = [(at, back) for at, row in enumerate(batch.rows) for back in range(row.unscored, -1, -1)]
         rows, back = torch.tensor(places, device=hidden.device).unbind(1)
         logits = model.network.lm_head(hidden[rows, hidden.shape[1] - 1 - back]).float()
-        total = logits.logsumexp(dim=-1)
+        # 4) Score what was forced, choose what was not.
+        last = back == 0
+        chosen = choose(logits[last], allowed(masks, logits), batch.rows)
+        follows = torch.tensor([batch.rows[at].tokens[-back] if back else 0 for at, back in places], device=logits.device)
+        follows[last] = chosen
+        scored = iter((logits.gather(1, follows.unsqueeze(1)).squeeze(1) - logits.logsumexp(dim=-1)).tolist())
+        tokens = chosen.tolist()
     except BaseException:
         batch.rewind()
         raise
+    # 5) Nothing can fail for the whole batch any more.
     batch.feed(mask)
-    # 4) Score what was forced, choose what was not.
-    last = back == 0
-    chosen = choose(logits[last], allowed(masks, logits), batch.rows)
-    follows = torch.tensor([batch.rows[at].tokens[-back] if back else 0 for at, back in places], device=logits.device)
-    follows[last] = chosen
-    scored = iter((logits.gather(1, follows.unsqueeze(1)).squeeze(1) - total).tolist())
-    for row, token in zip(batch.rows, chosen.tolist(), strict=True):
+    for row, token in zip(batch.rows, tokens, strict=True):
         row.logprobs += [next(scored) for _ in range(row.unscored)]
         row.unscored, logprob = 0, next(scored)
         if row.ended is None:
@@ -138,16 +146,42 @@ def take(row: Row, token: int, logprob: float, vocabulary: Vocabulary) -> None:
             row.logprobs.append(logprob)
             row.pending = [token]
             row.force()
-        except DocumentError as error:
-            row.ended = error
-    if len(row.tokens) // LOOP_PERIOD > before // LOOP_PERIOD and row.ended is None and (period := loop(row.tokens)):
-        repeated = b"".join(map(vocabulary.bytes_of, row.tokens[-period:])).decode(errors="replace")
-        row.ended = DocumentError("loop", f"the answer repeats {repeated!r} and was stopped after {len(row.tokens)} tokens")
+        except Exception as error:  # any: the other rows' tokens are chosen already
+            row.ended = own_fault(error)
+    if len(row.tokens) // LOOP_EVERY > before // LOOP_EVERY and row.ended is None and (repeated := loop(row.tokens)):
+        row.ended = looped(b"".join(map(vocabulary.bytes_of, repeated)).decode(errors="replace"), len(repeated), len(row.tokens))
 
 
-def loop(tokens: list[int]) -> int:
-    """Return the length of the pattern that the last tokens repeat, 0 when they repeat none."""
-    tail = tokens[-LOOP_TOKENS:]
-    if len(tail) < LOOP_TOKENS:
-        return 0
-    return next((period for period in range(1, LOOP_PERIOD + 1) if tail[period:] == tail[:-period]), 0)
+def own_fault(error: Exception) -> DocumentError:
+    """Return what went wrong with one request as its own failure."""
+    if isinstance(error, DocumentError):
+        return error
+    return DocumentError("engine", f"the engine failed on this request: {type(error).__name__}: {error}")
+
+
+def looped(text: str, period: int, written: int) -> DocumentError:
+    """Return the failure that names a loop; a long one is shown by its beginning."""
+    shown = repr(text) if len(text) <= LOOP_SHOWN else f"{text[:LOOP_SHOWN]!r}… ({period} tokens)"
+    return DocumentError("loop", f"the answer repeats {shown} and was stopped after {written:,} tokens")
+
+
+def loop(tokens: list[int]) -> list[int]:
+    """Return the pattern that the last tokens repeat, as it stands where they begin to; nothing when they repeat none.
+
+    Reads the tail from its end and keeps, for each of its beginnings, the length of the longest shorter beginning that it ends with
+    (Knuth, Morris and Pratt's prefix function): what is missing to the whole is its shortest period. Each token is looked at twice.
+    """
+    tail = tokens[: -LOOP_PERIOD * LOOP_TIMES - 1 : -1]
+    border, borders = 0, [0]
+    for end in range(1, len(tail)):
+        while border and tail[end] != tail[border]:
+            border = borders[border - 1]
+        border += tail[end] == tail[border]
+        borders.append(border)
+        period = end + 1 - border
+        if end + 1 >= max(LOOP_TOKENS, LOOP_TIMES * period):
+            start = len(tokens) - end - 1
+            while start and tokens[start - 1] == tokens[start - 1 + period]:
+                start -= 1
+            return tokens[start : start + period]
+    return []

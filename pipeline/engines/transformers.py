@@ -22,7 +22,7 @@ import torch
 from pipeline.engines import checkpoint
 from pipeline.engines.batch import Batch, Row
 from pipeline.engines.encoding import Prompt
-from pipeline.engines.generate import step
+from pipeline.engines.generate import own_fault, step
 from pipeline.errors import DocumentError, EngineDead, JobError
 from pipeline.records import Completion, FinishReason, Request, Token, Usage
 
@@ -56,8 +56,8 @@ class TransformersEngine:
 
     def __init__(
         self, model: str, *, revision: str | None = None, dtype: str = "auto", batch_size: int = 8, threads: int | None = None,
-        device: str | None = None, max_model_len: int | None = None, rope_scaling: dict[str, Any] | None = None,
-        lora: str | None = None, keep_int4: bool = False,
+        device: str | None = None, max_model_len: int | None = None, max_request_tokens: int | None = None,
+        rope_scaling: dict[str, Any] | None = None, lora: str | None = None, keep_int4: bool = False,
     ) -> None:  # fmt: skip
         """Load a checkpoint (hub id or folder) and start the thread that answers.
 
@@ -70,6 +70,7 @@ class TransformersEngine:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model = checkpoint.load(model, revision, dtype, place, self._threads, rope_scaling, lora, keep_int4)
         self.max_model_len = max_model_len or checkpoint.context_tokens(self._model.network.config)
+        self.max_request_tokens = max_request_tokens
         self._limit = batch_size
         self._news = Condition()
         self._waiting: list[Asked] = []
@@ -101,15 +102,26 @@ class TransformersEngine:
     def _prepare(self, request: Request) -> Asked:
         """Return a request as the model takes it, refusing what cannot be answered."""
         self._check()
-        prompt = self._model.encoder.encode(request.messages)
-        if len(prompt.ids) >= self.max_model_len:
-            room = f"the model takes {self.max_model_len}, answer included"
-            raise DocumentError("too_long", f"the prompt has {len(prompt.ids)} tokens, {room}")
         try:
+            prompt = self._model.encoder.encode(request.messages)
+            self._check_length(len(prompt.ids), request.sampling.max_tokens)
             self._model.vocabulary.start(request.schema)
         except JobError as error:
             raise DocumentError("schema", str(error)) from None
+        except Exception as error:  # any: a template or a tokenizer may stumble over this request's text
+            raise own_fault(error) from None
         return Asked(request, prompt)
+
+    def _check_length(self, prompt_tokens: int, answer_tokens: int) -> None:
+        """Refuse a request that is longer than the job allows, or than the model can read."""
+        needed, allowed = prompt_tokens + answer_tokens, self.max_request_tokens
+        if allowed and needed > allowed:
+            found = f"the request needs {needed:,} tokens ({prompt_tokens:,} to read and up to {answer_tokens:,} to write)"
+            way_out = "lower pages.per_request or sampling.max_tokens, or raise limits.max_request_tokens"
+            raise DocumentError("too_long", f"{found}, limits.max_request_tokens allows {allowed:,}: {way_out}")
+        if prompt_tokens >= self.max_model_len:
+            found = f"the prompt has {prompt_tokens:,} tokens, the model takes {self.max_model_len:,}, answer included"
+            raise DocumentError("too_long", f"{found}: lower pages.per_request")
 
     # What follows runs in the engine's thread.
 
@@ -172,10 +184,9 @@ class TransformersEngine:
             return batch
         try:
             step(self._model, batch)
-        except torch.OutOfMemoryError as error:
-            return self._shrink(batch, beside, error)
         except Exception as error:  # any: one request's fault must stay its own
-            return self._isolate(batch, beside, error)
+            full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # a GPU's word and a CPU's
+            return self._shrink(batch, beside, error) if full else self._isolate(batch, beside, error)
         return self._settle(batch)
 
     def _shrink(self, batch: Batch, beside: int, error: Exception) -> Batch:
@@ -200,8 +211,7 @@ class TransformersEngine:
         if isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error):
             raise error
         if len(batch) == 1:
-            reason = f"the engine failed on this request: {type(error).__name__}: {error}"
-            batch.rows[0].ended = error if isinstance(error, DocumentError) else DocumentError("engine", reason)
+            batch.rows[0].ended = own_fault(error)
             return self._settle(batch)
         half = len(batch) // 2
         parts = batch.keep(range(half)), batch.keep(range(half, len(batch)))

@@ -1,0 +1,223 @@
+"""Documents that have something unasked -> rows of the ledger, as they come: the ask pass as a Ray Dataset.
+
+    documents -> render tasks -> requests with their pixels -> engine actors -> answers
+
+Knows not what is in the output folder: the flow says what was asked before and keeps what comes back.
+
+Whatever dies here is replaced by Ray, which runs the task again from its start and drops as many of its rows as it has
+already. So both steps yield their rows in the order of what they were given, whatever is ready first.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import traceback
+from collections.abc import AsyncIterator, Generator, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.exceptions import RayError
+
+from pipeline import cluster, engines
+from pipeline.attempts import Asked
+from pipeline.budget import RenderSettings
+from pipeline.errors import EngineDead, JobError, RunError
+from pipeline.job import Job
+from pipeline.sink import IDENTITY, LEDGER
+from pipeline.stages import AskStage, RenderStage, Row, access, render_settings
+from pipeline.web import Access
+
+RENDERED = pa.schema(
+    [
+        *IDENTITY,
+        *(LEDGER.field(n) for n in ("key", "attempt", "first_page", "last_page", "status", "failure", "pages")),
+        ("pixels", pa.list_(pa.binary())),
+    ]
+)
+ANSWERED = pa.schema([*IDENTITY, *(field for field in LEDGER if field.name not in IDENTITY.names)])
+DOCUMENTS_PER_TASK = 16
+BATCHES_IN_FLIGHT = 8
+
+
+@ray.remote(num_cpus=0)
+class Claims:
+    """Who asks what, and what the engines died of: a request that is done is not asked again, and of two files of the same
+    bytes only one is asked."""
+
+    def __init__(self, asked: Asked) -> None:
+        self.asked, self.owners = asked, dict[str, str]()
+        self.replaced, self.reason = 0, "its process ended without a word"
+
+    def claim(self, identity: str, source: str, keys: list[str]) -> dict[str, int]:
+        """Return the keys that this source shall ask, each with the number of its attempt."""
+        if self.owners.setdefault(identity, source) != source:
+            return {}
+        return {key: self.asked.attempts.get(key, 0) + 1 for key in keys if key not in self.asked.done}
+
+    def died(self, reason: str) -> None:
+        """Remember why an engine ends its process."""
+        self.reason = reason
+
+    def replace(self) -> tuple[int, str]:
+        """Return how many engines have been replaced, this one included, and what is known of why."""
+        self.replaced += 1
+        return self.replaced, self.reason
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """What a render task needs to know; equal ones share a renderer within a worker process."""
+
+    settings: RenderSettings
+    root: Path
+    per_request: int
+    fingerprint: str
+    access: Access
+
+
+@lru_cache(maxsize=1)
+def renderer(rendering: Rendering, claims: Any) -> RenderStage:
+    """Return this worker's renderer, so that its sandbox outlives a task."""
+
+    def claim(identity: str, source: str, keys: list[str]) -> dict[str, int]:
+        wanted: dict[str, int] = ray.get(claims.claim.remote(identity, source, keys))
+        return wanted
+
+    return RenderStage(rendering.settings, rendering.root, rendering.per_request, rendering.fingerprint, claim, rendering.access)
+
+
+def render_documents(batch: pa.Table, rendering: Rendering, claims: Any) -> Iterator[pa.Table]:
+    """The render task: documents -> requests, streamed one by one."""
+    stage = renderer(rendering, claims)
+    for document in batch.to_pylist():
+        for row in stage(document):
+            yield pa.Table.from_pylist([row], RENDERED)
+
+
+class Asker:
+    """The engine actor: loads the model once, answers requests as they come, and takes its process along when the model dies."""
+
+    def __init__(self, job: Job, threads: int, claims: Any) -> None:
+        self.claims = claims
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            self.count_replacement(job.sections.ray.max_restarts)
+        self.stage = AskStage(job, self.load(job, threads))
+
+    def load(self, job: Job, threads: int) -> engines.Engine:
+        return engines.load(job, threads)
+
+    def count_replacement(self, most: int) -> None:
+        """Raise RunError, with which Ray gives up, when engines have died more often than the job allows."""
+        count, reason = ray.get(self.claims.replace.remote())
+        if count > most:
+            raise RunError(
+                f"an engine died for the {count}. time, `ray.max_restarts` is {most}: {reason}; the same command resumes the run"
+            )
+
+    async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
+        try:
+            async for row in self.stage(batch.to_pylist()):
+                yield pa.Table.from_pylist([row], ANSWERED)
+        except EngineDead as error:
+            await self.claims.died.remote(str(error))
+            os._exit(1)  # a death that Ray replaces; an exception would end the run
+
+
+def ask(job: Job, documents: pa.Table, asked: Asked, resources: cluster.Resources) -> Generator[Row, None, None]:
+    """Yield a row for every request of these documents that is not done, as the answers come.
+
+    Raises RunError when the engine does not load, or died more than `ray.max_restarts` times. Stops Ray with whatever else
+    ends it early: with Ray go the actors, for whose CPUs the next run in this process would wait.
+    """
+    claims = Claims.remote(asked)  # type: ignore[attr-defined]
+    rendering = Rendering(render_settings(job), job.file.parent, job.pages_per_request, job.fingerprint, access(job))
+    threads = frozenset(threading.enumerate())
+    try:
+        yield from rows_of(answers(job, requests(rendering, claims, documents, resources), claims, resources))
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the iterators at whose end Ray Data stops
+        cluster.stop(threads)
+        if isinstance(error, RayError):
+            raise cluster.stopped(error, "the run stopped: {}; run the same command again to resume it") from error
+        raise
+
+
+def requests(rendering: Rendering, claims: Any, documents: pa.Table, resources: cluster.Resources) -> ray.data.Dataset:
+    """Return the documents' requests, rendered in tasks of their own.
+
+    Half a CPU each where the engine shares the processor with them: unlike the engine's, so that Ray does not fuse the two
+    steps and a renderer that dies takes no model with it.
+    """
+    listed = documents.select(["source", "size_bytes", "version"])
+    blocks = [listed.slice(start, DOCUMENTS_PER_TASK).combine_chunks() for start in range(0, listed.num_rows, DOCUMENTS_PER_TASK)]
+    step: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": renderer_cpus(resources)}
+    return ray.data.from_arrow(blocks).map_batches(cast(Any, render_documents), fn_args=(rendering, claims), **step)
+
+
+def answers(job: Job, asked: ray.data.Dataset, claims: Any, resources: cluster.Resources) -> ray.data.Dataset:
+    """Return the requests' answers; an actor takes the next batches while the engine works on the last."""
+    cpus, gpus = actor_cpus(job, resources), actor_gpus(job, resources)
+    pool = ray.data.ActorPoolStrategy(
+        size=job.sections.ray.actors,
+        max_tasks_in_flight_per_actor=BATCHES_IN_FLIGHT,
+        max_concurrent_calls_per_actor=BATCHES_IN_FLIGHT,
+    )
+    return asked.map_batches(
+        cast(Any, Asker),
+        batch_size=requests_per_batch(job),
+        batch_format="pyarrow",
+        fn_constructor_args=(job, max(1, int(cpus)), claims),
+        num_cpus=cpus,
+        num_gpus=gpus,
+        compute=pool,
+    )
+
+
+def rows_of(dataset: ray.data.Dataset) -> Iterator[Row]:
+    """Yield a dataset's rows as they come."""
+    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from cast(pa.Table, block).to_pylist()
+
+
+def requests_per_batch(job: Job) -> int:
+    """Return how many requests reach an actor at a time: of its batches in flight a model fills its own, a server its connections."""
+    model = job.sections.model
+    return math.ceil(model.concurrency / BATCHES_IN_FLIGHT) if model.engine == "openai" else model.batch_size
+
+
+def actor_gpus(job: Job, resources: cluster.Resources) -> float:
+    """Return the GPUs of an engine actor; who asks a server needs none."""
+    return job.sections.ray.gpus_per_actor if resources.gpus and job.sections.model.engine != "openai" else 0.0
+
+
+def actor_cpus(job: Job, resources: cluster.Resources) -> float:
+    """Return the CPUs of an engine actor: one beside a GPU or for a server; else all but what rendering needs, shared out."""
+    if job.sections.ray.cpus_per_actor:
+        return job.sections.ray.cpus_per_actor
+    if job.sections.model.engine == "openai":
+        return min(1.0, resources.cpus / 2 / job.sections.ray.actors)
+    spare = resources.cpus - max(1.0, resources.cpus / 8) if resources.cpus > 1 else resources.cpus / 2
+    share = spare / job.sections.ray.actors
+    return 1.0 if resources.gpus else share // 1 or share
+
+
+def renderer_cpus(resources: cluster.Resources) -> float:
+    return 1.0 if resources.gpus else 0.5
+
+
+def check_room(job: Job, resources: cluster.Resources) -> None:
+    """Raise JobError when the engine's actors and one renderer do not fit: Ray would wait for room without end."""
+    actors, gpus = job.sections.ray.actors, actor_gpus(job, resources)
+    cpus = actor_cpus(job, resources)
+    if actors * gpus > resources.gpus or actors * cpus + renderer_cpus(resources) > resources.cpus:
+        raise JobError(
+            f"{job.file}: ray.actors is {actors}, each with {cpus:g} CPUs and {gpus:g} GPUs, beside {renderer_cpus(resources):g} CPUs "
+            f"for rendering; there are {resources.cpus:g} CPUs and {resources.gpus:g} GPUs"
+        )

@@ -1,0 +1,64 @@
+"""Work in a child process, watched -> an exit status, also when the child ends without a word. Knows nothing of the work.
+
+Ray ends its driver by `_Exit(1)`, past all handlers, when its own node dies, and the kernel kills whoever has most memory when
+that runs out. A scheduler would take the one for a run that has finished with failures, and nobody would say a word
+about the other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+DIE_WITH_PARENT = 1
+"""PR_SET_PDEATHSIG of prctl(2)."""
+
+
+def watched(work: Callable[[], int], broken: Callable[[str], int]) -> int:
+    """Do some work in a child of this process and return its exit status.
+
+    If the child ends before the work does, `broken` is told how, and what it returns is the status. Signals go on to the child,
+    which a terminal's Ctrl-C does not reach directly; it dies when this process is killed.
+    """
+    if sys.platform != "linux":
+        return work()
+    reading, writing = os.pipe()
+    here = os.getpid()
+    child = os.fork()
+    if not child:
+        os.close(reading)
+        do(work, writing, here)
+    os.close(writing)
+    before = [signal.signal(number, lambda number, _: os.kill(child, number)) for number in FORWARDED]
+    _, status = os.waitpid(child, 0)
+    for number, listener in zip(FORWARDED, before, strict=True):
+        signal.signal(number, listener)
+    with os.fdopen(reading, "rb") as said:
+        code = said.read()
+    return code[0] if code else broken(how(status))
+
+
+def do(work: Callable[[], int], writing: int, parent: int) -> NoReturn:
+    """The child: work, and say with which code it ended, before anything else can end this process."""
+    os.setpgid(0, 0)
+    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+    code = work()
+    os.write(writing, bytes([code]))
+    sys.exit(code)
+
+
+def how(status: int) -> str:
+    """Return how a process ended that nobody asked to."""
+    code = os.waitstatus_to_exitcode(status)
+    if code == -signal.SIGKILL:
+        return "it was killed, as the kernel does when memory runs out"
+    if code < 0:
+        return f"it ended by {signal.Signals(-code).name}"
+    return f"it ended with status {code} and without a word, as Ray does when its node dies"

@@ -1,0 +1,69 @@
+"""Work that takes its process along still has an exit status, and a process that is killed takes its work along."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is watched")
+PROGRAM = """\
+import os, signal, sys, time
+from pipeline.watch import watched
+
+def work():
+    {work}
+
+sys.exit(watched(work, lambda how: print(how, flush=True) or 3))
+"""
+PATIENCE_S = 60
+
+
+def program(work: str) -> subprocess.Popen[str]:
+    """Start a process that does this work, watched."""
+    code = PROGRAM.format(work=work.replace("\n", "\n    "))
+    return subprocess.Popen([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE, start_new_session=True)
+
+
+@pytest.mark.parametrize("code", [0, 1, 143])
+def test_work_that_ends_has_its_own_code(code: int) -> None:
+    run = program(f"return {code}")
+    assert (run.communicate(timeout=PATIENCE_S)[0], run.returncode) == ("", code)
+
+
+@pytest.mark.parametrize(
+    ("death", "said"),
+    [
+        ("os._exit(1)", "it ended with status 1 and without a word, as Ray does when its node dies"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "it was killed, as the kernel does when memory runs out"),
+        ("os.abort()", "it ended by SIGABRT"),
+    ],
+)
+def test_work_that_takes_its_process_along_is_told_from_work_that_ends(death: str, said: str) -> None:
+    run = program(death)
+    assert (run.communicate(timeout=PATIENCE_S)[0], run.returncode) == (said + "\n", 3)
+
+
+def test_what_dies_after_its_work_has_worked() -> None:
+    run = program("import atexit\natexit.register(os._exit, 1)\nreturn 0")
+    assert (run.communicate(timeout=PATIENCE_S)[0], run.returncode) == ("", 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_go_on_to_the_work(number: signal.Signals) -> None:
+    run = program(f"signal.signal({int(number)}, lambda *_: sys.exit(9))\nprint('ready', flush=True)\ntime.sleep({PATIENCE_S})")
+    assert run.stdout is not None
+    assert run.stdout.readline() == "ready\n"
+    run.send_signal(number)
+    assert "status 9" in run.communicate(timeout=PATIENCE_S)[0]
+
+
+def test_work_dies_with_the_process_that_watches_it() -> None:
+    run = program(f"print('ready', flush=True)\ntime.sleep({10 * PATIENCE_S})")
+    assert run.stdout is not None
+    assert run.stdout.readline() == "ready\n"
+    run.kill()
+    run.communicate(timeout=PATIENCE_S)  # which ends when nobody holds the other end any more, the worker neither
+    assert run.returncode == -signal.SIGKILL
