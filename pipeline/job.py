@@ -1,295 +1,31 @@
 """A YAML file -> a frozen `Job`: what to read, how to look at it, whom to ask, where to write. Starts nothing.
 
-Every key is described where it is declared, with what choosing it costs; README's table of keys is made from these
-descriptions. An unknown key, a wrong value or an unreadable schema is a JobError that names file, line, key, what was
-found and what is allowed.
+An unknown key, a wrong value or an unreadable schema is a JobError that names file, line, key, what was found and what
+is allowed. The keys are in `keys.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ValidationError
 
 from pipeline import __version__, prompt, schema
-from pipeline.budget import PixelBudget, check
 from pipeline.errors import JobError
 from pipeline.jobfile import explain, override, read_yaml
+from pipeline.keys import JobSections
 from pipeline.records import Sampling
 
 DEMO = "demo"
 IN_PROCESS = {"name", "revision", "dtype", "rope_scaling", "lora"}
 AT_SERVER = {"engine", "name", "server", "structure", "image_format", "extra_body"}
 """What decides a model's answer in this process, and at a server: not its address, behind which the same model answers the same."""
-
-
-class Section(BaseModel):
-    """A part of the job file: frozen, and closed to keys it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SourceSection(Section):
-    paths: tuple[str, ...] = Field(
-        min_length=1,
-        description="Files, folders (read recursively), globs and manifests (.txt, .csv, .jsonl, .parquet with a `path` column), "
-        "relative to the job file, and http(s) URLs of single files. A manifest's other columns travel into the records.",
-    )
-    password_env: str | None = Field(None, description="Name of the environment variable that holds the password of encrypted PDFs.")
-    allow_outside: bool = Field(
-        False, description="Let a manifest name files outside its own folder. Costs safety: whoever writes the manifest reads your disk."
-    )
-    allow_private: bool = Field(
-        False,
-        description="Let http(s) URLs lead to private, loopback and link-local addresses. Costs safety: whoever writes the manifest, or "
-        "a server it names, reaches your network and your cloud's metadata.",
-    )
-
-
-class PagesSection(Section):
-    dpi: int = Field(200, ge=36, le=1200, description="Resolution at which a PDF page is measured before the pixel budget applies.")
-    min_pixels: int = Field(200_704, description="Least pixels per page, 784 to a visual token: smaller pages are enlarged.")
-    max_pixels: int = Field(
-        1_003_520,
-        description="Most pixels per page. 1,003,520 is 1,280 visual tokens, an A4 page at about 100 dpi; compute grows "
-        "with it, small print may need more.",
-    )
-    resized_height: int | None = Field(
-        None, description="Fixed height in pixels for every page instead of the two bounds; needs `resized_width`."
-    )
-    resized_width: int | None = Field(
-        None, description="Fixed width in pixels for every page; one of another shape keeps its proportions, the rest stays white."
-    )
-    per_request: int = Field(
-        4, ge=1, le=64, description="Most pages in one request. More see more context and need a longer one; longer documents are split."
-    )
-
-    @model_validator(mode="after")
-    def possible(self) -> PagesSection:
-        check(self.budget)
-        return self
-
-    @property
-    def budget(self) -> PixelBudget:
-        return PixelBudget(self.min_pixels, self.max_pixels, self.resized_height, self.resized_width)
-
-
-class ExtractSection(Section):
-    schema_file: Path = Field(
-        alias="schema", description="The JSON Schema (Draft 2020-12 or draft-07) of one record, relative to the job file."
-    )
-    per: Literal["document", "page"] = Field(
-        "document", description="One record per document, or one per page (then every page is a request)."
-    )
-    instructions: str = Field("", description="Added to the prompt; the schema's titles and descriptions are in it already.")
-    re_asks: int = Field(
-        1,
-        ge=0,
-        le=5,
-        description="How often an answer that does not validate is asked for again, its errors shown. Each costs a whole request.",
-    )
-
-
-class ModelSection(Section):
-    name: str = Field(
-        description="Hub id or folder of a Qwen2.5-VL or Qwen2-VL checkpoint, AWQ or not; `demo` is the one in this package. With the "
-        "engine `openai` the server's own name of its model; `auto`, the default there, takes the only one that it lists."
-    )
-    revision: str | None = Field(None, description="Commit of the hub repository; without it the newest one.")
-    engine: Literal["auto", "transformers", "openai"] = Field(
-        "auto",
-        description="Who runs the model. `auto` is `transformers`, in this process. `openai` is any server of Chat Completions at "
-        "`model.base_url`: it needs no GPU here, and every page leaves this machine.",
-    )
-    without_gpu: Literal["stop", "demo", "cpu"] = Field(
-        "stop",
-        description="What to do where there is no GPU: stop with exit code 2, use the demonstration model of this package (said aloud and "
-        "in every record), or run the named model on the CPU (minutes per page for 7B).",
-    )
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto", description="Weights' type; `auto` is float32 on a CPU; on a GPU bfloat16 for AWQ, else the checkpoint's own."
-    )
-    batch_size: int = Field(8, ge=1, le=512, description="Requests answered together. More use the GPU better and need more of its memory.")
-    max_model_len: int | None = Field(
-        None, ge=256, description="Longest prompt and answer in tokens; a request that exceeds it fails. Default: the model's own."
-    )
-    rope_scaling: dict[str, Any] | None = Field(
-        None, description="YaRN settings for contexts beyond 32,768 tokens. Costs accuracy of positions on short ones."
-    )
-    lora: str | None = Field(None, description="Folder or hub id of a LoRA adapter to apply to the model (needs the package `peft`).")
-    base_url: str | None = Field(
-        None,
-        description="Address of the server that the engine `openai` asks, without `/chat/completions`; mostly ends in `/v1`.",
-    )
-    api_key_env: str | None = Field(
-        None, description="Name of the environment variable that holds the server's key. The key itself is written nowhere."
-    )
-    server: Literal["auto", "vllm", "other"] = Field(
-        "auto",
-        description="Which server that is. `vllm` is also sent what only it understands: the pixel bounds, so that it resamples no page, "
-        "and every sampling setting. `other` resizes pages as it likes. `auto` asks the server.",
-    )
-    structure: Literal["auto", "json_schema", "tool", "prompt"] = Field(
-        "auto",
-        description="How the server is held to the schema: decoding under it, a forced tool call, or the schema in the prompt alone, which "
-        "costs its tokens in every request and more re-asks. `auto` tries them in this order before the run, in a few short requests.",
-    )
-    logprobs: bool | None = Field(
-        None, description="Have the server send every token's log-probability. Costs bytes, ten times the answer's; default: if it can."
-    )
-    image_format: Literal["png", "jpeg"] = Field(
-        "png",
-        description="How pages travel to the server. `png` keeps every pixel; `jpeg` is a quarter of it for scans and blurs small print.",
-    )
-    extra_body: dict[str, Any] = Field(
-        {},
-        description="Keys put into every request to the server, over its own; null takes one away. job.yaml shows it: no secrets.",
-    )
-    concurrency: int = Field(
-        16, ge=1, le=1024, description="Requests under way at the server at once, per actor. More use it better, until it answers 429."
-    )
-    idle_timeout_s: float = Field(
-        120.0,
-        gt=0,
-        description="Longest silence of the server, before an answer or within it; then it is asked again. Too short for a server with a "
-        "queue asks it everything twice.",
-    )
-    timeout_s: float = Field(
-        900.0, gt=0, description="Longest time for one answer of the server; then it is cut and fails (`timeout`), its tokens paid for."
-    )
-    max_retries: int = Field(
-        6,
-        ge=0,
-        le=100,
-        description="How often a request is sent again after 429, 5xx, a lost connection or a stalled answer, 1 s later, then 2, 4, … up "
-        "to 60 s. More outlast longer outages; each may be charged.",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def unnamed(cls, data: Any) -> Any:
-        """Let a server say its model's name."""
-        return {"name": "auto"} | data if isinstance(data, dict) and data.get("engine") == "openai" else data
-
-    @model_validator(mode="after")
-    def reachable(self) -> ModelSection:
-        """Refuse an address or a name of a key that cannot be one; what was written is not repeated, it may be a secret."""
-        if self.engine != "openai":
-            for key in ("base_url", "api_key_env"):
-                if getattr(self, key) is not None:
-                    raise ValueError(f"{key} is for the engine openai, and model.engine is {self.engine}")
-            return self
-        check_address(self.base_url)
-        if self.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
-            raise ValueError("api_key_env is no name of an environment variable; the key itself does not belong into a job")
-        if taken := sorted({"messages", "model", "stream"} & self.extra_body.keys()):
-            raise ValueError(f"extra_body cannot change {' and '.join(taken)}")
-        return self
-
-
-def check_address(base_url: str | None) -> None:
-    """Raise ValueError for what is not a server's address, or holds a secret."""
-    if base_url is None:
-        raise ValueError("the engine openai needs base_url, the server's address (http://127.0.0.1:8000/v1)")
-    try:
-        url = urlsplit(base_url)
-        sound = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-    except ValueError:
-        sound = False
-    if not sound:
-        raise ValueError("base_url is not an http(s) address such as http://127.0.0.1:8000/v1")
-    if "@" in url.netloc or url.query or url.fragment:
-        raise ValueError("base_url holds a user, a password or a query: name the variable that holds the key in api_key_env instead")
-    if url.path.rstrip("/").endswith("/chat/completions"):
-        raise ValueError("base_url ends in /chat/completions: leave that out")
-
-
-class SamplingSection(Section):
-    temperature: float = Field(0.0, ge=0, le=2, description="0 always takes the likeliest token, and the same pages give the same record.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens that make up this share.")
-    top_k: int = Field(0, ge=0, description="Sample from so many likeliest tokens; 0 from all.")
-    repetition_penalty: float = Field(1.0, gt=0, le=2, description="Above 1 discourages repeated tokens. Harms tables of equal values.")
-    max_tokens: int = Field(2048, ge=1, description="Longest answer. One that reaches it is a failure, never a result.")
-    seed: int = Field(0, ge=0, description="Seed of the sampling; has no effect at temperature 0.")
-
-
-class LimitsSection(Section):
-    timeout_s: float = Field(60.0, gt=0, description="Longest time to open a document or render one page; then it is killed and fails.")
-    memory_mib: int = Field(2048, ge=256, description="Address space of a rendering process. A page that needs more fails.")
-    max_pages: int = Field(2000, ge=1, description="Most pages of a document; a longer one fails.")
-    max_file_mib: int = Field(256, ge=1, description="Largest file; a larger one fails without being read.")
-    download_s: float = Field(
-        120.0,
-        gt=0,
-        le=86_400,
-        description="Longest time to fetch an http(s) URL, redirects and all; then it fails. More waits longer for slow servers, with a "
-        "renderer idle meanwhile.",
-    )
-    max_image_megapixels: int = Field(
-        300, ge=1, description="Largest image; a larger one (a decompression bomb, mostly) fails before it is decoded."
-    )
-    max_request_tokens: int = Field(
-        32_768,
-        ge=256,
-        description="Most tokens of one request, `sampling.max_tokens` included; one that needs more fails (`too_long`) before it is "
-        "asked. More read more pages at once, in memory that grows with it, and beyond 32,768 these models need `model.rope_scaling`.",
-    )
-    max_failure_ratio: float = Field(
-        1.0,
-        ge=0,
-        le=1,
-        description="Share of the last 1,000 requests that may fail before the run stops (exit code 3). 1 never stops it; 0.5 saves a "
-        "night when a disk or an engine is lost, and stops for a folder of broken files too.",
-    )
-    min_requests: int = Field(20, ge=1, description="Requests that must have come back before `max_failure_ratio` counts.")
-
-
-class OutputSection(Section):
-    path: Path = Field(description="Folder of the results, relative to the job file.")
-
-
-class RaySection(Section):
-    actors: int = Field(1, ge=1, description="Engine actors; each loads the model once.")
-    max_restarts: int = Field(
-        3, ge=0, description="How often an engine actor that died is replaced, the model loaded anew, before the run stops (exit code 3)."
-    )
-    gpus_per_actor: float = Field(1.0, ge=0, description="GPUs an actor reserves, where there are any.")
-    cpus_per_actor: float | None = Field(
-        None, gt=0, description="CPUs an actor reserves and the threads it uses; default: 1 beside a GPU, else all but one."
-    )
-
-
-class JobSections(Section):
-    """The job file as written."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="Name of the job.")
-    source: SourceSection
-    pages: PagesSection = PagesSection()
-    extract: ExtractSection
-    model: ModelSection
-    sampling: SamplingSection = SamplingSection()
-    limits: LimitsSection = LimitsSection()
-    output: OutputSection
-    ray: RaySection = RaySection()
-
-    @model_validator(mode="before")
-    @classmethod
-    def written(cls, data: Any) -> Any:
-        """Take a section whose keys are all commented out for one that is not there."""
-        return {name: value for name, value in data.items() if value is not None or name not in cls.model_fields}
-
-    @field_validator("name", mode="before")
-    @classmethod
-    def text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, int | float) else value
 
 
 @dataclass(frozen=True)

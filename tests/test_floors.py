@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pipeline"
 FLOORS = {
     0: {"errors", "records", "budget", "schema", "arrow", "prompt", "validate", "merge"},
-    1: {"job", "jobfile", "report", "attempts"},
+    1: {"job", "jobfile", "keys", "report", "attempts"},
     2: {"source", "manifest", "net", "web", "render", "sandbox", "sink", "awq", "decoding", "engines"},
     3: {"stages", "settle", "status"},
     4: {"cluster", "asking", "flow", "preview", "watch"},
@@ -26,7 +26,7 @@ DOORS = {
     "httpx2": {"engines"},
     "awq": {"awq"},
     "llguidance": {"decoding"},
-    "pydantic": {"job", "jobfile"},
+    "pydantic": {"job", "jobfile", "keys"},
     "yaml": {"cli", "jobfile", "sink"},
     "jsonschema": {"schema", "validate"},
     "ray": {"flow", "asking", "cluster"},

@@ -15,7 +15,8 @@ from pydantic.fields import FieldInfo
 from pipeline import __version__, decoding, schema
 from pipeline.arrow import ArrowPlan
 from pipeline.errors import JobError
-from pipeline.job import Job, JobSections, differences
+from pipeline.job import Job, differences
+from pipeline.keys import JobSections
 
 JOBS = Path(__file__).parents[1] / "jobs"
 SCHEMAS = Path(__file__).parents[1] / "schemas"

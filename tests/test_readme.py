@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from pipeline.cli import main
-from pipeline.job import JobSections, Section
+from pipeline.keys import JobSections, Section
 from pipeline.report import Exit
 from pipeline.settle import PROVENANCE
 
