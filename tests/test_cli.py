@@ -74,7 +74,7 @@ WRONG: dict[str, tuple[Callable[[Desk], Any], list[str], str]] = {
     "no YAML": (lambda desk: desk.file.write_text("name: ["), [], r"job\.yaml is not valid YAML"),
     "unknown key": (lambda desk: desk.file.write_text(JOB + "modle: {}\n"), [], r"job\.yaml:7: unknown key modle; did you mean model\?"),
     "unknown key set": (lambda desk: None, ["--set", "model.engin=x"], r"unknown key model\.engin; did you mean engine\?"),
-    "wrong engine": (lambda desk: None, ["--set", "model.engine=nope"], r"model\.engine: should be 'auto' or .*, found 'nope'"),
+    "wrong engine": (lambda desk: None, ["--set", "model.engine=nope"], r"model\.engine: should be 'auto', .*, found 'nope'"),
     "no schema": (lambda desk: (desk.folder / "schema.json").unlink(), [], r"schema\.json cannot be read: No such file"),
     "misspelt keyword": (lambda desk: spoil(desk, {"minimun": 0}), [], r"minimun"),
     "impossible keyword": (lambda desk: spoil(desk, {"$dynamicRef": "#x"}), [], r"'\$dynamicRef' .* not supported"),
