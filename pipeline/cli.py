@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import wraps
 from pathlib import Path
 from textwrap import indent
@@ -236,11 +236,15 @@ def terminal() -> Console:
 
 @contextmanager
 def quiet_core() -> Iterator[Console]:
-    """Keep what Ray's C++ core writes to file descriptor 2 for the case that the run breaks; sys.stderr stays the user's.
+    """Keep what Ray writes to file descriptor 2 and to sys.stdout for the case that the run breaks; sys.stderr stays the user's.
 
-    It logs an error for every actor that Ray Data starts (ray#53727), and nothing a user could act on.
+    Its core logs an error for every actor that Ray Data starts (ray#53727); what it says of workers that died, it prints to
+    stdout, where data belongs. Nothing of that is anything a user could act on.
     """
-    with tempfile.TemporaryFile("w+b") as kept, os.fdopen(os.dup(2), "w", buffering=1) as user:
+    with ExitStack() as held:
+        kept = held.enter_context(tempfile.TemporaryFile("w+b"))
+        user = held.enter_context(os.fdopen(os.dup(2), "w", buffering=1))
+        held.enter_context(redirect_stdout(held.enter_context(os.fdopen(os.dup(kept.fileno()), "w", buffering=1))))
         python, sys.stderr = sys.stderr, user
         os.dup2(kept.fileno(), 2)
         try:
@@ -326,6 +330,8 @@ def status_of() -> int:
         main()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else bool(end.code)
+    finally:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  what Ray has to say while it ends does not belong behind the data
     return Exit.OK
 
 

@@ -235,7 +235,7 @@ def matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 def absolute(path: str, folder: str) -> str:
     """Return the absolute path of a path or `file://` URL. Only `..` makes the links before it be resolved."""
     joined = os.path.join(folder, from_url(path))
-    return os.path.realpath(joined) if ".." in joined.split("/") else os.path.normpath(joined)
+    return os.path.realpath(joined) if ".." in joined.split("/") and "\0" not in joined else os.path.normpath(joined)
 
 
 def outside(folder: str) -> Predicate:

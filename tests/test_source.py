@@ -253,8 +253,8 @@ def test_a_manifest_of_nothing_is_refused(root: Path) -> None:
 
 
 def test_a_path_that_no_file_system_has_is_a_row(root: Path) -> None:
-    (root / "list.txt").write_bytes(b"a\0b.pdf\n" + b"x" * 5000 + b"\nb.pdf/c\n")
-    assert sorted(rows(root, "list.txt").values()) == ["unreadable", "vanished", "vanished"]
+    (root / "list.txt").write_bytes(b"a\0b.pdf\nx/../a\0.pdf\n" + b"x" * 5000 + b"\nb.pdf/c\n")
+    assert sorted(rows(root, "list.txt").values()) == ["unreadable", "vanished", "vanished", "vanished"]
 
 
 # ---- Bytes --------------------------------------------------------------------------------------------------------
