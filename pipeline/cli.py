@@ -36,11 +36,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print data as JSON 
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which stops a run as Ctrl-C does."""
-
-
-def terminate(*_: object) -> None:
-    raise Terminated
+    """SIGTERM, which stops a run as Ctrl-C does. Where Ray waits, a plain KeyboardInterrupt comes out of it."""
 
 
 def guarded(command: Callable[..., Exit | None]) -> Callable[..., None]:
@@ -48,6 +44,12 @@ def guarded(command: Callable[..., Exit | None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
+        heard = []
+
+        def terminate(number: int, _: object) -> None:
+            heard.append(number)
+            raise Terminated
+
         listener = signal.signal(signal.SIGTERM, terminate)
         try:
             code = command(*args, **kwargs) or Exit.OK
@@ -60,9 +62,9 @@ def guarded(command: Callable[..., Exit | None]) -> Callable[..., None]:
         except PipelineError as error:
             say(f"error: {error}")
             code = Exit.RUN_BROKEN
-        except KeyboardInterrupt as error:
+        except KeyboardInterrupt:
             say("stopped; what was answered is kept: run the same command again to go on")
-            code = Exit.TERMINATED if isinstance(error, Terminated) else Exit.INTERRUPTED
+            code = Exit.TERMINATED if heard else Exit.INTERRUPTED
         finally:
             signal.signal(signal.SIGTERM, listener)
         sys.stdout.flush()

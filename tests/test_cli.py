@@ -313,7 +313,6 @@ def fail(error: BaseException) -> Callable[[], Any]:
         (RunError("full disk"), 3, "error: full disk"),
         (EngineDead("no GPU"), 3, "error: no GPU"),
         (KeyboardInterrupt(), 130, "stopped; what was answered is kept: run the same command again to go on"),
-        (cli.Terminated(), 143, "stopped; what was answered is kept: run the same command again to go on"),
     ],
 )
 def test_every_end_has_its_code_and_its_sentence(capsys: pytest.CaptureFixture[str], error: BaseException, code: int, said: str) -> None:
@@ -324,6 +323,17 @@ def test_every_end_has_its_code_and_its_sentence(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize("code", [None, Exit.OK, Exit.DOCUMENTS_FAILED])
 def test_what_a_command_returns_is_its_code(code: Exit | None) -> None:
     assert ended(lambda: code) == (code or 0)
+
+
+def test_a_terminated_command_says_so_though_ray_makes_another_exception_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    def wait() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None
+
+    assert ended(wait) == 143
+    assert capsys.readouterr().err == "stopped; what was answered is kept: run the same command again to go on\n"
 
 
 def test_a_terminated_command_stops_like_an_interrupted_one() -> None:
