@@ -29,12 +29,14 @@ def watched(work: Callable[[], int], broken: Callable[[str], int]) -> int:
         return work()
     reading, writing = os.pipe()
     here = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until there is somebody to send them on to
     child = os.fork()
     if not child:
         os.close(reading)
         do(work, writing, here)
     os.close(writing)
     before = [signal.signal(number, lambda number, _: os.kill(child, number)) for number in FORWARDED]
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     _, status = os.waitpid(child, 0)
     for number, listener in zip(FORWARDED, before, strict=True):
         signal.signal(number, listener)
@@ -46,6 +48,7 @@ def watched(work: Callable[[], int], broken: Callable[[str], int]) -> int:
 def do(work: Callable[[], int], writing: int, parent: int) -> NoReturn:
     """The child: work, and say with which code it ended, before anything else can end this process."""
     os.setpgid(0, 0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
