@@ -10,6 +10,8 @@ already. So both steps yield their rows in the order of what they were given, wh
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import math
 import os
 import threading
@@ -25,7 +27,7 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from pipeline import cluster, engines
+from pipeline import cluster, engines, metrics
 from pipeline.attempts import Asked
 from pipeline.budget import RenderSettings
 from pipeline.errors import EngineDead, JobError, RunError
@@ -44,6 +46,8 @@ RENDERED = pa.schema(
 ANSWERED = pa.schema([*IDENTITY, *(field for field in LEDGER if field.name not in IDENTITY.names)])
 DOCUMENTS_PER_TASK = 16
 BATCHES_IN_FLIGHT = 8
+LAST_WORDS_S = 1.0
+"""How long an actor whose engine is dead stays, so that answers that are there already reach the driver."""
 
 
 @ray.remote(num_cpus=0)
@@ -54,6 +58,7 @@ class Claims:
     def __init__(self, asked: Asked) -> None:
         self.asked, self.owners = asked, dict[str, str]()
         self.replaced, self.reason = 0, "its process ended without a word"
+        self.nodes: dict[str, str] = {}
 
     def claim(self, identity: str, source: str, keys: list[str]) -> dict[str, int]:
         """Return the keys that this source shall ask, each with the number of its attempt."""
@@ -64,6 +69,12 @@ class Claims:
     def died(self, reason: str) -> None:
         """Remember why an engine ends its process."""
         self.reason = reason
+
+    def live(self, actor: str, node: str) -> str | None:
+        """Remember on which node an engine lives; return where it lived before it died."""
+        before = self.nodes.get(actor)
+        self.nodes[actor] = node
+        return before
 
     def replace(self) -> tuple[int, str]:
         """Return how many engines have been replaced, this one included, and what is known of why."""
@@ -80,11 +91,26 @@ class Rendering:
     per_request: int
     fingerprint: str
     access: Access
+    job: str
+
+
+def end_at_once() -> None:
+    """Let this worker's process end, when it has said good-bye to Ray, without Ray's last destructors: one of them can wait for ever
+    (seen with Ray 2.60 on a busy machine), and nobody is left then who would kill it."""
+    atexit.register(os._exit, 0)
+
+
+@lru_cache(maxsize=1)
+def drawn(job: str) -> metrics.Drawn:
+    """Return this worker's count of pages."""
+    return metrics.Drawn(job)
 
 
 @lru_cache(maxsize=1)
 def renderer(rendering: Rendering, claims: Any) -> RenderStage:
     """Return this worker's renderer, so that its sandbox outlives a task."""
+
+    end_at_once()
 
     def claim(identity: str, source: str, keys: list[str]) -> dict[str, int]:
         wanted: dict[str, int] = ray.get(claims.claim.remote(identity, source, keys))
@@ -98,6 +124,7 @@ def render_documents(batch: pa.Table, rendering: Rendering, claims: Any) -> Iter
     stage = renderer(rendering, claims)
     for document in batch.to_pylist():
         for row in stage(document):
+            drawn(rendering.job).add(row)
             yield pa.Table.from_pylist([row], RENDERED)
 
 
@@ -105,10 +132,13 @@ class Asker:
     """The engine actor: loads the model once, answers requests as they come, and takes its process along when the model dies."""
 
     def __init__(self, job: Job, threads: int, claims: Any) -> None:
+        end_at_once()
         self.claims = claims
-        if ray.get_runtime_context().was_current_actor_reconstructed:
+        here = ray.get_runtime_context()
+        before = ray.get(claims.live.remote(here.get_actor_id(), here.get_node_id()))
+        if here.was_current_actor_reconstructed and cluster.is_alive(before):  # that a node went away is no fault of the engine's
             self.count_replacement(job.sections.ray.max_restarts)
-        self.stage = AskStage(job, self.load(job, threads))
+        self.stage, self.served = AskStage(job, self.load(job, threads)), metrics.Served(job.sections.name)
 
     def load(self, job: Job, threads: int) -> engines.Engine:
         return engines.load(job, threads)
@@ -122,12 +152,19 @@ class Asker:
             )
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
+        waiting = len(batch)
+        self.served.take(waiting)
         try:
             async for row in self.stage(batch.to_pylist()):
+                self.served.answer(row)
+                waiting -= 1
                 yield pa.Table.from_pylist([row], ANSWERED)
         except EngineDead as error:
             await self.claims.died.remote(str(error))
+            await asyncio.sleep(LAST_WORDS_S)
             os._exit(1)  # a death that Ray replaces; an exception would end the run
+        finally:
+            self.served.take(-waiting)
 
 
 def ask(job: Job, documents: pa.Table, asked: Asked, resources: cluster.Resources) -> Generator[Row, None, None]:
@@ -136,11 +173,10 @@ def ask(job: Job, documents: pa.Table, asked: Asked, resources: cluster.Resource
     Raises RunError when the engine does not load, or died more than `ray.max_restarts` times. Stops Ray with whatever else
     ends it early: with Ray go the actors, for whose CPUs the next run in this process would wait.
     """
-    claims = Claims.remote(asked)  # type: ignore[attr-defined]
-    rendering = Rendering(render_settings(job), job.file.parent, job.pages_per_request, job.fingerprint, access(job))
+    claims = Claims.options(scheduling_strategy=cluster.beside_driver()).remote(asked)  # type: ignore[attr-defined]
     threads = frozenset(threading.enumerate())
     try:
-        yield from rows_of(answers(job, requests(rendering, claims, documents, resources), claims, resources))
+        yield from rows_of(answers(job, requests(job, claims, documents, resources), claims, resources))
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # they hold the iterators at whose end Ray Data stops
         cluster.stop(threads)
@@ -149,15 +185,12 @@ def ask(job: Job, documents: pa.Table, asked: Asked, resources: cluster.Resource
         raise
 
 
-def requests(rendering: Rendering, claims: Any, documents: pa.Table, resources: cluster.Resources) -> ray.data.Dataset:
-    """Return the documents' requests, rendered in tasks of their own.
-
-    Half a CPU each where the engine shares the processor with them: unlike the engine's, so that Ray does not fuse the two
-    steps and a renderer that dies takes no model with it.
-    """
+def requests(job: Job, claims: Any, documents: pa.Table, resources: cluster.Resources) -> ray.data.Dataset:
+    """Return the documents' requests, rendered in tasks of their own: a renderer that dies takes no model with it."""
+    rendering = Rendering(render_settings(job), job.file.parent, job.pages_per_request, job.fingerprint, access(job), job.sections.name)
     listed = documents.select(["source", "size_bytes", "version"])
     blocks = [listed.slice(start, DOCUMENTS_PER_TASK).combine_chunks() for start in range(0, listed.num_rows, DOCUMENTS_PER_TASK)]
-    step: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": renderer_cpus(resources)}
+    step: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": renderer_cpus(job, resources)}
     return ray.data.from_arrow(blocks).map_batches(cast(Any, render_documents), fn_args=(rendering, claims), **step)
 
 
@@ -165,7 +198,8 @@ def answers(job: Job, asked: ray.data.Dataset, claims: Any, resources: cluster.R
     """Return the requests' answers; an actor takes the next batches while the engine works on the last."""
     cpus, gpus = actor_cpus(job, resources), actor_gpus(job, resources)
     pool = ray.data.ActorPoolStrategy(
-        size=job.sections.ray.actors,
+        min_size=job.sections.ray.least_actors,
+        max_size=job.sections.ray.most_actors,
         max_tasks_in_flight_per_actor=BATCHES_IN_FLIGHT,
         max_concurrent_calls_per_actor=BATCHES_IN_FLIGHT,
     )
@@ -175,7 +209,7 @@ def answers(job: Job, asked: ray.data.Dataset, claims: Any, resources: cluster.R
         batch_format="pyarrow",
         fn_constructor_args=(job, max(1, int(cpus)), claims),
         num_cpus=cpus,
-        num_gpus=gpus,
+        num_gpus=0.0 if job.sections.model.reserves_gpus_itself else gpus,
         compute=pool,
     )
 
@@ -187,14 +221,26 @@ def rows_of(dataset: ray.data.Dataset) -> Iterator[Row]:
 
 
 def requests_per_batch(job: Job) -> int:
-    """Return how many requests reach an actor at a time: of its batches in flight a model fills its own, a server its connections."""
+    """Return how many requests reach an actor at a time: of its batches in flight a model fills its own, a server its connections.
+
+    vLLM gets twice what it answers together: a batch makes room for the next one only when its slowest answer has come.
+    """
     model = job.sections.model
-    return math.ceil(model.concurrency / BATCHES_IN_FLIGHT) if model.engine == "openai" else model.batch_size
+    at_once = {"openai": model.concurrency, "vllm": 2 * model.max_num_seqs}
+    return math.ceil(at_once[model.engine] / BATCHES_IN_FLIGHT) if model.engine in at_once else model.batch_size
 
 
 def actor_gpus(job: Job, resources: cluster.Resources) -> float:
-    """Return the GPUs of an engine actor; who asks a server needs none."""
-    return job.sections.ray.gpus_per_actor if resources.gpus and job.sections.model.engine != "openai" else 0.0
+    """Return the GPUs of an engine actor; who asks a server needs none.
+
+    A model that vLLM splits over several GPUs has them all in its actor, which Ray places on a machine that has as many free: vLLM's own
+    processes inherit them. (Ray Data takes placement groups of ours no longer, from 2.64 on.) Over several machines vLLM's executor `ray`
+    reserves them instead, in a placement group of its own.
+    """
+    model = job.sections.model
+    if not resources.gpus or model.engine == "openai":
+        return 0.0
+    return job.sections.ray.gpus_per_actor if model.gpus == 1 else float(model.gpus)
 
 
 def actor_cpus(job: Job, resources: cluster.Resources) -> float:
@@ -202,22 +248,24 @@ def actor_cpus(job: Job, resources: cluster.Resources) -> float:
     if job.sections.ray.cpus_per_actor:
         return job.sections.ray.cpus_per_actor
     if job.sections.model.engine == "openai":
-        return min(1.0, resources.cpus / 2 / job.sections.ray.actors)
+        return min(1.0, resources.cpus / 2 / job.sections.ray.least_actors)
     spare = resources.cpus - max(1.0, resources.cpus / 8) if resources.cpus > 1 else resources.cpus / 2
-    share = spare / job.sections.ray.actors
+    share = spare / job.sections.ray.most_actors
     return 1.0 if resources.gpus else share // 1 or share
 
 
-def renderer_cpus(resources: cluster.Resources) -> float:
-    return 1.0 if resources.gpus else 0.5
+def renderer_cpus(job: Job, resources: cluster.Resources) -> float:
+    """Return the CPUs of a render task: other than an engine actor's, so that Ray does not fuse the two steps."""
+    cpus = 1.0 if resources.gpus else 0.5
+    return 0.9 * cpus if cpus == actor_cpus(job, resources) and not actor_gpus(job, resources) else cpus
 
 
 def check_room(job: Job, resources: cluster.Resources) -> None:
     """Raise JobError when the engine's actors and one renderer do not fit: Ray would wait for room without end."""
-    actors, gpus = job.sections.ray.actors, actor_gpus(job, resources)
+    actors, gpus = job.sections.ray.least_actors, actor_gpus(job, resources)
     cpus = actor_cpus(job, resources)
-    if actors * gpus > resources.gpus or actors * cpus + renderer_cpus(resources) > resources.cpus:
+    if actors * gpus > resources.gpus or actors * cpus + renderer_cpus(job, resources) > resources.cpus:
         raise JobError(
-            f"{job.file}: ray.actors is {actors}, each with {cpus:g} CPUs and {gpus:g} GPUs, beside {renderer_cpus(resources):g} CPUs "
+            f"{job.file}: ray.actors is {actors}, each with {cpus:g} CPUs and {gpus:g} GPUs, beside {renderer_cpus(job, resources):g} CPUs "
             f"for rendering; there are {resources.cpus:g} CPUs and {resources.gpus:g} GPUs"
         )

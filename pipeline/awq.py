@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +156,12 @@ def autoawq(name: str) -> Any:
     return found
 
 
-def quantize(folder_in: Path, folder_out: Path, group_size: int = 128) -> None:
+def quantize(folder_in: Path, folder_out: Path, group_size: int = 128, moments: Mapping[str, Tensor] | None = None) -> None:
     """Write a checkpoint's AWQ copy: the language model's layers rounded to 4 bits, all else to fp16.
 
-    Plain rounding to the nearest of 16 steps per group of inputs; nothing is searched or calibrated. Files that are not weights
-    are copied.
+    Each weight becomes the nearest of 16 steps per group of inputs. `moments`, by published name, are the sums of x xᵀ over
+    inputs x that a layer was seen with, (in, in): where they are given, what rounding does to an answer is made up for by the
+    weights that are rounded later. Files that are not weights are copied.
     """
     config = json.loads((folder_in / "config.json").read_text())
     if "quantization_config" in config:
@@ -171,7 +172,8 @@ def quantize(folder_in: Path, folder_out: Path, group_size: int = 128) -> None:
         written: dict[str, Tensor] = {}
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118
-                written |= stored(published_name(name), opened.get_tensor(name), group_size)
+                named = published_name(name)
+                written |= stored(named, opened.get_tensor(name), group_size, (moments or {}).get(named))
         save_file(written, folder_out / file.name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(written, file.name)
     if len(set(weight_map.values())) > 1:
@@ -190,7 +192,7 @@ def published_name(name: str) -> str:
     return name.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
 
 
-def stored(name: str, tensor: Tensor, group_size: int) -> dict[str, Tensor]:
+def stored(name: str, tensor: Tensor, group_size: int, moment: Tensor | None = None) -> dict[str, Tensor]:
     """Return the tensors that an AWQ folder holds for one of a plain folder's."""
     if not QUANTIZED.fullmatch(name):
         return {name: tensor.half().contiguous()}
@@ -199,7 +201,8 @@ def stored(name: str, tensor: Tensor, group_size: int) -> dict[str, Tensor]:
             f"{name}: {tensor.shape[1]} inputs and {tensor.shape[0]} outputs cannot be quantized;"
             f" inputs must be a multiple of the group size {group_size}, outputs of {PACKED}"
         )
-    numbers, zeros, scales = rounded(tensor.float().t(), group_size)
+    weight = tensor.float().t()
+    numbers, zeros, scales = rounded(weight, group_size) if moment is None else compensated(weight, group_size, moment)
     layer = name.removesuffix(".weight")
     return {f"{layer}.qweight": pack(numbers), f"{layer}.qzeros": pack(zeros), f"{layer}.scales": scales}
 
@@ -214,6 +217,27 @@ def rounded(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     zeros = (-low / exact).round().clamp(0, top)
     numbers = (groups / exact.unsqueeze(1)).round().add(zeros.unsqueeze(1)).clamp(0, top)
     return numbers.flatten(0, 1).int(), zeros.int(), scales
+
+
+def compensated(weight: Tensor, group_size: int, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the same as `rounded`, each row's error made up for by the rows behind it, as inputs with this moment have it.
+
+    Row by row with the Cholesky factor of the inverse moment (Frantar et al., GPTQ, arXiv:2210.17323, algorithm 1).
+    """
+    left = weight.double().clone()
+    damped = moment.double() + 0.01 * moment.double().diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
+    share = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    numbers, zeros, scales = torch.empty_like(weight), [], []
+    for row in range(len(left)):
+        if row % group_size == 0:
+            _, zero, scale = rounded(left[row : row + group_size].float(), group_size)
+            zeros.append(zero)
+            scales.append(scale)
+        step = scales[-1][0].double()
+        numbers[row] = (left[row] / step).round().add(zeros[-1][0]).clamp(0, 2**BITS - 1)
+        error = (left[row] - (numbers[row] - zeros[-1][0]) * step) / share[row, row]
+        left[row + 1 :] -= share[row, row + 1 :].unsqueeze(1) * error
+    return numbers.int(), torch.cat(zeros), torch.cat(scales)
 
 
 def pack(numbers: Tensor) -> Tensor:

@@ -112,6 +112,14 @@ def visual_tokens(size: Size) -> int:
     return size.width_px * size.height_px // CELL_AREA
 
 
+def bounds(budget: PixelBudget) -> tuple[int, int]:
+    """Return the areas between which every page of this budget lies: what keeps an image processor from resizing it."""
+    if budget.resized_height and budget.resized_width:
+        size = fit_pixels(1, 1, budget)
+        return size.width_px * size.height_px, size.width_px * size.height_px
+    return budget.min_pixels, budget.max_pixels
+
+
 def is_stable(size: Size, budget: PixelBudget) -> bool:
     """Say whether `smart_resize` leaves a canvas made of whole cells as it is."""
     short, long = sorted((size.width_px, size.height_px))

@@ -9,30 +9,36 @@ import json
 import os
 import signal
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+import time
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline import __version__
-from pipeline.errors import DocumentError, JobError, PipelineError, RunError
+from pipeline import __version__, show
+from pipeline.errors import DocumentError, JobError, PipelineError
 from pipeline.report import Exit
+from pipeline.show import say
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from pipeline.job import Job
-    from pipeline.report import OnProgress, Report
+    from pipeline.report import Report
+    from pipeline.submit import Server
 
 JOB = click.argument("job_file", metavar="JOB", type=click.Path(path_type=Path))
 SET = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one key of the job, e.g. --set pages.dpi=150.")
-OUTPUT = click.option("--output", type=click.Path(path_type=Path), help="Folder of the results instead of the job's.")
+OUTPUT = click.option("--output", metavar="DIR", help="Folder of the results instead of the job's.")
+LIMIT = click.option("--limit", type=click.IntRange(min=1), help="Take only the first so many documents of the listing.")
+RETRY = click.option("--retry", metavar="failed[:KIND]", help="Ask once more what failed, all or one kind of it (failed:timeout).")
+SHARED = click.option("--shared-filesystem", is_flag=True, help="The cluster's machines have the job's local paths at the same place.")
+CLUSTER = click.option("--address", metavar="ADDRESS", help="Ray cluster to join instead of the job's: auto, HOST:6379, ray://HOST:10001.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print data as JSON on stdout, nothing else.")
+
+
+TOGETHER_S = 2.0
+"""Who stops a run by a signal to each of its processes sends it twice: to this one, and by way of the one that watches it."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -44,11 +50,12 @@ def guarded(command: Callable[..., Exit | None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        heard = []
+        heard: list[float] = []
 
-        def terminate(number: int, _: object) -> None:
-            heard.append(number)
-            raise Terminated
+        def terminate(_: int, __: object) -> None:
+            heard.append(time.monotonic())
+            if len(heard) == 1 or heard[-1] - heard[-2] > TOGETHER_S:
+                raise Terminated
 
         listener = signal.signal(signal.SIGTERM, terminate)
         try:
@@ -62,6 +69,9 @@ def guarded(command: Callable[..., Exit | None]) -> Callable[..., None]:
         except PipelineError as error:
             say(f"error: {error}")
             code = Exit.RUN_BROKEN
+        except ModuleNotFoundError as error:
+            say(f"error: the package {error.name} is not installed here: pip install -c constraints.txt . in a copy of this repository")
+            code = Exit.JOB_WRONG
         except KeyboardInterrupt:
             say("stopped; what was answered is kept: run the same command again to go on")
             code = Exit.TERMINATED if heard else Exit.INTERRUPTED
@@ -73,15 +83,6 @@ def guarded(command: Callable[..., Exit | None]) -> Callable[..., None]:
     return run
 
 
-def say(text: str) -> None:
-    click.echo(plain(text), err=True)
-
-
-def plain(text: str) -> str:
-    """Return text that does nothing to a terminal: file names and messages come from strangers."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
@@ -91,39 +92,115 @@ def main() -> None:
 @main.command()
 @JOB
 @OUTPUT
-@click.option("--limit", type=click.IntRange(min=1), help="Take only the first so many documents of the listing.")
-@click.option("--retry", metavar="failed[:KIND]", help="Ask once more what failed, all or one kind of it (failed:timeout).")
+@LIMIT
+@RETRY
+@CLUSTER
+@SHARED
+@click.option("--log", type=click.Path(path_type=Path), help="Append what happens to a file, one line of JSON per event.")
 @SET
 @JSON
 @guarded
-def run(job_file: Path, output: Path | None, limit: int | None, retry: str | None, settings: tuple[str, ...], as_json: bool) -> Exit:
+def run(job_file: Path, limit: int | None, retry: str | None, log: Path | None, as_json: bool, **given: Any) -> Exit:
     """Ask what has not been asked yet and write the records.
 
     Exit codes: 0 all records extracted, 1 some failed or invalid, 2 the job is wrong and nothing was started,
     3 the run broke off and can be resumed.
     """
-    job = load(job_file, settings, output)
-    from pipeline import flow
+    job = load(job_file, **given)
+    from pipeline import events, flow
 
-    with quiet_core() as console, progress(console, as_json) as on_progress:
-        report = flow.run(job, limit, on_progress, None if as_json else announce_demo, retry)
-    return show(report, as_json)
+    with events.written_to(log), show.quiet_core() as console, show.progress(console, as_json) as on_progress:
+        report = flow.run(job, limit, on_progress, None if as_json else show.announce_demo, retry)
+    return ended(report, as_json)
 
 
 @main.command()
 @JOB
 @OUTPUT
+@CLUSTER
+@SHARED
 @SET
 @JSON
 @guarded
-def settle(job_file: Path, output: Path | None, settings: tuple[str, ...], as_json: bool) -> Exit:
+def settle(job_file: Path, as_json: bool, **given: Any) -> Exit:
     """Write the records again from what was asked already; needs no model."""
-    job = load(job_file, settings, output)
+    job = load(job_file, **given)
     from pipeline import flow
 
-    with quiet_core():
+    with show.quiet_core():
         report = flow.settle(job)
-    return show(report, as_json)
+    return ended(report, as_json)
+
+
+@main.command()
+@click.argument("job_file", metavar="[JOB]", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--address", required=True, envvar="RAY_API_SERVER_ADDRESS", metavar="URL", help="The cluster's job server: http://HEAD:8265."
+)
+@click.option("--follow", is_flag=True, help="Show the run's words as they come, wait for its end, and end with its exit code.")
+@click.option("--attach", metavar="ID", help="Follow a run that was submitted before.")
+@click.option("--stop", metavar="ID", help="Stop a run that was submitted before; submitted again, the job goes on.")
+@SHARED
+@OUTPUT
+@LIMIT
+@RETRY
+@SET
+@JSON
+@guarded
+def submit(job_file: Path | None, address: str, attach: str | None, stop: str | None, as_json: bool, **given: Any) -> Exit:
+    """Start a run of JOB on a cluster, by its job server, and print the submission's id. The run goes on without this command.
+
+    What is sent is the job, its schema and this package. Documents, models and output must be where the cluster reaches them.
+    """
+    if sum(bool(wanted) for wanted in (job_file, attach, stop)) != 1:
+        raise click.UsageError("submit takes one of JOB, --attach ID and --stop ID.")
+    limit, retry, wait = (given.pop(name) for name in ("limit", "retry", "follow"))
+    job = load(job_file, **given) if job_file else None
+    from pipeline import submit as room
+
+    server = room.Server(address)
+    if stop:
+        status = server.stop(stop).value
+        if as_json:
+            click.echo(json.dumps({"submission_id": stop, "status": status}))
+        else:
+            say(f"{stop} has ended: {status}; what was answered is kept: submit the job again to go on")
+        return Exit.OK
+    run = send(server, job, limit, retry) if job else str(attach)
+    if job and not as_json:
+        click.echo(run)
+    if attach or wait:
+        return follow(server, run, as_json)
+    if as_json:
+        click.echo(json.dumps({"submission_id": run}))
+    return Exit.OK
+
+
+def send(server: Server, job: Job, limit: int | None, retry: str | None) -> str:
+    """Start a run on a cluster and return its id; say what it will miss."""
+    from pipeline.abroad import secrets
+
+    run = server.submit(job, [f"--limit={limit}"] * bool(limit) + [f"--retry={retry}"] * bool(retry))
+    if names := secrets(job):
+        say(f"not sent: {' and '.join(names)}; the cluster's own environment must have what the job reads from there")
+    return run
+
+
+def follow(server: Server, run: str, as_json: bool) -> Exit:
+    """Show a run's words to its end, and return its exit code. Ctrl-C ends the showing alone."""
+    from pipeline.submit import outcome
+
+    try:
+        code, word = outcome(server.follow(run, lambda text: say(text.replace("\t", " "), end="")))
+    except KeyboardInterrupt as stop:
+        code = Exit.TERMINATED if isinstance(stop, Terminated) else Exit.INTERRUPTED
+        back = f"pipeline submit --address {server.address}"
+        word = f"no longer following; the run goes on: `{back} --attach {run}` follows it again, `{back} --stop {run}` stops it"
+    if word:
+        say(word)
+    if as_json:
+        click.echo(json.dumps({"submission_id": run, "exit_code": int(code)}))
+    return code
 
 
 @main.command()
@@ -143,27 +220,19 @@ def check(job_file: Path, settings: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2, ensure_ascii=False))
         return
-    import yaml
-
-    click.echo(yaml.safe_dump({"job": found["job"], "fingerprint": job.fingerprint}, sort_keys=False, allow_unicode=True, width=120))
-    click.echo(f"prompt:\n{indent(job.system, '  ')}\n\ncolumns:")
-    for name, kind in described["columns"].items():
-        click.echo(f"  {name}: {kind}")
-    for title, lines in (("kept as JSON text or narrowed", described["notes"]), ("left to the validator by the grammar", notes)):
-        if lines:
-            click.echo(f"\n{title}:\n" + "\n".join(f"  {line}" for line in lines))
+    show.resolved(found)
 
 
 @main.command()
 @JOB
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file")
 @click.option("--page", type=click.IntRange(min=1), default=1, show_default=True, help="Page to look at.")
 @click.option("--png", type=click.Path(path_type=Path), help="Write the exact image that the model sees.")
 @click.option("--no-answer", is_flag=True, help="Do not load the model.")
 @SET
 @JSON
 @guarded
-def preview(job_file: Path, file: Path, page: int, png: Path | None, no_answer: bool, settings: tuple[str, ...], as_json: bool) -> Exit:
+def preview(job_file: Path, file: str, page: int, png: Path | None, no_answer: bool, settings: tuple[str, ...], as_json: bool) -> Exit:
     """Show one page as the model sees it, and what the model answers."""
     job = load(job_file, settings)
     from pipeline import preview as room
@@ -172,147 +241,47 @@ def preview(job_file: Path, file: Path, page: int, png: Path | None, no_answer: 
     if png:
         room.write_png(seen, png)
     if not as_json:
-        facts = seen.facts
-        click.echo(
-            f"{file}, page {page} of {facts['page_count']}: {facts['width_px']}×{facts['height_px']} px, {facts['dpi']:.1f} dpi, "
-            f"{facts['visual_tokens']} visual tokens, {facts['words']} words in the text layer"
-        )
-        for warning in facts["warnings"]:
-            click.echo(plain(f"warning: {warning}"))
-        click.echo(f"\nprompt:\n{job.system}\n\n[page image]\n{seen.ask}\n")
-    answer = {} if no_answer else room.answer(job, seen, None if as_json else announce_demo)
+        show.page(file, page, seen.facts, job.system, seen.ask)
+    answer = {} if no_answer else room.answer(job, seen, None if as_json else show.announce_demo)
     if as_json:
         click.echo(json.dumps({**seen.facts, "prompt": job.system, "ask": seen.ask, **answer}, indent=2, ensure_ascii=False))
     elif answer:
-        click.echo(
-            f"answer ({answer['prompt_tokens']} + {answer['completion_tokens']} tokens, {answer['finish_reason']}):\n{answer['answer']}"
-        )
-        for problem in [answer["failure"]["message"]] if answer["status"] == "failed" else answer["errors"]:
-            click.echo(f"{answer['status']}: {problem}")
+        show.answer(answer)
     return Exit.DOCUMENTS_FAILED if answer.get("failure") else Exit.OK
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR")
 @JSON
 @guarded
-def status(folder: Path, as_json: bool) -> None:
+def status(folder: str, as_json: bool) -> None:
     """Show where the run in an output folder stands, and which documents went worst. Starts nothing."""
+    from pipeline.place import given
     from pipeline.sink import Output
     from pipeline.status import count
 
-    found = count(Output(folder))
+    found = count(Output(given(folder)))
     if as_json:
         click.echo(json.dumps(found, indent=2, ensure_ascii=False))
         return
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table("", "count", title=f"{found['job']} in {folder}", title_justify="left")
-    for name in ("documents", "requests", "request_failures", "records", "record_failures"):
-        for inner, number in found[name].items():
-            table.add_row(f"{name.replace('_', ' ')}: {inner}", str(number))
-    terminal().print(table)
-    if found["worst"]:
-        worst = Table("document", "failed", "invalid", "of", "kind", "what it says", title="worst documents", title_justify="left")
-        for row in found["worst"]:
-            cells = (row["source"], row["failed"], row["invalid"], row["requests"], row["kind"], row["message"][:200])
-            worst.add_row(*(escape(plain(str(cell)).replace("\n", "\\n")) for cell in cells))
-        terminal().print(worst)
-    for file in found["damaged"]:
-        say(f"damaged: {file}; run the job again: it is set aside and its requests are asked again")
+    show.standing(found, folder)
 
 
-def load(job_file: Path, settings: tuple[str, ...], output: Path | None = None) -> Job:
+def load(
+    job_file: Path, settings: tuple[str, ...], output: str | None = None, address: str | None = None, shared_filesystem: bool = False
+) -> Job:
     from pipeline.job import Job
 
-    return Job.load(job_file, settings, output)
+    chosen = [f"ray.address={json.dumps(address)}"] * bool(address) + ["ray.shared_filesystem=true"] * shared_filesystem
+    return Job.load(job_file, (*settings, *chosen), output)
 
 
-def terminal() -> Console:
-    """Return where words go: stderr, plain when it is no terminal."""
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
-
-
-@contextmanager
-def quiet_core() -> Iterator[Console]:
-    """Keep what Ray writes to file descriptor 2 and to sys.stdout for the case that the run breaks; sys.stderr stays the user's.
-
-    Its core logs an error for every actor that Ray Data starts (ray#53727); what it says of workers that died, it prints to
-    stdout, where data belongs. Nothing of that is anything a user could act on.
-    """
-    with ExitStack() as held:
-        kept = held.enter_context(tempfile.TemporaryFile("w+b"))
-        user = held.enter_context(os.fdopen(os.dup(2), "w", buffering=1))
-        held.enter_context(redirect_stdout(held.enter_context(os.fdopen(os.dup(kept.fileno()), "w", buffering=1))))
-        python, sys.stderr = sys.stderr, user
-        os.dup2(kept.fileno(), 2)
-        try:
-            yield terminal()
-        except RunError as error:
-            if error.__cause__ is not None:  # Ray's own trouble; a full disk says enough by itself
-                kept.seek(0)
-                user.write(kept.read()[-4000:].decode(errors="replace"))
-            raise
-        finally:
-            os.dup2(user.fileno(), 2)
-            sys.stderr = python
-
-
-def announce_demo(wanted: str) -> None:
-    """Say aloud that the demonstration model answers."""
-    say(
-        f"No GPU here: the DEMONSTRATION MODEL of this package answers instead of {wanted}.\n"
-        "It reads the synthetic slips of jobs/samples and little else; every record says so in `_model`."
-    )
-
-
-@contextmanager
-def progress(console: Console, quiet: bool) -> Iterator[OnProgress | None]:
-    """Show a bar with pages per second and an estimate, on a terminal only."""
-    if quiet or not console.is_terminal:
-        yield None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-
-    bar = Progress(
-        SpinnerColumn(), TextColumn("documents"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.description}"), TimeRemainingColumn(),
-        console=console, transient=True,
-    )  # fmt: skip
-    with bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda now: bar.update(
-            task,
-            total=now.documents,
-            completed=now.documents_done,
-            description=f"{now.pages_done} pages, {now.pages_per_s:.1f} pages/s, {now.failed} failed",
-        )
-
-
-def show(report: Report, as_json: bool) -> Exit:
-    """Show the end of a run."""
+def ended(report: Report, as_json: bool) -> Exit:
+    """Show the end of a run and return its exit code."""
     if as_json:
         click.echo(json.dumps(report.as_dict(), indent=2))
-        return report.exit_code
-    from rich.table import Table
-
-    table = Table(title=f"{report.job}: {report.documents} documents, {report.records} records", title_justify="left", show_header=False)
-    for name, number in {**report.statuses, **{f"  {kind}": n for kind, n in report.failures.items()}}.items():
-        table.add_row(name, str(number))
-    table.add_row("requests asked", str(report.requests_asked))
-    table.add_row("pages asked", f"{report.pages_asked} ({report.pages_per_s:.1f} pages/s, start-up included)")
-    table.add_row("tokens read, written", f"{report.prompt_tokens}, {report.completion_tokens}")
-    table.add_row("model", report.model + (" (demonstration)" if report.demonstration else ""))
-    terminal().print(table)
-    for file in report.damaged:
-        say(f"damaged: {file} was set aside, and its requests were asked again")
-    if report.missing:
-        say(f"error: {len(report.missing)} sources have no record, the first is {report.missing[0]}; run the same command again")
-    records = Path(report.output) / "records"
-    say(f"records: {records.relative_to(Path.cwd()) if records.is_relative_to(Path.cwd()) else records}")
+    else:
+        show.report(report)
     return report.exit_code
 
 

@@ -1,4 +1,4 @@
-"""Ray, connected: what machines there are. Knows nothing of documents."""
+"""Ray, started on this machine or joined elsewhere: what machines there are. Knows nothing of documents."""
 
 from __future__ import annotations
 
@@ -6,17 +6,30 @@ import logging
 import os
 import re
 import signal
+import socket
+import tempfile
 import threading
 import time
-from collections.abc import Set
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-from pipeline.errors import RunError
+from pipeline import parcel
+from pipeline.errors import JobError, RunError
+from pipeline.keys import check_cluster
 
 if TYPE_CHECKING:
     from ray.exceptions import RayError
 
+LOCAL, AUTO = "local", "auto"
+ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""What a job server gives to the processes that it starts: their runtime environment."""
+PORTS = {"ray": 10001, "http": 80, "https": 443}
+REACHED_S = 10.0
 STARTS = 3
 THREADS_S = 3.0
 """How long Ray Data's threads may take to notice that it is over; one of them only waits, for good and to nobody's harm."""
@@ -33,43 +46,131 @@ class Resources:
     gpus: float
 
 
-def connect() -> Resources:
-    """Start Ray on this machine, unless it runs already, and return what it has.
+def connect(address: str | None = None) -> Resources:
+    """Join the Ray cluster at an address, or start Ray on this machine, and return what there is.
 
-    Its dashboard and job server, which run anyone's code (CVE-2023-48022), stay off.
+    Without an address the environment's RAY_ADDRESS decides, and `local` starts one whatever it says. Of a Ray that is started
+    here the dashboard and job server, which run anyone's code (CVE-2023-48022), stay off. Raises JobError, RunError.
     """
     os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
     import ray
 
     if not ray.is_initialized():
-        start()
+        if (wanted := address or from_environment()) == LOCAL:
+            start()
+        else:
+            join(wanted)
     found = ray.cluster_resources()
     return Resources(found.get("CPU", 1.0), found.get("GPU", 0.0))
 
 
-def start() -> None:
-    """Start Ray; again, if the machine is so busy that Ray's own processes miss their deadline of 15 s (ray#65983).
+def from_environment() -> str:
+    """Return the address in RAY_ADDRESS. Raises JobError where that is none."""
+    address = os.environ.get("RAY_ADDRESS") or LOCAL
+    try:
+        check_cluster(address)
+    except ValueError as error:
+        raise JobError(f"the environment's RAY_ADDRESS is {address!r}: {error}") from None
+    return address
 
-    Whoever listened to SIGTERM before goes on to: Ray would end this process where it stands. Raises RunError.
-    """
+
+def is_outside(address: str | None) -> bool:
+    """Say whether the cluster at an address is joined by Ray's client, from outside."""
     import ray
 
+    if ray.is_initialized():
+        return bool(ray.util.client.ray.is_connected())
+    return (address or from_environment()).startswith("ray://")
+
+
+@contextmanager
+def own_address() -> Iterator[None]:
+    """Hide from Ray the addresses in the environment, which it prefers to the one that it is given."""
+    hidden = {name: os.environ.pop(name) for name in ADDRESSES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+@contextmanager
+def own_signals() -> Iterator[None]:
+    """Leave SIGTERM to whoever listened before: Ray would end this process where it stands."""
     listener = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(listener) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, listener)
+
+
+@own_address()
+@own_signals()
+def start() -> None:
+    """Start Ray; again, if the machine is so busy that Ray's own processes miss their deadline of 15 s (ray#65983). Raises RunError."""
+    import ray
+
     for left in reversed(range(STARTS)):
         try:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(LOCAL, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
             break
         except Exception as error:  # any: a raylet that is late is a bare Exception
             if not left or "timed out during startup" not in str(error):
                 raise RunError(f"Ray does not start on this machine: {error}") from error
-    if callable(listener) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, listener)
+
+
+@own_address()
+@own_signals()
+def join(address: str) -> None:
+    """Join a Ray cluster that runs already, and take this package to its workers, unless its job server did. Raises JobError."""
+    import ray
+    from ray.exceptions import RayError
+
+    reach(address)
+    with tempfile.TemporaryDirectory() as folder:
+        sent = {} if SUBMITTED in os.environ else {"py_modules": [str(parcel.pack(Path(folder)))]}
+        try:
+            ray.init(address, runtime_env=sent, log_to_driver=False, logging_level=logging.ERROR)
+        except (OSError, RuntimeError, ValueError, ImportError, RayError, SystemExit) as error:  # the last is Ray's own SIGTERM
+            why = " ".join(str(error).split())[:300] if not isinstance(error, SystemExit) else "it does not answer as Ray does"
+            raise JobError(f"there is no Ray cluster to join at {address}: {why}") from None
+
+
+def reach(address: str) -> None:
+    """Raise JobError where nobody listens at an address: Ray itself would try for two minutes."""
+    place = urlsplit(address if "://" in address else f"//{address}")
+    if address == AUTO or place.hostname is None:
+        return
+    try:
+        socket.create_connection((place.hostname, place.port or PORTS.get(place.scheme, 0)), REACHED_S).close()
+    except OSError as error:
+        raise JobError(f"nobody answers at {address}: {error.strerror or error}") from None
+
+
+def beside_driver() -> Any:
+    """Return the strategy that keeps an actor on the driver's machine, which a run cannot outlive anyway."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def is_alive(node: str | None) -> bool:
+    """Say whether a node, by its id, is one of the cluster still."""
+    import ray
+
+    return any(found["NodeID"] == node and found["Alive"] for found in ray.nodes())
 
 
 def stop(threads: Set[threading.Thread]) -> None:
-    """Stop Ray, when all threads but these have ended, or had time to: pulled away from under them, it can end this process."""
+    """Stop Ray, when all threads but these have ended, or had time to: pulled away from under them, it can end this process.
+
+    A driver that is a task itself leaves that to whoever started it.
+    """
     import ray
 
+    if ray.is_initialized() and ray.get_runtime_context().get_task_id() is not None:
+        return
     deadline = time.monotonic() + THREADS_S
     for thread in set(threading.enumerate()) - threads:
         thread.join(max(0.0, deadline - time.monotonic()))

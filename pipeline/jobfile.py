@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import JobError
+from pipeline.place import shown
 
 Places = dict[tuple[str | int, ...], str]
 """Where each key was given: `jobs/invoices.yaml:12`, or the --set that changed it."""
@@ -80,7 +81,7 @@ def override(written: dict[str, Any], setting: str, places: Places) -> None:
         raise JobError(f"--set {setting!r}: the value is not valid YAML") from None
     for place in [place for place in places if place[: len(path)] == path]:
         del places[place]
-    places[path] = f"--set {setting}"
+    places[path] = f"--set {shown(setting)}"
 
 
 def explain(error: ValidationError, model: type[BaseModel], path: Path, places: Places) -> str:
@@ -105,7 +106,7 @@ def sentence(problem: Any, model: type[BaseModel]) -> str:
         return f"the key {key} is missing"
     if problem["type"] == "model_type":
         return f"{key} is a section with keys of its own ({', '.join(allowed_keys(model, place))}), found {str(problem['input'])[:80]!r}"
-    found = "" if isinstance(problem["input"], dict) else f", found {str(problem['input'])[:80]!r}"
+    found = "" if isinstance(problem["input"], dict) else f", found {shown(str(problem['input']))[:80]!r}"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{key or 'the job'}: {message}{found}"
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import engines, prompt
+from pipeline import engines, prompt, source
 from pipeline.errors import DocumentError, JobError
 from pipeline.job import Job
-from pipeline.records import Page
+from pipeline.place import is_url
+from pipeline.records import Document, Page
 from pipeline.render import png
 from pipeline.sandbox import Sandbox
-from pipeline.stages import AskStage, described, render_settings
+from pipeline.stages import AskStage, access, described, render_settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,15 +28,12 @@ class Seen:
     """The line after the page image."""
 
 
-def look(job: Job, file: Path, page_no: int) -> Seen:
+def look(job: Job, file: Path | str, page_no: int) -> Seen:
     """Render one page of a file as the job would.
 
     Raises JobError when there is no such file or page, DocumentError when it cannot be rendered.
     """
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise JobError(f"cannot read {file}: {error.strerror}") from None
+    data = bytes_of(job, file)
     with Sandbox(render_settings(job)) as sandbox:
         page_count = sandbox.open(data)
         if page_no > page_count:
@@ -43,6 +41,19 @@ def look(job: Job, file: Path, page_no: int) -> Seen:
         page = next(iter(sandbox.pages(page_no, page_no)))
     facts = {**described(page), "file": str(file), "page_count": page_count, "words": len(page.words)}
     return Seen(page, facts, str(prompt.build(job.system, [page.pixels])[-1].parts[-1]))
+
+
+def bytes_of(job: Job, file: Path | str) -> bytes:
+    """Return the bytes of a file, or of what a URL leads to. Raises JobError, DocumentError."""
+    if is_url(str(file)):
+        found = source.find([str(file)], job.file.parent).to_pylist()
+        if len(found) > 1:
+            raise JobError(f"{file} are {len(found)} files, the first is {found[0]['source']}: name one")
+        return source.read(Document(**found[0]), job.file.parent, render_settings(job).max_file_bytes, access(job))
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise JobError(f"cannot read {file}: {error.strerror}") from None
 
 
 def write_png(seen: Seen, file: Path) -> None:
@@ -57,7 +68,7 @@ def answer(job: Job, seen: Seen, on_demo: Callable[[str], None] | None = None) -
 
     Raises DocumentError when there is no answer.
     """
-    chosen = engines.choose(job, engines.gpu_count())
+    chosen = engines.locate(engines.choose(job, engines.gpu_count()))
     if chosen.uses_demo and not job.uses_demo and on_demo:
         on_demo(job.sections.model.name)
     engines.check(chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
@@ -72,6 +73,8 @@ class Report:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     elapsed_s: float = 0.0
+    requests_at_once: dict[str, Any] = field(default_factory=dict)
+    """How many requests were under way at engines: the mean of each slice of time, from the first one's start."""
 
     @property
     def exit_code(self) -> Exit:
@@ -93,6 +96,35 @@ class Report:
         self.records = sum(self.statuses.values())
 
 
+class AtOnce:
+    """How many requests were under way at engines over time, in at most so many slices of equal length.
+
+    Two requests, from 0 to 3 s and from 1 to 2 s:    second 0: 1    second 1: 2    second 2: 1
+    """
+
+    MOST = 60
+
+    def __init__(self) -> None:
+        self.start_s: float | None = None
+        self.slice_s = 1.0
+        self.busy_s: list[float] = []
+
+    def add(self, start_s: float, end_s: float) -> None:
+        """Take note of a request. One that began before the first one noted counts from there."""
+        self.start_s = start_s if self.start_s is None else self.start_s
+        first, last = max(0.0, start_s - self.start_s), max(0.0, end_s - self.start_s)
+        while last > self.MOST * self.slice_s:
+            self.busy_s = [sum(self.busy_s[at : at + 2]) for at in range(0, len(self.busy_s), 2)]
+            self.slice_s *= 2
+        self.busy_s += [0.0] * (math.ceil(last / self.slice_s) - len(self.busy_s))
+        for at in range(int(first / self.slice_s), math.ceil(last / self.slice_s)):
+            self.busy_s[at] += min(last, (at + 1) * self.slice_s) - max(first, at * self.slice_s)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the mean number in each slice."""
+        return {"slice_s": self.slice_s, "mean": [round(busy_s / self.slice_s, 1) for busy_s in self.busy_s]}
+
+
 OnProgress = Callable[[Progress], None]
 
 
@@ -104,6 +136,7 @@ class Counted:
         self.left: dict[str, int] = {}
         self.documents_done = self.failed = 0
         self.started = time.monotonic()
+        self.at_once = AtOnce()
 
     def add(self, row: Mapping[str, Any]) -> None:
         report = self.report
@@ -112,6 +145,10 @@ class Counted:
         report.prompt_tokens += row.get("prompt_tokens") or 0
         report.completion_tokens += row.get("completion_tokens") or 0
         self.failed += row.get("status") == "failed"
+        if row.get("started_at"):
+            start_s = row["started_at"].timestamp()
+            self.at_once.add(start_s, start_s + row["elapsed_s"])
+            report.requests_at_once = self.at_once.as_dict()
         pages = row["last_page"] - row["first_page"] + 1 if row["key"] and row["last_page"] else 0
         left = self.left.get(row["source"], row["page_count"] or 0) - pages
         self.left[row["source"]] = left

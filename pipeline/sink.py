@@ -6,21 +6,18 @@
       records/*.parquet     one row per document or page, typed
       job.yaml  report.json
 
-A shard is written under a temporary name in the same folder, flushed to the disk and renamed; its name is made from its
-rows' keys, so that writing it twice leaves one file. Knows neither Ray nor what a row means.
+The folder is one here or a prefix in an object store (`store.py`), where a shard is there when it is whole. Its name is made
+from its rows' keys, so that writing it twice leaves one file. Knows neither Ray nor what a row means.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import suppress
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -28,7 +25,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
+from pipeline import store
 from pipeline.errors import DamagedShard, JobError, RunError
+from pipeline.events import event
+from pipeline.place import Place, parted
+from pipeline.store import Store, Unreachable, said
 
 FAILURE = pa.struct([("stage", pa.string()), ("kind", pa.string()), ("message", pa.string())])
 PAGE = pa.struct(
@@ -77,37 +78,46 @@ IDENTITY = pa.schema(
 """The columns of `sources/` that every listing has; the manifest's own follow."""
 
 
+SUFFIX = ".parquet"
+LISTINGS = 5
+"""So often a folder is listed anew when shards vanish while they are read: somebody gathers them into larger ones."""
+
+
 class Output:
     """A run's folder."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.sources, self.requests, self.records = path / "sources", path / "requests", path / "records"
+    def __init__(self, place: Place) -> None:
+        self.path, self.root = place, store.at(place)
+        self.sources, self.requests, self.records = (self.root / name for name in ("sources", "requests", "records"))
 
-    def prepare(self) -> None:
-        """Create the folders, remove what a killed run left half-written, and prove that they can be written to.
+    @property
+    def folders(self) -> tuple[Store, ...]:
+        return self.root, self.sources, self.requests, self.records
 
-        Raises JobError, before anything else has happened.
-        """
+    def make(self) -> None:
+        """Create the folders, and prove that they can be written to. Raises JobError, before anything else has happened."""
         try:
-            for folder in (self.path, self.sources, self.requests, self.records):
-                folder.mkdir(parents=True, exist_ok=True)
-                for leftover in folder.glob(".*.tmp"):
-                    leftover.unlink()
-            probe = self.path / f".probe-{os.getpid()}.tmp"
-            probe.write_bytes(b"")
-            probe.unlink()
+            for folder in self.folders:
+                folder.make()
+            self.root.probe()
         except OSError as error:
-            raise JobError(f"cannot write to the output folder {self.path}: {error.strerror}") from None
+            raise JobError(f"cannot write to the output folder {self.path}: {said(error)}") from None
+
+    def clear(self) -> None:
+        """Remove what a killed run left half-written; not while another one writes. Raises RunError."""
+        for folder in self.folders:
+            folder.clear()
 
     def write_job(self, content: dict[str, Any]) -> None:
-        write_whole(self.path / "job.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120).encode())
+        self.root.put("job.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120).encode())
 
     def read_job(self) -> dict[str, Any] | None:
         """Return what `job.yaml` says, or None in a fresh folder. Raises JobError when someone else wrote that file."""
-        file = self.path / "job.yaml"
+        file = f"{self.root / 'job.yaml'}"
         try:
-            found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+            found = yaml.safe_load(self.root.read("job.yaml").decode("utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise JobError(f"cannot read {file}: {error}") from None
         if found is not None and not (isinstance(found, dict) and found.keys() >= {"job", "fingerprint", "asked"}):
@@ -116,82 +126,85 @@ class Output:
 
     def keep_records(self, names: Set[str]) -> None:
         """Remove the shards of an earlier settling."""
-        for file in self.records.glob("*.parquet"):
-            if file.name not in names:
-                file.unlink()
+        self.records.remove(self.records.names(SUFFIX).keys() - names)
 
     def write_report(self, content: dict[str, Any]) -> None:
-        write_whole(self.path / "report.json", (json.dumps(content, indent=2) + "\n").encode())
+        self.root.put("report.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file so that a reader, and a power cut, find the old content or the new.
-
-    Raises RunError when the disk is full or the folder is gone.
-    """
-    draft = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        draft.replace(file)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        cure = "free the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "put that right"
-        raise RunError(f"cannot write {file}: {error.strerror}; {cure} and run the same command again") from None
-
-
-def write_shard(folder: Path, table: pa.Table, keys: Iterable[str]) -> Path:
-    """Write a table as one Parquet file named from its rows' keys; return its path."""
-    name = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:24]
+def write_shard(folder: Store, table: pa.Table, keys: Iterable[str], group_rows: int | None = None) -> str:
+    """Write a table as one Parquet file named from its rows' keys; return its name."""
+    name = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:24] + SUFFIX
     buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-    file = folder / f"{name}.parquet"
-    write_whole(file, buffer.getvalue().to_pybytes())
-    return file
+    pq.write_table(table, buffer, row_group_size=group_rows, compression="zstd", write_page_checksum=True)
+    folder.put(name, buffer.getvalue().to_pybytes())
+    return name
 
 
-def read_shards(folder: Path, columns: Sequence[str] | None, schema: pa.Schema, wanted: pc.Expression | None = None) -> pa.Table:
+def read_shards(folder: Store, columns: Sequence[str] | None, schema: pa.Schema, wanted: pc.Expression | None = None) -> pa.Table:
     """Return all rows of a folder's shards, in the order of their names.
 
     Raises DamagedShard, also where a checksum says that what is read is not what was written.
     """
-    tables = [read_shard(file, columns, schema, wanted) for file in sorted(folder.glob("*.parquet"))]
-    if not tables:
+    found = each_shard(folder, columns, schema, wanted)
+    for damage in found:
+        if isinstance(damage, DamagedShard):
+            raise damage
+    if not found:
         return schema.empty_table().select(columns or schema.names)
-    return pa.concat_tables(tables, promote_options="permissive")
+    return pa.concat_tables(found, promote_options="permissive")
 
 
-def read_shard(file: Path, columns: Sequence[str] | None, schema: pa.Schema, wanted: pc.Expression | None = None) -> pa.Table:
-    """Return the rows of one shard."""
+def each_shard(
+    folder: Store, columns: Sequence[str] | None, schema: pa.Schema, wanted: pc.Expression | None = None
+) -> list[pa.Table | DamagedShard]:
+    """Return the rows, or the damage, of each of a folder's shards, in the order of their names.
+
+    Raises RunError when the folder cannot be read.
+    """
+
+    def read(shard: tuple[str, int]) -> pa.Table | DamagedShard:
+        try:
+            return read_shard(folder, *shard, columns, schema, wanted)
+        except DamagedShard as damage:
+            return damage
+
+    for _ in range(LISTINGS):
+        with suppress(FileNotFoundError):
+            return store.each(read, folder.names(SUFFIX).items())
+    raise RunError(f"the shards in {folder} come and go while they are read: let no other run write there, and try again")
+
+
+def read_shard(
+    folder: Store, name: str, size_bytes: int, columns: Sequence[str] | None, schema: pa.Schema, wanted: pc.Expression | None = None
+) -> pa.Table:
+    """Return the rows of one shard. Raises DamagedShard, FileNotFoundError, or RunError where nothing can be said of it."""
+    file = f"{folder / name}"
     try:
-        table = pq.read_table(file, columns=columns, filters=wanted, partitioning=None, page_checksum_verification=True)
+        content = folder.opened(name, size_bytes)
+        table = pq.read_table(content, columns=columns, filters=wanted, partitioning=None, page_checksum_verification=True)
+    except FileNotFoundError:
+        raise
+    except Unreachable as error:
+        raise store.stop(f"read {file}", error) from None
     except (OSError, pa.ArrowException) as error:
-        raise DamagedShard(str(file), " ".join(str(error).split())[:120]) from None
+        raise DamagedShard(file, " ".join(str(error).split())[:120]) from None
     if missing := {*(columns or schema.names)} - {*table.column_names}:
-        raise DamagedShard(str(file), f"it lacks the columns {', '.join(sorted(missing))}")
+        raise DamagedShard(file, f"it lacks the columns {', '.join(sorted(missing))}")
     return table
 
 
-def set_aside(damage: DamagedShard) -> str:
-    """Put a damaged shard out of sight, beside the others, for someone who wants to look at it; return its path."""
-    file = Path(damage.file)
-    with suppress(FileNotFoundError):
-        file.rename(file.with_name(f".{file.name}.damaged"))
+def set_aside(output: Output, damage: DamagedShard) -> str:
+    """Put a damaged shard out of sight, beside the others, for someone who wants to look at it; return its place."""
+    folder, name = parted(type(output.path)(damage.file))
+    store.at(folder).rename(name, f".{name}.damaged")
     return damage.file
 
 
 def set_aside_damaged(output: Output) -> list[str]:
-    """Set aside the shards of listing and ledger that do not say which requests they hold; return their paths."""
-    found = []
-    for folder, columns, schema in ((output.sources, None, IDENTITY), (output.requests, OUTCOME, LEDGER)):
-        for file in sorted(folder.glob("*.parquet")):
-            try:
-                read_shard(file, columns, schema)
-            except DamagedShard as damage:
-                found.append(set_aside(damage))
-    return found
+    """Set aside the shards of listing and ledger that do not say which requests they hold; return their places."""
+    found = [*each_shard(output.sources, None, IDENTITY), *each_shard(output.requests, OUTCOME, LEDGER)]
+    return [set_aside(output, damage) for damage in found if isinstance(damage, DamagedShard)]
 
 
 def read_outcomes(output: Output) -> Iterator[dict[str, Any]]:
@@ -231,10 +244,9 @@ def one_per_source(table: pa.Table, better: pa.ChunkedArray) -> pa.Table:
 
 def replace_sources(output: Output, table: pa.Table) -> None:
     """Make the listing one shard of these rows."""
-    before = set(output.sources.glob("*.parquet"))
+    before = output.sources.names(SUFFIX).keys()
     kept = write_shard(output.sources, table, [str(row) for row in table.to_pylist()])
-    for file in before - {kept}:
-        file.unlink()
+    output.sources.remove(before - {kept})
 
 
 def read_requests(output: Output, doc_ids: pa.ChunkedArray) -> pa.Table:
@@ -274,7 +286,9 @@ class Ledger:
     def flush(self) -> None:
         asked = [row for row in self.rows if row["key"]]
         if asked:
-            write_shard(self.output.requests, pa.Table.from_pylist(asked, LEDGER), [f"{row['key']}/{row['attempt']}" for row in asked])
+            keys = [f"{row['key']}/{row['attempt']}" for row in asked]
+            shard = write_shard(self.output.requests, pa.Table.from_pylist(asked, LEDGER), keys)
+            event("shard_written", shard=shard, requests=len(asked))
         write_sources(self.output, pa.Table.from_pylist(self.rows, IDENTITY))
         self.rows, self.written_at = [], time.monotonic()
 

@@ -23,29 +23,28 @@ import re
 import stat
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
-import fsspec
 import pyarrow as pa
 
-from pipeline import manifest, web
-from pipeline.errors import DocumentError, SourceError
+from pipeline import manifest, place, store, web
+from pipeline.errors import DocumentError, JobError, SourceError
 from pipeline.records import Document
 
 COLUMNS = pa.schema([("source", pa.string()), ("size_bytes", pa.int64()), ("version", pa.string())])
 MAGIC = re.compile(r"[*?\[]")
 LOCAL_URL = "file://"
 REMOTE_URL = re.compile(r"(?!file://)([A-Za-z][A-Za-z0-9+.-]*)(://|::)")
-REMOTE = ("s3", "gs", "az", "abfs", "memory")
+REMOTE = (*place.EXTRAS, "memory")
 Predicate = Callable[[str], bool]
 CANNOT_BE_READ = {
     "vanished": "there is no such file",
     "unreadable": "it is no readable regular file",
     "outside": "it leads out of the folder that names it; `source.allow_outside: true` lets it in",
+    "refused": "it has a user or a password in it, which are not used and not kept",
 }
 
 
@@ -73,8 +72,9 @@ def read(document: Document, root: Path, max_bytes: int, access: web.Access = we
         allowed = f"`limits.max_file_mib` allows {max_bytes / 2**20:g} MiB"
         raise DocumentError("too_large", f"{document.source} has {document.size_bytes} bytes; {allowed}")
     try:
-        most = document.size_bytes + 1  # one more than there should be shows that there is more
-        return read_remote(document, most) if REMOTE_URL.match(document.source) else read_local(document, root, most)
+        if REMOTE_URL.match(document.source):
+            return unchanged(document, *store.fetch(document.source, document.size_bytes))
+        return read_local(document, root, document.size_bytes + 1)  # one more than there should be shows that there is more
     except (FileNotFoundError, NotADirectoryError):
         raise DocumentError("vanished", f"{document.source} was there when it was listed and is gone") from None
     except OSError as error:
@@ -117,9 +117,13 @@ def entry(name: str, folder: str, root: str, forbidden: Predicate | None) -> Doc
         return Document(web.named(name), None, "")
     if not REMOTE_URL.match(name):
         return document(absolute(name, folder), root, forbidden)
+    if place.has_secret(name):
+        return Document(place.shown(name), -1, "refused")
     if forbidden:
         return Document(name.encode("utf-8", "backslashreplace").decode("utf-8"), -1, "outside")
-    return next(list_remote(name), Document(name, -1, "vanished"))
+    check_scheme(name)
+    found = remotely(store.look, name)
+    return Document(found.url, found.size_bytes, found.version) if found else Document(name, -1, "vanished")
 
 
 def tabulate(path: str, documents: Iterable[Document], extras: Mapping[str, pa.Array] | None = None) -> pa.Table:
@@ -304,29 +308,27 @@ def at_url(url: str) -> Document:
 
 
 def list_remote(url: str) -> Iterator[Document]:
-    """Yield the objects at, below or matched by a URL. Raises SourceError when there is no way to them."""
-    if url.partition("://")[0].lower() not in REMOTE or "::" in url:
+    """Yield the objects at, below or matched by a URL, dot-files left out. Raises SourceError when there is no way to them."""
+    check_scheme(url)
+    is_glob = MAGIC.search(url) is not None
+    for found in remotely(store.find, url, is_glob):
+        below = found.url.partition(url.rstrip("/") + "/")[2]
+        if is_glob or not any(part.startswith(".") for part in below.split("/")):
+            yield Document(found.url, found.size_bytes, found.version)
+
+
+def check_scheme(url: str) -> None:
+    """Raise SourceError for a URL of something that is no object store."""
+    if place.scheme_of(url) not in REMOTE:
         allowed = ", ".join(f"{scheme}://" for scheme in ("file", *web.PORTS, *REMOTE))
-        raise SourceError(f"source {url!r} cannot be read; allowed are paths and URLs that begin with {allowed}")
+        raise SourceError(f"source {place.shown(url)!r} cannot be read; allowed are paths and URLs that begin with {allowed}")
+
+
+def remotely(ask: Callable[..., Any], url: str, *given: object) -> Any:
+    """Return what an object store answers about a URL. Raises SourceError."""
     try:
-        files, path = fsspec.core.url_to_fs(url)
-        found = files.glob(path, detail=True) if MAGIC.search(path) else files.find(path, detail=True)
-    except (ImportError, OSError, ValueError) as error:
-        raise SourceError(f"source {url!r} cannot be listed: {error}") from None
-    for info in found.values():
-        if info["type"] == "file":
-            yield Document(files.unstrip_protocol(info["name"]), info["size"], version_of(info))
-
-
-def read_remote(document: Document, most_bytes: int) -> bytes:
-    """Return an object's bytes."""
-    files, path = fsspec.core.url_to_fs(document.source)
-    with files.open(path, "rb") as file:
-        data = file.read(most_bytes)
-    return unchanged(document, data, version_of(files.info(path)))
-
-
-def version_of(info: Mapping[str, Any]) -> str:
-    """Return what tells a changed object apart: its etag, or when it was written."""
-    given = next((info[key] for key in ("ETag", "etag", "mtime", "LastModified", "created") if info.get(key)), "")
-    return str(given.timestamp() if isinstance(given, datetime) else given)
+        return ask(url, *given)
+    except JobError as error:
+        raise SourceError(f"source {place.shown(url)!r} cannot be listed: {error}") from None
+    except OSError as error:
+        raise SourceError(f"source {place.shown(url)!r} cannot be listed: {store.said(error)}") from None

@@ -196,17 +196,20 @@ class AskStage:
         whole = row["last_page"] - row["first_page"] + 1 == row["page_count"] or self.job.sections.extract.per == "page"
         messages = prompt.build(self.job.system, images(row), row["first_page"], None if whole else row["page_count"])
         spent: Row = {"asks": 0, "prompt_tokens": 0, "completion_tokens": 0}
+        before: Row = {}
         while True:
             try:
                 completion = await self.engine.complete(Request(row["key"], messages, self.schema_text, self.job.sampling))
             except DocumentError as error:
-                return spent | failed(Stage.GENERATE, error)
+                too_long = error.kind == "too_long"  # with the errors in it: the answer stays as it was
+                return spent | (before if before and too_long else failed(Stage.GENERATE, error))
             spent["asks"] += 1
             spent["prompt_tokens"] += completion.usage.prompt_tokens
             spent["completion_tokens"] += completion.usage.completion_tokens
             errors = self.errors(completion, whole)
             if not errors or completion.finish_reason is FinishReason.LENGTH or spent["asks"] > self.job.sections.extract.re_asks:
                 return spent | outcome(completion, errors)
+            before = outcome(completion, errors)
             messages = prompt.correct(messages, completion.text, errors)
 
     def errors(self, completion: Completion, whole: bool) -> list[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +14,8 @@ import pyarrow as pa
 from pipeline.attempts import newest
 from pipeline.errors import DamagedShard, JobError
 from pipeline.records import Status
-from pipeline.sink import FAILURE, IDENTITY, LEDGER, OUTCOME, Output, completed, read_shard
+from pipeline.sink import FAILURE, IDENTITY, LEDGER, OUTCOME, Output, completed, each_shard
+from pipeline.store import Store
 
 RECORDED = pa.schema([("_source", pa.string()), ("_status", pa.string()), ("_failure", FAILURE)])
 WORST = 20
@@ -29,17 +29,13 @@ class Reading:
     def __init__(self) -> None:
         self.damaged: list[str] = []
 
-    def shards(self, folder: Path, columns: list[str], schema: pa.Schema) -> list[pa.Table]:
+    def shards(self, folder: Store, columns: list[str], schema: pa.Schema) -> list[pa.Table]:
         """Return a folder's sound shards."""
-        found = []
-        for file in sorted(folder.glob("*.parquet")):
-            try:
-                found.append(read_shard(file, columns, schema))
-            except DamagedShard as damage:
-                self.damaged.append(damage.file)
-        return found
+        found = each_shard(folder, columns, schema)
+        self.damaged += [shard.file for shard in found if isinstance(shard, DamagedShard)]
+        return [shard for shard in found if not isinstance(shard, DamagedShard)]
 
-    def rows(self, folder: Path, columns: list[str], schema: pa.Schema) -> list[Row]:
+    def rows(self, folder: Store, columns: list[str], schema: pa.Schema) -> list[Row]:
         return [row for table in self.shards(folder, columns, schema) for row in table.to_pylist()]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import s3
 from desk import Desk
 from hypothesis import settings
 
@@ -22,7 +23,23 @@ def desk(tmp_path: Path) -> Desk:
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[cluster.Resources]:
+def aws_config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Let this process and Ray's workers, whenever they start, look for S3 in a file that says so later, and nowhere else."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield s3.isolated(patch, tmp_path_factory.mktemp("aws"))
+
+
+@pytest.fixture(scope="session")
+def bucket(aws_config: Path) -> Iterator[s3.Bucket]:
+    """Start an S3 server once."""
+    pytest.importorskip("moto")
+    pytest.importorskip("s3fs")
+    with s3.serving(aws_config) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def ray_session(aws_config: Path) -> Iterator[cluster.Resources]:
     """Start Ray once: seconds that each test would have to wait for otherwise."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray leaves the log files of the processes it starts to the garbage collector

@@ -6,14 +6,23 @@ JSON Schema; `complaints` has what it breaks.
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+import struct
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count, takewhile
 from pathlib import Path
 from threading import Event, Lock, Thread
-from typing import Any, Self
+from typing import IO, Any, Self
 
+import httpx2
 from jsonschema import Draft202012Validator
 
 REQUEST = Draft202012Validator(json.loads((Path(__file__).parent / "chat_completions_request.schema.json").read_text()))
@@ -83,11 +92,12 @@ class Stub:
 
     def __init__(
         self, *says: Say, models: Sequence[str] | None = ("stub-1",), owner: str = "stub", key: str | None = None,
-        obeys: Sequence[str] = ("json_schema", "tool"), refuses: Sequence[str] = (),
+        obeys: Sequence[str] = ("json_schema", "tool"), refuses: Sequence[str] = (), most_tokens: int = 16_384,
     ) -> None:  # fmt: skip
         self.says, self.models, self.owner, self.key, self.obeys, self.refuses = list(says), models, owner, key, obeys, refuses
+        self.most_tokens = most_tokens
         self.asked, self.complaints, self.headers = list[Body](), list[str](), list[dict[str, str]]()
-        self.over, self._turn = Event(), Lock()
+        self.over, self.left, self._turn = Event(), Event(), Lock()
         wire = type("Wire", (Wire,), {"stub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), wire)
         self._server.daemon_threads = True
@@ -104,6 +114,10 @@ class Stub:
 
     def locked(self, headers: Mapping[str, str]) -> bool:
         return self.key is not None and headers["Authorization"] != f"Bearer {self.key}"
+
+    def read(self, body: Body) -> int:
+        """Return how many tokens a prompt has; vLLM counts what it sees."""
+        return 300 if self.owner != "vllm" else 300 + seen(body, self.most_tokens)
 
     def asked_by(self, wire: Wire, body: Body) -> Say:
         """Remember a request and return how it is answered."""
@@ -135,8 +149,15 @@ def pieces(body: Body, text: str) -> list[Body]:
     return [{"tool_calls": name}, *({"tool_calls": [{"index": 0, "function": {"arguments": part}}]} for part in parts)]
 
 
-def usage(text: str) -> Body:
-    return {"prompt_tokens": 300, "completion_tokens": len(text), "total_tokens": 300 + len(text)}
+def usage(text: str, read: int = 300) -> Body:
+    return {"prompt_tokens": read, "completion_tokens": len(text), "total_tokens": read + len(text)}
+
+
+def seen(body: Body, most: int = 16_384) -> int:
+    """Return how many visual tokens a request's pages are, each shrunk to so many at most."""
+    urls = [part["image_url"]["url"] for turn in body["messages"] for part in turn["content"] if "image_url" in part]
+    sizes = [struct.unpack(">II", base64.b64decode(url.partition(",")[2])[16:24]) for url in urls]  # where a PNG has them
+    return sum(min(most, width * height // 784) for width, height in sizes)
 
 
 def says(text: str, finish_reason: str | None = None, tail: Callable[[Wire], None] = Wire.end) -> Say:
@@ -153,7 +174,7 @@ def says(text: str, finish_reason: str | None = None, tail: Callable[[Wire], Non
             wire.event({"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": delta, "finish_reason": None, **scored}]})
         if tail is Wire.end:
             wire.event({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
-            wire.event({"choices": [], "usage": usage(text)})
+            wire.event({"choices": [], "usage": usage(text, wire.stub.read(body))})
             wire.event("[DONE]")
         tail(wire)
 
@@ -193,11 +214,45 @@ def stalls(wire: Wire) -> None:
     wire.stub.over.wait(STALL_S)
 
 
-def endless(wire: Wire, _: Body) -> None:
-    """Write until nobody listens any more."""
-    wire.begin()
-    try:
-        while not wire.stub.over.is_set():
-            wire.event({"choices": [{"index": 0, "delta": {"content": "na "}, "finish_reason": None}]})
-    except OSError:
-        wire.close_connection = True
+def endless(*parts: str, scored: bool = False) -> Say:
+    """Write these parts, the last again and again, until nobody listens any more; without any, count."""
+
+    def say(wire: Wire, _: Body) -> None:
+        wire.begin()
+        try:
+            for number in takewhile(lambda _: not wire.stub.over.is_set(), count()):
+                part = parts[min(number, len(parts) - 1)] if parts else f"{number} "
+                scores = {"logprobs": {"content": [{"token": part, "logprob": -0.5}]}} if scored else {}
+                wire.event({"choices": [{"index": 0, "delta": {"content": part}, "finish_reason": None, **scores}]})
+        except OSError:
+            wire.close_connection = True
+            wire.stub.left.set()
+
+    return say
+
+
+@contextmanager
+def serving(*command: str, **environment: str) -> Iterator[str]:
+    """Start a real server on a port of its own and give its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = (*command, "--host", "127.0.0.1", "--port", str(port))
+    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | environment) as process:
+        try:
+            wait_for(f"http://127.0.0.1:{port}/health", process, log)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.terminate()
+
+
+def wait_for(address: str, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
+    """Return once a server answers."""
+    while process.poll() is None:
+        try:
+            httpx2.get(address)
+            return
+        except httpx2.TransportError:
+            time.sleep(0.2)
+    log.seek(0)
+    raise RuntimeError(f"the server ended: {log.read()[-2000:].decode(errors='replace')}")

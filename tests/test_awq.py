@@ -179,3 +179,16 @@ def test_other_quantizations_are_refused_by_name() -> None:
 
     with pytest.raises(JobError, match=r"gptq.*allowed are no quantization and awq"):
         awq.is_awq(Config())
+
+
+def test_errors_that_inputs_do_not_show_are_traded_for_those_that_they_do() -> None:
+    """The inputs lie near a plane of 8 of 256 directions: rounding each weight for itself knows nothing of that."""
+    chance = torch.Generator().manual_seed(0)
+    weight = torch.randn(256, 64, generator=chance)
+    inputs = torch.randn(512, 8, generator=chance) @ torch.randn(8, 256, generator=chance) + 0.1 * torch.randn(512, 256, generator=chance)
+
+    def error(numbers: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> float:
+        kept = awq.dequantize(awq.pack(numbers), awq.pack(zeros), scales, 128)
+        return float((inputs @ (kept.float() - weight)).pow(2).mean())
+
+    assert error(*awq.compensated(weight, 128, inputs.T @ inputs)) < 0.2 * error(*awq.rounded(weight, 128))

@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as theirs
 
-from pipeline.budget import CELL_AREA, MAX_STRETCH, PixelBudget, Size, check, fit, fit_pixels, place, smart_resize, visual_tokens
+from pipeline.budget import CELL_AREA, MAX_STRETCH, PixelBudget, Size, bounds, check, fit, fit_pixels, place, smart_resize, visual_tokens
 
 PX = st.integers(1, 20_000)
 PT = st.floats(0.01, 1e7)
@@ -101,3 +101,8 @@ def test_a_budget_that_no_page_fits_is_refused(budget: PixelBudget, complaint: s
 def test_one_cell_is_a_budget() -> None:
     check(PixelBudget(784, 784))
     assert fit(10_000, 1, 200, PixelBudget(784, 784)) == Size(28, 28)
+
+
+def test_pages_of_a_fixed_size_lie_between_that_and_that() -> None:
+    assert bounds(PixelBudget(resized_height=280, resized_width=430)) == (280 * 420, 280 * 420)
+    assert bounds(DEFAULT) == (DEFAULT.min_pixels, DEFAULT.max_pixels)

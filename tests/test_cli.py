@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,13 @@ import pytest
 from click.testing import CliRunner, Result
 from desk import CUT, INVALID, JOB, SCHEMA, VALID, Desk, Scripted, completion
 from PIL import Image
-from rich.console import Console
 
 from pipeline import cli, engines
 from pipeline.errors import DocumentError, EngineDead, JobError, RunError, SourceError
-from pipeline.report import Exit, Progress, Report
+from pipeline.report import Exit, Report
 from pipeline.sink import Ledger, Output
 
-COMMANDS = ("run", "settle", "check", "preview", "status")
+COMMANDS = ("run", "settle", "submit", "check", "preview", "status")
 
 
 def invoke(*arguments: str | Path) -> Result:
@@ -59,7 +57,11 @@ def test_every_command_has_help(command: str) -> None:
     assert (result.exit_code, result.stdout.startswith(f"Usage: main {command} ")) == (0, True)
 
 
-@pytest.mark.parametrize("line", ["", "jump", "run", "run job.yaml --limit 0", "preview job.yaml a.pdf --page 0", "status"])
+WRONG_LINES = ["", "jump", "run", "run job.yaml --limit 0", "preview job.yaml a.pdf --page 0", "status", "submit job.yaml"]
+WRONG_LINES += [f"submit --address http://127.0.0.1:1 {rest}" for rest in ("", "job.yaml --stop a", "--attach a --stop a")]
+
+
+@pytest.mark.parametrize("line", WRONG_LINES)
 def test_a_wrong_command_line_is_exit_code_2(line: str) -> None:
     result = invoke(*line.split())
     assert (result.exit_code, result.stdout) == (2, "")
@@ -81,6 +83,8 @@ WRONG: dict[str, tuple[Callable[[Desk], Any], list[str], str]] = {
     "no source": (lambda desk: None, ["--set", "source.paths=[gone]"], r"source 'gone' does not exist"),
     "no files": (lambda desk: (desk.inputs / "a.pdf").unlink(), [], r"source 'in' holds no files"),
     "no password": (lambda desk: None, ["--set", "source.password_env=NOT_SET_HERE"], r"variable NOT_SET_HERE, which is not set"),
+    "no cluster": (lambda desk: None, ["--address", "127.0.0.1:1"], r"nobody answers at 127\.0\.0\.1:1: Connection refused"),
+    "a job server": (lambda desk: None, ["--address", "http://head:8265"], r"ray\.address: an http\(s\) address is a cluster's job server"),
     "no checkpoint": (lambda desk: None, ["--set", "model.name=./gone"], r"holds no checkpoint"),
 }
 
@@ -207,7 +211,7 @@ def test_the_demonstration_answers_without_a_warning(desk: Desk) -> None:
 @pytest.fixture
 def output(desk: Desk) -> Output:
     made = Output(desk.folder / "out")
-    made.prepare()
+    made.make()
     made.write_job({"job": {"name": "slips"}, "fingerprint": "f", "asked": {}})
     failure = {"stage": "render", "kind": "empty", "message": "no bytes\x1b[2J"}
     row = {"source": "in/[red]a\x1b[31m.pdf", "size_bytes": 0, "version": "1", "page_count": 0}
@@ -232,62 +236,14 @@ def test_status_of_something_else_is_refused(desk: Desk) -> None:
     assert "was not written by a run" in refusal("status", desk.folder)
 
 
-# --- the end of a run
-
-
-def report(**given: Any) -> Report:
-    return Report("slips", "/tmp/out", "demo", True, documents=2, records=2, statuses={"extracted": 1, "failed": 1}, **given)
-
-
-def test_the_summary_is_words(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.show(report(failures={"render/empty": 1}, requests_asked=1), as_json=False) is Exit.DOCUMENTS_FAILED
-    said = capsys.readouterr()
-    assert said.out == ""
-    for line in ("slips: 2 documents, 2 records", r"extracted +│ 1", r"  render/empty +│ 1", r"demo \(demonstration\)"):
-        assert re.search(line, said.err)
-    assert re.search(r"^records: .*tmp/out/records$", said.err, re.MULTILINE)
-
-
-def test_the_summary_is_json(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.show(made := report(), as_json=True)
-    said = capsys.readouterr()
-    assert (json.loads(said.out), said.err) == (made.as_dict(), "")
-
-
-def test_a_shard_that_was_set_aside_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.show(report(damaged=["out/requests/ab.parquet"]), as_json=False)
-    assert "damaged: out/requests/ab.parquet was set aside, and its requests were asked again" in capsys.readouterr().err
-
-
-def test_a_strangers_file_name_does_not_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.say("in/\x1b]0;owned\x07\u202efdp.exe\nnext line")
-    assert capsys.readouterr().err == "in/\\x1b]0;owned\\x07\\u202efdp.exe\nnext line\n"
-
-
-def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.show(report(missing=["in/b.pdf"]), as_json=False) is Exit.RUN_BROKEN
-    assert "error: 1 sources have no record, the first is in/b.pdf" in capsys.readouterr().err
-
-
-def test_there_is_no_bar_without_a_terminal() -> None:
-    with cli.progress(Console(file=StringIO()), quiet=False) as on_progress:
-        assert on_progress is None
-
-
-def test_there_is_no_bar_beside_json() -> None:
-    with cli.progress(Console(file=StringIO(), force_terminal=True), quiet=True) as on_progress:
-        assert on_progress is None
-
-
-def test_the_bar_shows_pages_per_second() -> None:
-    with cli.progress(Console(file=(screen := StringIO()), force_terminal=True, width=120), quiet=False) as on_progress:
-        assert on_progress is not None
-        on_progress(Progress(documents=4, documents_done=1, pages_done=6, requests_done=2, failed=1, elapsed_s=4))
-    assert "6 pages, 1.5 pages/s, 1 failed" in screen.getvalue()
-    assert "1/4" in screen.getvalue()
-
-
 # --- what ends a command
+
+
+def test_the_end_of_a_run_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report("slips", "/tmp/out", "demo", True, documents=2, records=2, failures={"render/empty": 1})
+    assert cli.ended(report, as_json=True) is Exit.DOCUMENTS_FAILED
+    said = capsys.readouterr()
+    assert (json.loads(said.out), said.err) == (report.as_dict(), "")
 
 
 def ended(act: Callable[[], Any]) -> int:
@@ -312,6 +268,11 @@ def fail(error: BaseException) -> Callable[[], Any]:
         (DocumentError("empty", "no bytes"), 1, "failed: no bytes"),
         (RunError("full disk"), 3, "error: full disk"),
         (EngineDead("no GPU"), 3, "error: no GPU"),
+        (
+            ModuleNotFoundError(name="ray"),
+            2,
+            "error: the package ray is not installed here: pip install -c constraints.txt . in a copy of this repository",
+        ),
         (KeyboardInterrupt(), 130, "stopped; what was answered is kept: run the same command again to go on"),
     ],
 )
@@ -336,25 +297,19 @@ def test_a_terminated_command_says_so_though_ray_makes_another_exception_of_it(c
     assert capsys.readouterr().err == "stopped; what was answered is kept: run the same command again to go on\n"
 
 
+def test_a_second_signal_to_the_same_end_does_not_disturb_it(capsys: pytest.CaptureFixture[str]) -> None:
+    def write_what_there_is() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            cli.say("written")
+
+    assert ended(write_what_there_is) == 143
+    assert capsys.readouterr().err.startswith("written\n")
+
+
 def test_a_terminated_command_stops_like_an_interrupted_one() -> None:
     before = signal.getsignal(signal.SIGTERM)
     assert ended(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 143
     assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_what_rays_core_writes_is_not_for_the_user(capfd: pytest.CaptureFixture[str]) -> None:
-    with cli.quiet_core():
-        os.write(2, b"core_worker.cc:2465: Actor with class name\n")
-        print("(raylet) A worker died")
-        print("words", file=sys.stderr)
-    os.write(2, b"after\n")
-    print("data")
-    assert capfd.readouterr() == ("data\n", "words\nafter\n")
-
-
-@pytest.mark.parametrize(("cause", "shown"), [(ValueError("Ray's own"), "core_worker.cc\n"), (None, "")])
-def test_what_rays_core_wrote_is_shown_if_it_broke_the_run(capfd: pytest.CaptureFixture[str], cause: Exception | None, shown: str) -> None:
-    with pytest.raises(RunError), cli.quiet_core():  # noqa: PT012  what is written inside is what is tested
-        os.write(2, b"core_worker.cc\n")
-        raise RunError("it broke") from cause
-    assert capfd.readouterr().err == shown

@@ -1,16 +1,21 @@
-"""Ray starts, on a busy machine at the second try, and leaves the signals to whoever listened before."""
+"""Ray starts, on a busy machine at the second try, or is joined, and leaves the signals to whoever listened before.
+
+`test_submit.py` joins a real cluster.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import ray
 
 from pipeline import cluster
-from pipeline.errors import RunError
+from pipeline.errors import JobError, RunError
 
 LATE = Exception("The current node timed out during startup. This could happen because some of the raylet failed to startup")
 
@@ -18,11 +23,11 @@ LATE = Exception("The current node timed out during startup. This could happen b
 class Starts:
     """Ray's start, as it goes on machines of several kinds; the real one takes seconds and starts eight processes."""
 
-    def __init__(self, *outcomes: Exception | None) -> None:
+    def __init__(self, *outcomes: BaseException | None) -> None:
         self.outcomes, self.calls = list(outcomes), list[dict[str, Any]]()
 
-    def __call__(self, **arguments: Any) -> None:
-        self.calls.append(arguments)
+    def __call__(self, address: str, **arguments: Any) -> None:
+        self.calls.append(arguments | {"address": address, "RAY_ADDRESS": os.environ.get("RAY_ADDRESS")})
         signal.signal(signal.SIGTERM, lambda *_: None)  # so does Ray, to end the process where it stands
         if outcome := self.outcomes.pop(0):
             raise outcome
@@ -58,3 +63,75 @@ def test_who_listened_to_signals_goes_on_to(monkeypatch: pytest.MonkeyPatch, lis
     monkeypatch.setattr(ray, "init", Starts(None))
     cluster.start()
     assert signal.getsignal(signal.SIGTERM) is listener
+
+
+@pytest.fixture
+def door() -> Iterator[str]:
+    """Return the address of somebody who takes a call and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_cluster_is_joined_and_given_this_package(monkeypatch: pytest.MonkeyPatch, door: str) -> None:
+    monkeypatch.setattr(ray, "init", starts := Starts(None))
+    cluster.join(door)
+    assert starts.calls[0]["address"] == door
+    assert [module.rpartition("/")[2] for module in starts.calls[0]["runtime_env"]["py_modules"]] == ["pipeline"]
+
+
+def test_what_a_job_server_started_has_the_package_already(monkeypatch: pytest.MonkeyPatch, door: str) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.setattr(ray, "init", starts := Starts(None))
+    cluster.join(door)
+    assert starts.calls[0]["runtime_env"] == {}
+
+
+@pytest.mark.parametrize("act", [cluster.start, lambda: cluster.join("auto")])
+def test_the_environments_address_does_not_overrule_the_one_given(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
+    monkeypatch.setattr(ray, "init", starts := Starts(None))
+    act()
+    assert (starts.calls[0]["RAY_ADDRESS"], os.environ["RAY_ADDRESS"]) == (None, "elsewhere:6379")
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "chosen"),
+    [
+        (None, None, "start"),
+        (None, "", "start"),
+        (None, "local", "start"),
+        (None, "head:6379", "join head:6379"),
+        ("auto", "head:6379", "join auto"),
+        ("local", "head:6379", "start"),
+    ],
+)
+def test_the_job_comes_before_the_environment(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, environment: str | None, chosen: str
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setattr(cluster, "start", lambda: said.append("start"))
+    monkeypatch.setattr(cluster, "join", lambda address: said.append(f"join {address}"))
+    monkeypatch.setenv("RAY_ADDRESS", environment) if environment is not None else monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    cluster.connect(given)
+    assert said == [chosen]
+
+
+def test_an_address_in_the_environment_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    with pytest.raises(JobError, match=r"RAY_ADDRESS is 'http://head:8265': an http\(s\) address is a cluster's job server"):
+        cluster.from_environment()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "http://127.0.0.1:1", "no-such-host.invalid:6379"])
+def test_where_nobody_listens_is_said_at_once(address: str) -> None:
+    with pytest.raises(JobError, match=f"nobody answers at {address}: "):
+        cluster.reach(address)
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no raylet"), RuntimeError("no raylet"), SystemExit(15)])
+def test_a_cluster_that_cannot_be_joined_is_an_error(monkeypatch: pytest.MonkeyPatch, door: str, error: BaseException) -> None:
+    monkeypatch.setattr(ray, "init", Starts(error))
+    with pytest.raises(JobError, match=f"no Ray cluster to join at {door}: (no raylet|it does not answer as Ray does)"):
+        cluster.join(door)

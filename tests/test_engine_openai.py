@@ -9,27 +9,29 @@ import json
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
+from shutil import which
 from threading import Barrier
 from typing import Any
 
-import httpx2
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tiny_model
-from desk import INVALID, SCHEMA, VALID, Desk
+from desk import INVALID, SCHEMA, VALID, Desk, slip
+from jsonschema import Draft202012Validator
 from PIL import Image
-from servers import Body, Say, Stub, Wire, endless, lost, says, sends, stalls, status, whole
+from servers import Body, Say, Stub, Wire, endless, lost, says, seen, sends, serving, stalls, status, whole
 
-from pipeline import engines, prompt
-from pipeline.engines import openai
+from pipeline import engines, flow, prompt
+from pipeline.engines import openai, pictures
 from pipeline.engines.chat import Answer, Dialect, body
 from pipeline.engines.endpoint import MAX_TOLD_S, MAX_WAIT_S, Patience, told_s, wait_s
+from pipeline.engines.pictures import data_url
 from pipeline.errors import DocumentError, EngineDead, JobError
 from pipeline.job import Job
 from pipeline.records import Completion, FinishReason, Message, Pixels, Request, Sampling, Token, Usage
@@ -90,6 +92,21 @@ def test_pages_travel_as_png_in_their_order_with_every_pixel() -> None:
     assert (len(pages), words["text"]) == (3, prompt.ASK)
 
 
+@pytest.mark.parametrize("image_format", ["png", "jpeg"])
+def test_a_page_without_colour_travels_as_grey_values_and_comes_back_whole(image_format: Any) -> None:
+    page = np.repeat(np.linspace(0, 255, 28 * 56).astype(np.uint8).reshape(28, 56, 1), 3, axis=2)
+    file = base64.b64decode(data_url(page, image_format).partition(",")[2])
+    picture = Image.open(io.BytesIO(file))
+    assert picture.mode == "L"
+    assert np.abs(np.asarray(picture.convert("RGB")).astype(int) - page).max() <= (0 if image_format == "png" else 4)
+
+
+def test_one_pixel_of_colour_is_colour() -> None:
+    page = np.full((28, 56, 3), 200, np.uint8)
+    page[27, 55, 2] = 201
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(pictures.png(pictures.plain(page))))), page)
+
+
 def test_a_job_may_send_jpeg() -> None:
     page = asked(request(), Dialect("m", image_format="jpeg"))["messages"][1]["content"][0]["image_url"]["url"]
     picture = Image.open(io.BytesIO(base64.b64decode(page.removeprefix("data:image/jpeg;base64,"))))
@@ -122,14 +139,13 @@ def test_sampling_is_sent_where_it_changes_something() -> None:
 
 
 def test_vllm_is_told_everything_that_it_would_take_from_the_checkpoint() -> None:
-    sent = asked(request(), Dialect("m", vllm=True, pixel_bounds=(200_704, 1_003_520)))
+    sent = asked(request(), Dialect("m", vllm=True))
     assert (sent["top_p"], sent["top_k"], sent["repetition_penalty"]) == (1.0, 0, 1.0)
-    assert sent["mm_processor_kwargs"] == {"min_pixels": 200_704, "max_pixels": 1_003_520}
 
 
-def test_pages_of_a_fixed_size_keep_it(desk: Desk) -> None:
-    fixed = desk.job("pages.resized_height=280", "pages.resized_width=430")
-    assert openai.bounds(fixed.sections.pages.budget) == (280 * 420, 280 * 420)
+def test_vllm_is_told_to_write_no_spaces_between_tokens() -> None:
+    sent = asked(request(), Dialect("m", structure="json_schema", vllm=True))["response_format"]["json_schema"]["schema"]
+    assert sent == SCHEMA | {"x-guidance": {"whitespace_flexible": False}}
 
 
 def test_an_extra_body_goes_over_the_rest_and_takes_away() -> None:
@@ -213,9 +229,47 @@ def test_a_server_without_a_count_has_its_pieces_counted() -> None:
 
 
 def test_an_answer_that_does_not_end_is_cut_and_says_so() -> None:
-    answer = outcome(endless)
+    answer = outcome(endless())
     assert answer.finish_reason is FinishReason.LENGTH
-    assert answer.text.startswith("na na ")
+    assert answer.text.startswith("0 1 2 ")
+
+
+ROW = '{"description":"Screws M4x20, zinc-plated","quantity":1,"unit_price":0.05,"amount":0.05},'
+
+
+@pytest.mark.parametrize(
+    ("row", "scored", "said"),
+    [
+        (ROW, False, f"repeats {ROW[:80]!r}… (89 characters) and was stopped after 2,"),
+        ("\\n", False, r"repeats '\\n' and was stopped after 2,"),
+        (ROW, True, f"repeats {ROW[:80]!r}… (1 tokens) and was stopped after 576 tokens"),
+    ],
+)
+def test_an_answer_that_loops_is_cut_and_not_asked_again(row: str, scored: bool, said: str) -> None:
+    with Stub(endless('{"lines":[', row, scored=scored)) as stub:
+        (error,) = outcomes(stub, [request(max_tokens=4000)])
+        assert stub.left.wait(20)
+    assert (error.kind, said in str(error), len(stub.asked)) == ("loop", True, 1)
+
+
+def test_a_table_of_equal_rows_that_ends_is_no_loop() -> None:
+    answer = Answer(4000)
+    for part in ['{"lines":[', *[ROW] * 20, "]}"]:
+        answer.add({"choices": [{"delta": {"content": part}}]})
+    answer.add({"choices": [{"delta": {}, "finish_reason": "stop"}]})
+    assert answer.completion().text.count(ROW) == 20
+
+
+def test_rows_that_count_on_are_no_loop() -> None:
+    answer = Answer(4000)
+    for number in range(400):
+        answer.add({"choices": [{"delta": {"content": f'{{"position":{number},"description":"Screws M4x20","amount":0.05}},'}}]})
+    answer.add({"choices": [{"delta": {}, "finish_reason": "stop"}]})
+    assert answer.completion().finish_reason is FinishReason.STOP
+
+
+def test_an_answer_that_comes_whole_is_no_loop_whatever_it_says() -> None:
+    assert outcome(whole("x" * 9000)).text == "x" * 9000
 
 
 @pytest.mark.parametrize(
@@ -306,7 +360,7 @@ def test_a_server_that_only_stalls_is_a_timeout() -> None:
 
 
 def test_an_answer_that_takes_too_long_is_cut_and_not_paid_for_twice() -> None:
-    with Stub(endless) as stub:
+    with Stub(endless()) as stub:
         (error,) = outcomes(stub, [request(max_tokens=10**9)], Patience(timeout_s=1.0, max_retries=3))
     assert (error.kind, "model.timeout_s" in str(error), len(stub.asked)) == ("timeout", True, 1)
 
@@ -448,7 +502,19 @@ def test_a_server_that_takes_no_schema_of_the_jobs_is_asked_another_way(desk: De
 def test_vllm_is_known_by_its_list_of_models(desk: Desk) -> None:
     with Stub(says(VALID), owner="vllm") as stub:
         assert engines.choose(job(desk, stub), 0.0).sections.model.server == "vllm"
-    assert stub.asked[-1]["mm_processor_kwargs"] == {"min_pixels": 200_704, "max_pixels": 1_003_520}
+    assert [seen(asked) for asked in stub.asked[-2:]] == [256, 1280]
+
+
+def test_a_vllm_that_resizes_pages_stops_the_job(desk: Desk) -> None:
+    said = r"resizes pages: pages of \d+x\d+ and \d+x\d+ px should differ by 1,024 tokens and differ by 744"
+    with Stub(says(VALID), owner="vllm", most_tokens=1000) as stub, pytest.raises(JobError, match=said):
+        engines.choose(job(desk, stub), 0.0)
+
+
+def test_a_vllm_is_not_asked_about_pages_that_all_have_one_size(desk: Desk) -> None:
+    with Stub(says(VALID), owner="vllm") as stub:
+        engines.choose(job(desk, stub, "pages.resized_height=280", "pages.resized_width=430"), 0.0)
+    assert seen(stub.asked[-1]) == 4
 
 
 def test_what_was_found_out_is_not_asked_again(desk: Desk) -> None:
@@ -587,6 +653,33 @@ def test_an_invalid_answer_is_asked_for_again_with_what_is_wrong(desk: Desk) -> 
     assert stub.complaints == []
 
 
+# A run
+
+
+def test_a_run_outlasts_a_server_that_fails_thirty_percent_in_six_ways(desk: Desk, ray_session: object) -> None:
+    """Forty documents, one page each: all settle, and the server gives each page one whole answer, of its own."""
+    faults = [status(429, Retry_After="1"), status(500), lost, says(VALID, tail=Wire.cut), says(VALID[:9], tail=stalls), sends("{no")]
+    turn, given = iter(range(10**6)), list[tuple[str, str]]()
+
+    def say(wire: Wire, asked: Body) -> None:
+        number, page = next(turn), asked["messages"][1]["content"][0]["image_url"]["url"]
+        if number % 10 in (0, 4, 7):
+            return faults[number // 3 % 6](wire, asked)
+        given.append((page, json.dumps({"currency": "EUR", "total": number, "lines": []})))
+        return says(given[-1][1])(wire, asked)
+
+    for number in range(40):
+        desk.put(f"{number}.pdf", slip(number))
+    with Stub(say) as stub:
+        known = ("model.structure=json_schema", "model.server=other", "model.logprobs=false", "model.idle_timeout_s=8")
+        report = flow.run(job(desk, stub, *known, "model.max_retries=12"))
+    answers = pq.read_table(desk.folder / "out" / "requests")["answer"].to_pylist()
+    assert (report.statuses, report.requests_asked) == ({"extracted": 40}, 40)
+    assert sorted(answers) == sorted(answer for _, answer in given)
+    assert len({page for page, _ in given}) == len(given) == 40
+    assert len(stub.asked) > 50
+
+
 # A real server
 
 
@@ -594,27 +687,18 @@ def test_an_invalid_answer_is_asked_for_again_with_what_is_wrong(desk: Desk) -> 
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """transformers' own server with a tiny random checkpoint on the CPU: its address and its model."""
     folder = tiny_model.build(tmp_path_factory.mktemp("served"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "transformers"), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
-    with (folder / "log").open("wb") as log, subprocess.Popen([*command, "--device", "cpu"], stdout=log, stderr=log) as process:
-        try:
-            wait_for(f"http://127.0.0.1:{port}/health", process)
-            yield f"http://127.0.0.1:{port}/v1", str(folder)
-        finally:
-            process.kill()
+    with serving(str(Path(sys.executable).parent / "transformers"), "serve", str(folder), "--device", "cpu") as address:
+        yield address, str(folder)
 
 
-def wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
-    """Return once a server answers."""
-    while process.poll() is None:
-        try:
-            httpx2.get(address)
-            return
-        except httpx2.TransportError:
-            time.sleep(0.2)
-    raise RuntimeError(f"the server ended: {process.returncode}")
+@pytest.mark.skipif(which("xpyd-sim") is None, reason="needs xpyd-sim 0.5.0 on the PATH, a simulator of vLLM's server")
+def test_a_simulator_that_nobody_here_wrote_takes_our_requests(desk: Desk) -> None:
+    with serving("xpyd-sim", "serve", "--model", "sim") as address:
+        chosen = engines.choose(desk.job("model.engine=openai", f"model.base_url={address}", "model.name=auto"), 0.0)
+        with closing(engines.load(chosen)) as engine:
+            answer = asyncio.run(engine.complete(request(pages=3)))
+    assert (chosen.sections.model.name, chosen.sections.model.structure) == ("sim", "json_schema")
+    assert Draft202012Validator(SCHEMA).is_valid(json.loads(answer.text))
 
 
 def test_transformers_serve_is_a_server_without_structure(desk: Desk, served: tuple[str, str]) -> None:

@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 import tiny_model
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from PIL import Image
 
@@ -25,7 +23,7 @@ from pipeline import awq, prompt
 from pipeline.engines import checkpoint
 from pipeline.engines.batch import Batch, Row, cached, widen
 from pipeline.engines.encoding import Encoder
-from pipeline.engines.generate import LOOP_PERIOD, loop, looped, step
+from pipeline.engines.generate import step
 from pipeline.engines.transformers import TransformersEngine
 from pipeline.errors import DocumentError, EngineDead, JobError
 from pipeline.records import Completion, FinishReason, Message, Pixels, Request, Sampling
@@ -437,39 +435,6 @@ def test_an_answer_that_loops_is_stopped_and_the_loop_named(engine: Transformers
     (failed,) = ask(engine, [request(schema='{"type": "string", "pattern": "^!*$"}', max_tokens=2000)])
     assert (failed.kind, "'!'" in str(failed)) == ("loop", True)
     assert "after 576 tokens" in str(failed)  # the quotation mark before them makes 512 of them one too many for the look at 512
-
-
-LONG = list(range(LOOP_PERIOD))
-
-
-@pytest.mark.parametrize(("tokens", "repeated"), [
-    ([1] * 600, [1]),
-    ([1, 2, 3] * 200, [1, 2, 3]),
-    ([9, *[1, 2] * 300], [1, 2]),
-    ([7] * 300 + LONG[:100] * 6, LONG[:100]),
-    ([9, *LONG * 4], LONG),
-    ([9, *LONG * 5][:-37], LONG),
-    ([1] * 500, []),
-    (LONG * 3, []),
-    ([*LONG, 600] * 5, []),
-    ([token for row in range(200) for token in (*LONG[:40], 1000 + row)], []),
-    ([1] * 600 + [2], []),
-])  # fmt: skip
-def test_a_loop_is_a_pattern_repeated_to_the_letter_and_to_the_end(tokens: list[int], repeated: list[int]) -> None:
-    assert loop(tokens) == repeated
-
-
-@given(st.lists(st.integers(0, 1), min_size=1, max_size=160), st.integers(490, 700), st.lists(st.integers(0, 1), max_size=8))
-@settings(derandomize=True, max_examples=60, deadline=None)
-def test_what_is_found_is_what_trying_every_period_finds(pattern: list[int], length: int, before: list[int]) -> None:
-    tokens = before + (pattern * length)[:length]
-    tails = {period: tokens[-max(512, 4 * period) :] for period in range(1, LOOP_PERIOD + 1)}
-    periods = [period for period, tail in tails.items() if len(tail) >= max(512, 4 * period) and tail[period:] == tail[:-period]]
-    assert len(loop(tokens)) == min(periods, default=0)
-
-
-def test_a_long_loop_is_shown_by_its_beginning() -> None:
-    assert str(looped("ab" * 100, 150, 2048)) == f"the answer repeats '{'ab' * 40}'… (150 tokens) and was stopped after 2,048 tokens"
 
 
 def test_requests_that_wait_when_the_engine_closes_fail(folder: Path) -> None:

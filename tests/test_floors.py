@@ -9,29 +9,30 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pipeline"
 FLOORS = {
-    0: {"errors", "records", "budget", "schema", "arrow", "prompt", "validate", "merge"},
-    1: {"job", "jobfile", "keys", "report", "attempts"},
-    2: {"source", "manifest", "net", "web", "render", "sandbox", "sink", "awq", "decoding", "engines"},
-    3: {"stages", "settle", "status"},
-    4: {"cluster", "asking", "flow", "preview", "watch"},
-    5: {"cli"},
+    0: {"errors", "records", "budget", "schema", "arrow", "prompt", "validate", "merge", "place"},
+    1: {"job", "jobfile", "keys", "parcel", "report", "attempts", "events"},
+    2: {"source", "manifest", "net", "web", "render", "sandbox", "store", "sink", "compaction", "lease", "awq", "decoding", "engines"},
+    3: {"abroad", "stages", "settle", "status"},
+    4: {"afar", "cluster", "metrics", "asking", "flow", "preview", "submit", "watch"},
+    5: {"cli", "show"},
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 DOORS = {
     "pymupdf": {"render", "demo"},
     "PIL": {"render", "engines", "demo"},
-    "fsspec": {"source"},
+    "fsspec": {"store"},
     "torch": {"engines", "awq", "demo"},
     "transformers": {"engines", "awq", "demo"},
     "httpx2": {"engines"},
+    "vllm": {"engines"},
     "awq": {"awq"},
     "llguidance": {"decoding"},
     "pydantic": {"job", "jobfile", "keys"},
-    "yaml": {"cli", "jobfile", "sink"},
+    "yaml": {"show", "jobfile", "sink"},
     "jsonschema": {"schema", "validate"},
-    "ray": {"flow", "asking", "cluster"},
-    "click": {"cli"},
-    "rich": {"cli"},
+    "ray": {"afar", "flow", "asking", "metrics", "cluster", "submit"},
+    "click": {"cli", "show"},
+    "rich": {"show"},
 }
 
 

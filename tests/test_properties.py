@@ -150,7 +150,7 @@ def write(output: Output, rows: list[Row], data: st.DataObject) -> None:
 
 def copy_some(output: Output, data: st.DataObject) -> None:
     """Put copies of some shards beside them, as a restored backup might."""
-    for file in sorted(output.requests.glob("*.parquet")):
+    for file in sorted((output.path / "requests").glob("*.parquet")):
         if data.draw(st.booleans()):
             file.with_name(f"copy-{file.name}").write_bytes(file.read_bytes())
 
@@ -162,7 +162,7 @@ def test_a_run_adds_each_answer_once_wherever_it_is_flushed(
 ) -> None:
     rows = [request(stage, DOCUMENTS[document], *rest) for document, *rest in history[0]]
     with tempfile.TemporaryDirectory() as folder:
-        (output := Output(Path(folder))).prepare()
+        (output := Output(Path(folder))).make()
         write(output, rows, data)
         if rows:
             read = read_requests(output, pa.chunked_array([[row["doc_id"] for row in rows]])).to_pylist()
@@ -186,7 +186,7 @@ def test_records_are_those_of_the_newest_successes_however_the_ledger_was_writte
     for row in (row for run in runs for row in run):
         by_key.setdefault(row["key"], []).append(row)
     with tempfile.TemporaryDirectory() as folder:
-        (output := Output(Path(folder))).prepare()
+        (output := Output(Path(folder))).make()
         for run in data.draw(st.permutations(runs)):
             write(output, run, data)
         copy_some(output, data)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from pipeline.errors import RunError
-from pipeline.report import Breaker, Counted, Exit, Progress, Report
+from pipeline.report import AtOnce, Breaker, Counted, Exit, Progress, Report
 
 
 def report(**given: Any) -> Report:
@@ -169,3 +170,29 @@ def test_what_asks_nothing_and_what_is_invalid_is_no_failure() -> None:
     breaker.add(unasked("a.pdf"))
     breaker.add(row(status="invalid", failure={"stage": "validate", "kind": "invalid", "message": "total is not a number"}))
     assert list(breaker.kinds) == [None]
+
+
+# --- how busy the engines were
+
+
+def at_once(*spans_s: tuple[float, float]) -> AtOnce:
+    found = AtOnce()
+    for span_s in spans_s:
+        found.add(*span_s)
+    return found
+
+
+def test_requests_at_once_are_counted_second_by_second() -> None:
+    assert at_once((100, 103), (101, 102), (102.5, 103.25)).as_dict() == {"slice_s": 1.0, "mean": [1.0, 2.0, 1.5, 0.2]}
+
+
+def test_a_long_run_has_longer_slices() -> None:
+    found = at_once(*((second, second + 2) for second in range(1000)))
+    assert (found.slice_s, len(found.busy_s)) == (32.0, 32)
+    assert found.as_dict()["mean"][1:-1] == [2.0] * 30
+
+
+def test_the_report_says_how_many_requests_were_under_way() -> None:
+    started = datetime(2026, 1, 1, tzinfo=UTC)
+    total, _ = count(2, row("a", started_at=started, elapsed_s=2.0), row("b", started_at=started, elapsed_s=1.0))
+    assert total.as_dict()["requests_at_once"]["mean"] == [2.0, 1.0]

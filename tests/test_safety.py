@@ -121,7 +121,7 @@ def test_the_ledger_does_not_hold_the_secret(job: Job) -> None:
     rows = rendered(job)
     assert SECRET not in repr(rows)
     output = Output(job.output)
-    output.prepare()
+    output.make()
     with Ledger(output) as ledger:
         added = [ledger.add(row) for row in rows]
     assert all(added)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pytest
 from pipeline import sink
 from pipeline.errors import DamagedShard, JobError, RunError
 from pipeline.sink import IDENTITY, LEDGER, Ledger, Output
+from pipeline.store import Folder
 
 TABLE = pa.table({"key": ["a", "b"], "n": [1, 2]})
 
@@ -18,7 +20,7 @@ TABLE = pa.table({"key": ["a", "b"], "n": [1, 2]})
 @pytest.fixture
 def output(tmp_path: Path) -> Output:
     made = Output(tmp_path / "out")
-    made.prepare()
+    made.make()
     return made
 
 
@@ -34,29 +36,34 @@ def listing(*rows: dict[str, object], **extras: list[object]) -> pa.Table:
     return pa.table(columns).append_column("doc_id", late["doc_id"]).append_column("page_count", late["page_count"])
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.iterdir())
+def names(folder: Folder | Path) -> list[str]:
+    return sorted(os.listdir(folder.path if isinstance(folder, Folder) else folder))
+
+
+def write_shard(folder: Folder, table: pa.Table, keys: list[str]) -> Path:
+    """Write a shard and return its file."""
+    return folder.path / sink.write_shard(folder, table, keys)
 
 
 # --- the folder
 
 
-def test_prepare_makes_the_folders(output: Output) -> None:
+def test_make_makes_the_folders(output: Output) -> None:
     assert names(output.path) == ["records", "requests", "sources"]
 
 
 @pytest.mark.parametrize("folder", [".", "sources", "requests", "records"])
-def test_prepare_removes_what_a_killed_run_left_half_written(output: Output, folder: str) -> None:
+def test_clear_removes_what_a_killed_run_left_half_written(output: Output, folder: str) -> None:
     left = output.path / folder / ".ab12.parquet.4711.tmp"
     left.write_bytes(b"PAR1")
-    output.prepare()
+    output.clear()
     assert not left.exists()
 
 
-def test_prepare_refuses_a_folder_that_is_a_file(tmp_path: Path) -> None:
+def test_make_refuses_a_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(JobError, match="cannot write to the output folder"):
-        Output(tmp_path / "out").prepare()
+        Output(tmp_path / "out").make()
 
 
 def test_a_fresh_folder_has_no_job(output: Output) -> None:
@@ -89,53 +96,53 @@ def test_a_broken_job_file_is_named(output: Output, content: bytes) -> None:
 
 
 def test_a_shard_reads_back(output: Output) -> None:
-    file = sink.write_shard(output.records, TABLE, ["a", "b"])
+    file = write_shard(output.records, TABLE, ["a", "b"])
     assert pq.read_table(file) == TABLE
 
 
 def test_the_same_keys_in_any_order_overwrite_themselves(output: Output) -> None:
-    first = sink.write_shard(output.records, TABLE, ["a", "b"])
-    assert sink.write_shard(output.records, TABLE, ["b", "a"]) == first
+    first = write_shard(output.records, TABLE, ["a", "b"])
+    assert write_shard(output.records, TABLE, ["b", "a"]) == first
     assert names(output.records) == [first.name]
 
 
 def test_other_keys_make_another_shard(output: Output) -> None:
-    assert sink.write_shard(output.records, TABLE, ["a", "b"]) != sink.write_shard(output.records, TABLE, ["a"])
+    assert write_shard(output.records, TABLE, ["a", "b"]) != write_shard(output.records, TABLE, ["a"])
 
 
 def test_a_shard_written_twice_has_the_same_bytes(output: Output) -> None:
-    first = sink.write_shard(output.records, TABLE, ["a", "b"]).read_bytes()
-    assert sink.write_shard(output.records, TABLE, ["a", "b"]).read_bytes() == first
+    first = write_shard(output.records, TABLE, ["a", "b"]).read_bytes()
+    assert write_shard(output.records, TABLE, ["a", "b"]).read_bytes() == first
 
 
 def test_a_full_disk_leaves_no_half_shard_and_the_old_one_whole(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = sink.write_shard(output.records, TABLE, ["a"])
+    file = write_shard(output.records, TABLE, ["a"])
 
     def full(_: int) -> None:  # what fsync does on a disk that fills up: quotas and tmpfs say so at once, networks only here
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(RunError, match=r"cannot write .*: No space left on device; free the disk and run the same command again"):
-        sink.write_shard(output.records, TABLE.slice(1), ["a"])
+        write_shard(output.records, TABLE.slice(1), ["a"])
     assert names(output.records) == [file.name]
     assert pq.read_table(file) == TABLE
 
 
 def test_a_folder_that_is_gone_is_an_error_that_says_so(output: Output) -> None:
-    output.records.rmdir()
+    output.records.path.rmdir()
     with pytest.raises(RunError, match="No such file or directory; put that right and run the same command again"):
-        sink.write_shard(output.records, TABLE, ["a"])
+        write_shard(output.records, TABLE, ["a"])
 
 
 def test_a_damaged_shard_is_named(output: Output) -> None:
-    file = sink.write_shard(output.requests, TABLE, ["a"])
+    file = write_shard(output.requests, TABLE, ["a"])
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(DamagedShard, match=f"the shard .*{file.name} is damaged .*: it is set aside"):
         sink.read_shards(output.requests, None, LEDGER)
 
 
 def test_a_shard_of_something_else_is_damaged(output: Output) -> None:
-    sink.write_shard(output.requests, TABLE, ["a"])
+    write_shard(output.requests, TABLE, ["a"])
     with pytest.raises(DamagedShard, match="it lacks the columns answer, asks, attempt"):
         sink.read_shards(output.requests, None, LEDGER)
 
@@ -143,7 +150,7 @@ def test_a_shard_of_something_else_is_damaged(output: Output) -> None:
 @pytest.mark.parametrize("part", range(16))
 def test_a_byte_that_someone_changed_is_noticed_or_changes_nothing(output: Output, part: int) -> None:
     given = pa.Table.from_pylist([row(f"k{n}", answer=f'{{"total":{n}}}', status="extracted") for n in range(50)], LEDGER)
-    file = sink.write_shard(output.requests, given, ["a"])
+    file = write_shard(output.requests, given, ["a"])
     data = bytearray(file.read_bytes())
     data[len(data) * part // 16 + 3] ^= 0x10
     file.write_bytes(data)
@@ -155,8 +162,8 @@ def test_a_byte_that_someone_changed_is_noticed_or_changes_nothing(output: Outpu
 
 
 def test_what_is_damaged_is_set_aside_and_the_rest_is_read(output: Output) -> None:
-    good = sink.write_shard(output.requests, pa.Table.from_pylist([row("k1", status="extracted")], LEDGER), ["k1"])
-    bad = sink.write_shard(output.requests, pa.Table.from_pylist([row("k2", status="extracted")], LEDGER), ["k2"])
+    good = write_shard(output.requests, pa.Table.from_pylist([row("k1", status="extracted")], LEDGER), ["k1"])
+    bad = write_shard(output.requests, pa.Table.from_pylist([row("k2", status="extracted")], LEDGER), ["k2"])
     bad.write_bytes(b"PAR1")
     assert sink.set_aside_damaged(output) == [str(bad)]
     assert names(output.requests) == sorted([f".{bad.name}.damaged", good.name])
@@ -169,8 +176,8 @@ def test_no_shards_are_an_empty_table_of_the_schema(output: Output) -> None:
 
 def test_a_folder_called_like_a_partition_adds_no_column(tmp_path: Path) -> None:
     output = Output(tmp_path / "year=2024")
-    output.prepare()
-    sink.write_shard(output.records, TABLE, ["a"])
+    output.make()
+    write_shard(output.records, TABLE, ["a"])
     assert sink.read_shards(output.records, None, TABLE.schema).column_names == TABLE.column_names
 
 
@@ -286,7 +293,7 @@ def test_a_listing_replaces_what_was_there(output: Output) -> None:
 
 
 def test_records_of_an_earlier_settling_are_removed(output: Output) -> None:
-    old, new = (sink.write_shard(output.records, TABLE, [key]) for key in ("old", "new"))
+    old, new = (write_shard(output.records, TABLE, [key]) for key in ("old", "new"))
     output.keep_records({new.name})
     assert not old.exists()
     assert new.exists()

@@ -241,8 +241,14 @@ def test_a_request_the_engine_refuses_is_a_failed_row(desk: Desk) -> None:
 
 
 def test_what_was_spent_before_a_refusal_is_counted(desk: Desk) -> None:
-    row, _ = ask(desk, completion(INVALID), DocumentError("too_long", "the conversation has 9000 tokens"))
+    row, _ = ask(desk, completion(INVALID), DocumentError("engine", "the kernel returned nonsense"))
     assert (row["status"], row["asks"], row["prompt_tokens"]) == ("failed", 1, 300)
+
+
+def test_an_answer_stays_invalid_where_asking_again_is_too_long(desk: Desk) -> None:
+    row, _ = ask(desk, completion(INVALID), DocumentError("too_long", "the request needs 40,000 tokens"))
+    assert (row["status"], row["answer"], row["asks"], row["prompt_tokens"]) == ("invalid", INVALID, 1, 300)
+    assert row["errors"]
 
 
 def test_a_document_that_was_not_drawn_is_not_asked(desk: Desk) -> None:

@@ -24,7 +24,7 @@ def row(key: str, source: str, kind: str = "", attempt: int = 1, **given: Any) -
 @pytest.fixture
 def output(tmp_path: Path) -> Output:
     made = Output(tmp_path / "out")
-    made.prepare()
+    made.make()
     made.write_job({"job": {"name": "slips"}, "fingerprint": "f", "asked": {}})
     return made
 
@@ -69,7 +69,7 @@ def test_an_attempt_that_succeeded_counts_before_the_one_that_failed(output: Out
 
 def test_a_damaged_shard_is_named_and_the_rest_counted(output: Output) -> None:
     write(output, row("k1", "a.pdf"))
-    bad = sink.write_shard(output.requests, pa.Table.from_pylist([row("k2", "b.pdf")], LEDGER), ["k2"])
+    bad = output.path / "requests" / sink.write_shard(output.requests, pa.Table.from_pylist([row("k2", "b.pdf")], LEDGER), ["k2"])
     bad.write_bytes(b"PAR1")
     found = count(output)
     assert (found["damaged"], found["requests"]) == ([str(bad)], {"extracted": 1})

@@ -2,6 +2,7 @@
 
     python -m pipeline.demo.evaluate                       the checkpoint in this package, AWQ 4 bit
     python -m pipeline.demo.evaluate --model out/plain     another one, for example the unquantised one
+    python -m pipeline.demo.evaluate --set model.engine=vllm     by another engine
 
 Draws documents of seeds that training and the samples never use, writes them into a temporary folder, runs
 `jobs/invoices.yaml` and `jobs/receipts.yaml` over them, and compares every value of the records with the truth. A value
@@ -80,8 +81,8 @@ def plan(count: int) -> list[Plan]:
     return plans
 
 
-def read(drawn: Sequence[Drawn], model: str, folder: Path) -> tuple[dict[str, Record], list[Report]]:
-    """Run both jobs over the documents; return the records by their documents' names, and the runs' reports."""
+def read(drawn: Sequence[Drawn], model: str, folder: Path, others: Sequence[str] = ()) -> tuple[dict[str, Record], list[Report]]:
+    """Run both jobs, with other settings if there are any; return the records by their documents' names, and the runs' reports."""
     from pipeline.flow import run  # brings Ray, which comparing does not need
 
     samples.write(drawn, folder)
@@ -89,7 +90,7 @@ def read(drawn: Sequence[Drawn], model: str, folder: Path) -> tuple[dict[str, Re
     reports = []
     for form in dict.fromkeys(one.form for one in drawn):
         settings = [f"source.paths={json.dumps([str(folder / f'{form}s')])}", f"model.name={json.dumps(model)}", "model.without_gpu=cpu"]
-        job = Job.load(JOBS / f"{form}s.yaml", settings, folder / "out" / form)
+        job = Job.load(JOBS / f"{form}s.yaml", [*settings, *others], folder / "out" / form)
         reports.append(run(job))
         rows = read_shards(Output(job.output).records, None, pa.schema([])).to_pylist()
         records |= {Path(row["_source"]).name: row for row in rows}
@@ -167,16 +168,17 @@ def main() -> None:
     parser.add_argument("--model", default="demo", help="hub id or folder of a checkpoint (default: the one in this package)")
     parser.add_argument("--documents", type=int, default=200, help="how many (default: %(default)s)")
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="seed of the first document (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="change a key of the jobs")
     parser.add_argument("--mistakes", action="store_true", help="list every wrong value as well")
     given = parser.parse_args()
     model = str(Path(given.model).absolute()) if Path(given.model).is_dir() else given.model
     drawn = samples.draw(plan(given.documents), given.first_seed)
     with tempfile.TemporaryDirectory() as folder:
-        records, reports = read(drawn, model, Path(folder))
+        records, reports = read(drawn, model, Path(folder), given.settings)
     verdicts = [judge(one, records.get(one.name)) for one in drawn]
     if given.mistakes:
         print(mistakes(verdicts), end="\n\n")
-    print(f"{given.model}: {len(drawn)} documents of seeds from {given.first_seed}")
+    print(" ".join([f"{given.model}: {len(drawn)} documents of seeds from {given.first_seed}", *given.settings]))
     print(summary(verdicts, sum(one.pages for one in drawn), sum(report.elapsed_s for report in reports)))
 
 

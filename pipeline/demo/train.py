@@ -19,6 +19,7 @@ import math
 import os
 import time
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,6 +43,8 @@ POINTERS = ((1, 0), (2, 0), (2, 2))
 COLUMN_LAYERS = (2, 3)
 """The layers before which a linear head must name the column of that token in which the character stands."""
 POINTER_WEIGHT = 0.3
+CALIBRATION_SEED, CALIBRATION_BATCHES = 7, 32
+"""What is read to learn how inputs of the layers that are rounded look: 256 pages."""
 
 
 def patches(pages: Tensor) -> Tensor:
@@ -259,11 +262,29 @@ def export(work: Path, folder: Path) -> None:
     pupil = Pupil()
     if not restore(work, pupil, None)[0]:
         raise SystemExit(f"{work} holds no training state")
-    plain = work / "plain"
+    plain, moments = work / "plain", second_moments(pupil)
     cast(nn.Module, pupil.reader).half()
     pupil.reader.save_pretrained(plain)
     model.processor(model.tokenizer(model.schemas(SCHEMAS))).save_pretrained(plain)
-    awq.quantize(plain, folder)
+    awq.quantize(plain, folder, moments=moments)
+
+
+@torch.inference_mode()
+def second_moments(pupil: Pupil) -> dict[str, Tensor]:
+    """Return the sum of x xᵀ over the inputs x of each layer that is rounded, seen while it reads some pages, by its published name."""
+    found: dict[str, Tensor] = {}
+
+    def note(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].flatten(0, -2).double()
+        found[name] = found.get(name, 0) + x.T @ x
+
+    for name, layer in pupil.reader.named_modules():
+        published = awq.published_name(f"{name}.weight")
+        if awq.QUANTIZED.fullmatch(published):
+            layer.register_forward_pre_hook(partial(note, published))
+    for batch in islice(Lessons(CALIBRATION_SEED, 8, (0.0, 0.0)), CALIBRATION_BATCHES):
+        pupil(batch)
+    return found
 
 
 def main() -> None:

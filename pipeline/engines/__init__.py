@@ -9,10 +9,14 @@ from typing import Protocol
 
 from pipeline import decoding, schema
 from pipeline.demo import CHECKPOINT
-from pipeline.engines import files
+from pipeline.engines import copies, files
 from pipeline.errors import JobError, PipelineError, RunError
 from pipeline.job import Job
+from pipeline.place import is_store
 from pipeline.records import Completion, Request
+
+EXTRAS = {"openai": "httpx2", "vllm": "vllm"}
+"""What some engines need beside this package; its extras are called as they are."""
 
 
 class Engine(Protocol):
@@ -45,8 +49,8 @@ def choose(job: Job, gpus: float) -> Job:
     A server needs no GPU here: it is asked which model it has and how it keeps to the schema, and the job says so from then on.
     """
     model = job.sections.model
+    need(job)
     if model.engine == "openai":
-        need_client(job)
         from pipeline.engines import openai
 
         return openai.resolve(job)
@@ -60,10 +64,12 @@ def choose(job: Job, gpus: float) -> Job:
     )
 
 
-def need_client(job: Job) -> None:
-    """Raise JobError where the library that speaks to servers is missing."""
-    if find_spec("httpx2") is None:
-        raise JobError(f"{job.file}: model.engine is openai, which needs the package httpx2: pip install 'pipeline[openai]'")
+def need(job: Job) -> None:
+    """Raise JobError where the library that the job's engine is made of is missing."""
+    engine = job.sections.model.engine
+    if engine in EXTRAS and find_spec(EXTRAS[engine]) is None:
+        package = EXTRAS[engine]
+        raise JobError(f"{job.file}: model.engine is {engine}, which needs the package {package}: pip install 'pipeline[{engine}]'")
 
 
 def gpu_count() -> int:
@@ -78,22 +84,49 @@ def check(job: Job) -> tuple[str, ...]:
 
     Loads no model. A server is asked whether it is there and takes the key; what it makes of a schema, `choose` finds out.
     """
+    need(job)
     if job.sections.model.engine == "openai":
-        need_client(job)
         from pipeline.engines import openai
 
         openai.check(job)
         return ()
+    uses_vllm = job.sections.model.engine == "vllm"
+    if uses_vllm and job.sections.model.engine_args:  # only then is vLLM's own import, many seconds, of use
+        from pipeline.engines import launch
+
+        launch.check(job)
     name, lora = job.sections.model.name, job.sections.model.lora
-    if job.uses_demo or is_place(job, name):
+    if is_store(name):
+        copies.revision(name, job.sections.model.revision)
+    elif job.uses_demo or is_place(job, name):
         if not (folder(job) / "config.json").is_file():
             raise JobError(f"{job.file}: model.name is {name!r}, but {folder(job)} holds no checkpoint (no config.json)")
-        files.check(folder(job))
+        files.check(folder(job), any_quantization=uses_vllm)
     if lora and is_place(job, lora):
         if not (place(job, lora) / "adapter_model.safetensors").is_file():
             raise JobError(f"{job.file}: model.lora is {lora!r}, but {place(job, lora)} holds no adapter_model.safetensors")
         files.header(place(job, lora) / "adapter_model.safetensors")
     return decoding.check(schema.compact(job.schema))
+
+
+def locate(job: Job) -> Job:
+    """Return the job with a model that can be had, before any page is drawn for it; one in an object store says its revision.
+
+    Raises JobError when a hub id is not known, or not in the cache where the hub cannot be reached.
+    """
+    model = job.sections.model
+    if model.engine == "openai" or job.uses_demo or (not is_store(model.name) and is_place(job, model.name)):
+        return job
+    if is_store(model.name):
+        return job.with_model(revision=copies.revision(model.name, model.revision))
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(model.name, "config.json", revision=model.revision)
+    except (OSError, ValueError) as error:  # the hub's errors are OSErrors, a malformed id is a ValueError
+        reason = " ".join(str(error).split())[:300]
+        raise JobError(f"{job.file}: model.name is {model.name!r}, neither a folder nor known to the hub: {reason}") from None
+    return job
 
 
 def folder(job: Job) -> Path:
@@ -116,26 +149,15 @@ def load(job: Job, threads: int | None = None) -> Engine:
 
     Raises JobError for a checkpoint that cannot be used, RunError when it does not load for any other reason.
     """
-    if job.sections.model.engine == "openai":
-        need_client(job)
+    need(job)
+    model = job.sections.model
+    if model.engine == "openai":
         from pipeline.engines import openai
 
         return openai.load(openai.resolve(job))
-    from pipeline.engines.transformers import TransformersEngine
-
-    model = job.sections.model
+    loads = load_vllm if model.engine == "vllm" else load_transformers
     try:
-        engine = TransformersEngine(
-            str(folder(job)) if folder(job).is_dir() else model.name,
-            revision=None if job.uses_demo else model.revision,
-            dtype=model.dtype,
-            batch_size=model.batch_size,
-            threads=threads,
-            max_model_len=model.max_model_len,
-            max_request_tokens=job.sections.limits.max_request_tokens,
-            rope_scaling=model.rope_scaling,
-            lora=str(place(job, model.lora)) if model.lora and is_place(job, model.lora) else model.lora,
-        )
+        engine = loads(job, threads)
     except PipelineError:
         raise
     except Exception as error:  # any: what libraries make of a stranger's numbers, or of a GPU that is full, has no common class
@@ -143,3 +165,52 @@ def load(job: Job, threads: int | None = None) -> Engine:
         raise RunError(f"the model {model.name} does not load: {reason}") from error
     engine.model = model.name
     return engine
+
+
+def load_transformers(job: Job, threads: int | None) -> Engine:
+    """Load a model into this process."""
+    from pipeline.engines.transformers import TransformersEngine
+
+    model = job.sections.model
+    return TransformersEngine(
+        weights(job),
+        revision=None if job.uses_demo or is_store(model.name) else model.revision,
+        dtype=model.dtype,
+        batch_size=model.batch_size,
+        threads=threads,
+        max_model_len=model.max_model_len,
+        max_request_tokens=job.sections.limits.max_request_tokens,
+        rope_scaling=model.rope_scaling,
+        lora=adapter(job),
+    )
+
+
+def load_vllm(job: Job, threads: int | None) -> Engine:
+    """Load a model into processes of vLLM's own."""
+    from pipeline.engines.launch import arguments
+    from pipeline.engines.vllm import VLLMEngine
+
+    model = job.sections.model
+    return VLLMEngine(
+        weights(job),
+        arguments(job),
+        revision=None if job.uses_demo or is_store(model.name) else model.revision,
+        threads=threads,
+        max_request_tokens=job.sections.limits.max_request_tokens,
+        rope_scaling=model.rope_scaling,
+        lora=adapter(job),
+    )
+
+
+def weights(job: Job) -> str:
+    """Return the folder of the job's model, or its hub id. One in an object store is copied to this machine, if it is not yet."""
+    model = job.sections.model
+    if is_store(model.name):
+        return str(copies.copied(model.name, copies.revision(model.name, model.revision)))
+    return str(folder(job)) if folder(job).is_dir() else job.sections.model.name
+
+
+def adapter(job: Job) -> str | None:
+    """Return the folder of the job's LoRA adapter, or its hub id."""
+    lora = job.sections.model.lora
+    return str(place(job, lora)) if lora and is_place(job, lora) else lora

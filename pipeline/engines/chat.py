@@ -11,28 +11,25 @@ Pages travel as data URLs, never as a document's address: a server that fetches 
 
 from __future__ import annotations
 
-import base64
 import codecs
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from PIL import Image
-
-from pipeline.budget import CELL_AREA, MAX_TOKENS
+from pipeline.engines.loops import LOOP_CHARACTERS, LOOP_EVERY, LOOP_EVERY_CHARACTERS, loop, looped
+from pipeline.engines.pictures import ImageFormat, data_url
 from pipeline.errors import DocumentError
 from pipeline.prompt import CONTROL_TOKEN
-from pipeline.records import Completion, FinishReason, Message, Pixels, Request, Sampling, Token, Usage
+from pipeline.records import Completion, FinishReason, Message, Request, Sampling, Token, Usage
 
 Structure = Literal["json_schema", "tool", "prompt"]
 RECORD = "record"
 """What the schema is called where it must have a name."""
+COMPACT = {"x-guidance": {"whitespace_flexible": False}}
+"""No spaces between tokens: llguidance, which vLLM decodes by for `guidance`, reads it in the schema; others pass it over. With spaces
+allowed a weak model writes newlines without end (vllm#38696)."""
 FINISHED = {"stop": FinishReason.STOP, "tool_calls": FinishReason.STOP, "function_call": FinishReason.STOP, "length": FinishReason.LENGTH}
-PNG_LEVEL = 1
-"""zlib's fastest: 91 ms instead of 344 for a scanned A4 page, a tenth larger."""
-JPEG_QUALITY = 90
 MAX_TOKEN_CHARACTERS = 64
 """More than this per token, or more than two events per token, and the server does not keep to `max_tokens`."""
 
@@ -54,9 +51,7 @@ class Dialect:
     vllm: bool = False
     """vLLM is told everything: what is left out it takes from the checkpoint's own defaults, a repetition penalty of 1.05 among them."""
     logprobs: bool = False
-    image_format: Literal["png", "jpeg"] = "png"
-    pixel_bounds: tuple[int, int] = (CELL_AREA, MAX_TOKENS * CELL_AREA)
-    """Between them a page keeps its size."""
+    image_format: ImageFormat = "png"
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Goes over everything else; a null takes a key away."""
 
@@ -70,13 +65,10 @@ def body(request: Request, dialect: Dialect) -> bytes:
         "stream_options": {"include_usage": True},
         "max_tokens": request.sampling.max_tokens,
         **drawn(request.sampling, dialect.vllm),
-        **(form(request.schema, dialect.structure) if request.schema else {}),
+        **(form(request.schema, dialect) if request.schema else {}),
     }
     if dialect.logprobs:
         asked["logprobs"] = True
-    if dialect.vllm:
-        low, high = dialect.pixel_bounds
-        asked["mm_processor_kwargs"] = {"min_pixels": low, "max_pixels": high}
     asked |= dialect.extra
     return json.dumps({name: value for name, value in asked.items() if value is not None}, separators=(",", ":")).encode()
 
@@ -90,12 +82,12 @@ def drawn(sampling: Sampling, everything: bool) -> dict[str, Any]:
     return given | ({"seed": sampling.seed} if sampling.temperature else {})
 
 
-def form(schema: str, structure: Structure) -> dict[str, Any]:
+def form(schema: str, dialect: Dialect) -> dict[str, Any]:
     """Return what makes a server keep to a schema; nothing where only the prompt can ask for it."""
-    if structure == "json_schema":
-        record = {"name": RECORD, "strict": True, "schema": json.loads(schema)}
+    if dialect.structure == "json_schema":
+        record = {"name": RECORD, "strict": True, "schema": json.loads(schema) | (COMPACT if dialect.vllm else {})}
         return {"response_format": {"type": "json_schema", "json_schema": record}}
-    if structure == "tool":
+    if dialect.structure == "tool":
         function = {"name": RECORD, "description": "Keeps what the document says.", "parameters": json.loads(schema)}
         choice = {"type": "function", "function": {"name": RECORD}}
         return {"tools": [{"type": "function", "function": function}], "tool_choice": choice}
@@ -113,7 +105,7 @@ def spoken(request: Request, structure: Structure) -> Sequence[Message]:
     return (Message("system", (*first.parts, words)), *others)
 
 
-def turn(message: Message, image_format: Literal["png", "jpeg"]) -> dict[str, Any]:
+def turn(message: Message, image_format: ImageFormat) -> dict[str, Any]:
     """Return a message; one without images as plain text, which some servers' templates insist on.
 
     What a page or an answer says must not become a control token on the server, which knows no difference.
@@ -131,16 +123,6 @@ def turn(message: Message, image_format: Literal["png", "jpeg"]) -> dict[str, An
     return {"role": message.role, "content": content}
 
 
-def data_url(pixels: Pixels, image_format: Literal["png", "jpeg"]) -> str:
-    """Return a page as a data URL: PNG keeps every pixel, JPEG is smaller for scans."""
-    buffer, picture = io.BytesIO(), Image.fromarray(pixels)
-    if image_format == "png":
-        picture.save(buffer, "PNG", compress_level=PNG_LEVEL)
-    else:
-        picture.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return f"data:image/{image_format};base64,{base64.b64encode(buffer.getbuffer()).decode('ascii')}"
-
-
 class Answer:
     """An answer as its events come in; of a server that does not stream, one event."""
 
@@ -150,7 +132,7 @@ class Answer:
         self.tokens: list[Token] = []
         self.usage: Usage | None = None
         self.finish_reason: str | None = None
-        self._events, self._written = 0, 0
+        self._events, self._written, self._looked = 0, 0, 0
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     @property
@@ -159,7 +141,7 @@ class Answer:
         return self._events > 2 * self.max_tokens + 16 or self._written > MAX_TOKEN_CHARACTERS * (self.max_tokens + 16)
 
     def add(self, event: Any) -> None:
-        """Take an event in. Raises Broken for one that says or is an error."""
+        """Take an event in. Raises Broken for one that says or is an error, DocumentError when the answer will not end by itself."""
         try:
             if error := event.get("error"):
                 raise Broken("server", f"the server broke off: {sentence(error)}")
@@ -168,6 +150,7 @@ class Answer:
                 self._choose(choice)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise Broken("garbled", f"the server sent what is no Chat Completions event ({type(error).__name__}: {error})") from None
+        self._stop_loop()
 
     def completion(self) -> Completion:
         """Return the whole answer. Raises Broken when it is not whole, DocumentError when the server declines to give one."""
@@ -179,8 +162,22 @@ class Answer:
             raise Broken("connection", "the answer ended before it was finished")
         if reason not in FINISHED:
             raise Broken("garbled", f"the answer ended with the finish_reason {reason[:40]!r}")
-        text = "".join(self.arguments or self.content)
+        text = self._text()
         return Completion(text, FINISHED[reason], self.usage or Usage(0, len(self.tokens) or self._events), spelling(text, self.tokens))
+
+    def _text(self) -> str:
+        return "".join(self.arguments or self.content)
+
+    def _stop_loop(self) -> None:
+        """Raise DocumentError for an answer that repeats itself: by its tokens where the server tells them, else by its characters."""
+        written, every = (len(self.tokens), LOOP_EVERY) if self.tokens else (self._written, LOOP_EVERY_CHARACTERS)
+        if self.finish_reason is not None or written < self._looked + every:
+            return
+        self._looked = written
+        if self.tokens and (repeated := loop([token.text for token in self.tokens])):
+            raise looped("".join(repeated), len(repeated), written)
+        if not self.tokens and (pattern := loop(self._text(), LOOP_CHARACTERS, LOOP_CHARACTERS)):
+            raise looped(pattern, len(pattern), written, "characters")
 
     def _count(self, usage: Any) -> None:
         """Keep the token counts; the last ones count."""

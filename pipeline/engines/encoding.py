@@ -35,6 +35,8 @@ class Prompt:
     """One request as the model takes it."""
 
     ids: list[int]
+    short: list[int]
+    """The same with one placeholder for each image, as chat templates write it."""
     positions: NDArray[np.int64]
     """(3, tokens): time, height and width of each token, as Qwen's multimodal rotary embedding counts them."""
     images: tuple[Pixels, ...]
@@ -67,7 +69,8 @@ class Encoder:
         short = [token for piece in pieces for token in piece]
         if short.count(self._image_token) != len(images):
             raise DocumentError("prompt", f"the chat template shows {short.count(self._image_token)} of {len(images)} images")
-        return Prompt(list(spread(short, grids, self._image_token)), positions(short, grids, self._image_token), images)
+        places = positions(short, grids, self._image_token)
+        return Prompt(list(spread(short, grids, self._image_token)), short, places, images)
 
     def trial(self) -> Prompt:
         """Return a prompt about a page of one visual token: what a template must be able to ask at least."""

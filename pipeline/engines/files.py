@@ -28,13 +28,16 @@ MAX_HEADER_BYTES = 100_000_000
 """What the format itself allows."""
 
 
-def check(folder: Path) -> None:
-    """Raise JobError when a checkpoint cannot be loaded from this folder; a sound one may still hold the wrong weights."""
+def check(folder: Path, any_quantization: bool = False) -> None:
+    """Raise JobError when a checkpoint cannot be loaded from this folder; a sound one may still hold the wrong weights.
+
+    `any_quantization` leaves it to whoever loads it which ones there are.
+    """
     config = read_json(folder / "config.json")
     if config.get("model_type") not in MODEL_TYPES:
         raise JobError(f"{folder}: model_type is {config.get('model_type')!r}; allowed: {', '.join(MODEL_TYPES)}")
     block = config.get("quantization_config") or {}
-    if block and (not isinstance(block, dict) or block.get("quant_method") != "awq"):
+    if block and not any_quantization and (not isinstance(block, dict) or block.get("quant_method") != "awq"):
         method = block.get("quant_method") if isinstance(block, dict) else block
         raise JobError(f"{folder}: config.json says quantization by {method!r}; allowed are none and 'awq'")
     for part, choices in PARTS.items():

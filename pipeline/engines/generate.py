@@ -17,20 +17,9 @@ from torch import Tensor
 from pipeline.decoding import Masks, Vocabulary
 from pipeline.engines.batch import Batch, Row
 from pipeline.engines.encoding import Encoder
+from pipeline.engines.loops import LOOP_EVERY, loop, looped
 from pipeline.errors import DocumentError
 from pipeline.records import FinishReason, Sampling
-
-LOOP_PERIOD = 512
-"""An answer that repeats up to 512 tokens …"""
-LOOP_TIMES = 4
-"""… this many times, one after the other, to the letter …"""
-LOOP_TOKENS = 512
-"""… and for this long will not end by itself. Tables with so many equal rows in sequence are rarer than loops; rows that only
-count on are no loop."""
-LOOP_SHOWN = 80
-"""Characters of a loop that its failure shows."""
-LOOP_EVERY = 64
-"""How many tokens are written between two looks of 0.4 ms each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,31 +146,3 @@ def own_fault(error: Exception) -> DocumentError:
     if isinstance(error, DocumentError):
         return error
     return DocumentError("engine", f"the engine failed on this request: {type(error).__name__}: {error}")
-
-
-def looped(text: str, period: int, written: int) -> DocumentError:
-    """Return the failure that names a loop; a long one is shown by its beginning."""
-    shown = repr(text) if len(text) <= LOOP_SHOWN else f"{text[:LOOP_SHOWN]!r}… ({period} tokens)"
-    return DocumentError("loop", f"the answer repeats {shown} and was stopped after {written:,} tokens")
-
-
-def loop(tokens: list[int]) -> list[int]:
-    """Return the pattern that the last tokens repeat, as it stands where they begin to; nothing when they repeat none.
-
-    Reads the tail from its end and keeps, for each of its beginnings, the length of the longest shorter beginning that it ends with
-    (Knuth, Morris and Pratt's prefix function): what is missing to the whole is its shortest period. Each token is looked at twice.
-    """
-    tail = tokens[: -LOOP_PERIOD * LOOP_TIMES - 1 : -1]
-    border, borders = 0, [0]
-    for end in range(1, len(tail)):
-        while border and tail[end] != tail[border]:
-            border = borders[border - 1]
-        border += tail[end] == tail[border]
-        borders.append(border)
-        period = end + 1 - border
-        if end + 1 >= max(LOOP_TOKENS, LOOP_TIMES * period):
-            start = len(tokens) - end - 1
-            while start and tokens[start - 1] == tokens[start - 1 + period]:
-                start -= 1
-            return tokens[start : start + period]
-    return []

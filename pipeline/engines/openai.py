@@ -14,7 +14,7 @@ from threading import Thread
 from typing import Any, TypeVar
 
 from pipeline import schema
-from pipeline.budget import CELL_AREA, PixelBudget, fit_pixels
+from pipeline.budget import CELL_AREA
 from pipeline.engines import structure
 from pipeline.engines.chat import Broken, Dialect, body
 from pipeline.engines.endpoint import Endpoint, Patience
@@ -121,7 +121,7 @@ def resolve(job: Job) -> Job:
 
 
 async def survey(job: Job, engine: OpenAIEngine) -> Job:
-    """Find out the model's name, which server it is, and how it keeps to the job's schema."""
+    """Find out the model's name, which server it is, how it keeps to the job's schema, and of vLLM whether pages keep their size."""
     model = job.sections.model
     cards = await engine.models() or [] if "auto" in (model.name, model.server) else []
     name = only(structure.listed(cards)) if model.name == "auto" else model.name
@@ -130,6 +130,8 @@ async def survey(job: Job, engine: OpenAIEngine) -> Job:
     subject = structure.Subject(job.system, schema.compact(job.schema), job.sampling)
     wanted = None if model.structure == "auto" else model.structure
     found = await structure.probe(engine.ask, subject, dialect(named), wanted, model.logprobs)
+    if found.vllm:
+        await structure.check_sizes(engine.ask, subject, found, job.sections.pages.budget)
     return named.with_model(structure=found.structure, logprobs=found.logprobs)
 
 
@@ -162,24 +164,15 @@ def load(job: Job) -> OpenAIEngine:
 
 def dialect(job: Job) -> Dialect:
     """Return how the job says its server is spoken to."""
-    model, budget = job.sections.model, job.sections.pages.budget
+    model = job.sections.model
     return Dialect(
         model.name,
         structure="prompt" if model.structure == "auto" else model.structure,
         vllm=model.server == "vllm",
         logprobs=bool(model.logprobs),
         image_format=model.image_format,
-        pixel_bounds=bounds(budget),
         extra=model.extra_body,
     )
-
-
-def bounds(budget: PixelBudget) -> tuple[int, int]:
-    """Return the areas between which every page of this budget lies."""
-    if budget.resized_height and budget.resized_width:
-        size = fit_pixels(1, 1, budget)
-        return size.width_px * size.height_px, size.width_px * size.height_px
-    return budget.min_pixels, budget.max_pixels
 
 
 def key(job: Job) -> str | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.budget import PixelBudget, Size, canvases, fit_pixels, visual_tokens
 from pipeline.engines.chat import Dialect, Structure
 from pipeline.errors import DocumentError, JobError
 from pipeline.prompt import build
@@ -36,6 +37,7 @@ HELLO_TOKENS = 256
 """Room for a model that thinks first."""
 RECORD_TOKENS = 16
 """Enough to see that the schema is taken."""
+SMALL = Size(56, 56)
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,9 @@ class Subject:
         sampling = replace(self.sampling, max_tokens=HELLO_TOKENS)
         return Request("hello", (Message("user", ("Say hello.",)),), json.dumps(WANTED), sampling)
 
-    def record(self) -> Request:
+    def record(self, size: Size = SMALL) -> Request:
         """Return the job's own question about an empty page."""
-        page = np.full((56, 56, 3), 255, np.uint8)
+        page = np.full((size.height_px, size.width_px, 3), 255, np.uint8)
         return Request("record", build(self.system, [page]), self.schema, replace(self.sampling, max_tokens=RECORD_TOKENS))
 
 
@@ -74,6 +76,32 @@ async def probe(ask: Ask, subject: Subject, start: Dialect, structure: Structure
                 raise
             refusal = error.message
     raise JobError(f"it refuses to be asked: {refusal}; model.base_url mostly ends in /v1, model.extra_body can take keys away")
+
+
+async def check_sizes(ask: Ask, subject: Subject, dialect: Dialect, budget: PixelBudget) -> None:
+    """Raise JobError when a server resizes pages: the largest page then costs other tokens, compared with the smallest, than planned.
+
+    It would take the bounds with each request, but only if it was started with `--trust-request-mm-kwargs`; without them the
+    checkpoint's own hold, which are as wide as any budget.
+    """
+    small, large = extremes(budget)
+    if small == large:
+        return
+    read = [(await ask(subject.record(size), dialect)).usage.prompt_tokens for size in (small, large)]
+    planned = visual_tokens(large) - visual_tokens(small)
+    if read[1] - read[0] != planned:
+        sizes = f"pages of {small.width_px}x{small.height_px} and {large.width_px}x{large.height_px} px"
+        found = f"it resizes pages: {sizes} should differ by {planned:,} tokens and differ by {read[1] - read[0]:,}"
+        way_out = "start it without min_pixels and max_pixels, or set pages.min_pixels and pages.max_pixels to what it has"
+        raise JobError(f"{found}; {way_out}")
+
+
+def extremes(budget: PixelBudget) -> tuple[Size, Size]:
+    """Return the smallest and the largest size of a page; twice the same where all have that."""
+    if budget.resized_height and budget.resized_width:
+        return (fit_pixels(1, 1, budget),) * 2
+    sizes = sorted(canvases(1, 1, budget), key=visual_tokens)
+    return sizes[0], sizes[-1]
 
 
 def obeyed(text: str) -> bool:

@@ -9,7 +9,6 @@ oldest one, so that little is padded. A row leaves when its answer ends, and its
 from __future__ import annotations
 
 import asyncio
-import codecs
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
@@ -20,11 +19,12 @@ from typing import Any
 import torch
 
 from pipeline.engines import checkpoint
+from pipeline.engines.answer import check_length, completion
 from pipeline.engines.batch import Batch, Row
 from pipeline.engines.encoding import Prompt
 from pipeline.engines.generate import own_fault, step
 from pipeline.errors import DocumentError, EngineDead, JobError
-from pipeline.records import Completion, FinishReason, Request, Token, Usage
+from pipeline.records import Completion, FinishReason, Request
 
 GATHER_S = 0.02
 """How long an idle engine lets requests gather after the first: little beside the seconds of a batch."""
@@ -104,24 +104,13 @@ class TransformersEngine:
         self._check()
         try:
             prompt = self._model.encoder.encode(request.messages)
-            self._check_length(len(prompt.ids), request.sampling.max_tokens)
+            check_length(len(prompt.ids), request.sampling.max_tokens, self.max_model_len, self.max_request_tokens)
             self._model.vocabulary.start(request.schema)
         except JobError as error:
             raise DocumentError("schema", str(error)) from None
         except Exception as error:  # any: a template or a tokenizer may stumble over this request's text
             raise own_fault(error) from None
         return Asked(request, prompt)
-
-    def _check_length(self, prompt_tokens: int, answer_tokens: int) -> None:
-        """Refuse a request that is longer than the job allows, or than the model can read."""
-        needed, allowed = prompt_tokens + answer_tokens, self.max_request_tokens
-        if allowed and needed > allowed:
-            found = f"the request needs {needed:,} tokens ({prompt_tokens:,} to read and up to {answer_tokens:,} to write)"
-            way_out = "lower pages.per_request or sampling.max_tokens, or raise limits.max_request_tokens"
-            raise DocumentError("too_long", f"{found}, limits.max_request_tokens allows {allowed:,}: {way_out}")
-        if prompt_tokens >= self.max_model_len:
-            found = f"the prompt has {prompt_tokens:,} tokens, the model takes {self.max_model_len:,}, answer included"
-            raise DocumentError("too_long", f"{found}: lower pages.per_request")
 
     # What follows runs in the engine's thread.
 
@@ -229,13 +218,9 @@ class TransformersEngine:
         return batch.keep(going) if going else Batch([])
 
     def _completion(self, row: Row) -> Completion:
-        """Return a finished row as an answer. A character spread over tokens is the last one's."""
-        characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        texts = [characters.decode(self._model.vocabulary.bytes_of(token)) for token in row.tokens]
-        tokens = tuple(Token(text, logprob) for text, logprob in zip(texts, row.logprobs, strict=True))
-        usage = Usage(len(row.prompt.ids), len(row.tokens))
+        """Return a finished row as an answer."""
         reason = row.ended if isinstance(row.ended, FinishReason) else FinishReason.LENGTH
-        return Completion("".join(texts) + characters.decode(b"", final=True), reason, usage, tokens)
+        return completion(row.tokens, row.logprobs, reason, len(row.prompt.ids), self._model.vocabulary.bytes_of)
 
 
 def joined(one: Batch, other: Batch) -> Batch:

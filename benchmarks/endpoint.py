@@ -1,0 +1,295 @@
+"""How fast is everything around the model, and what does it cost? `pipeline.run` beside a plain asyncio client, both asking a
+server that answers at once. Prints a table; needs no GPU and no weights. Linux only.
+
+    python benchmarks/endpoint.py [--documents 120] [--pages 5] [--rounds 3]
+
+The server is a process of its own on loopback, whose CPU time is nobody's: a valid record of one token an event, with
+log-probabilities for whoever asks for them, as `pipeline.run` does. The plain client is what one writes in an afternoon: PyMuPDF at
+200 dpi, Pillow's `resize` to the size the model would resize to, PNG, base64, httpx2, 16 requests at once; it keeps the answers'
+text. `pipeline.run` draws in its sandbox, checks every answer, and writes ledger and records.
+
+Both take turns, each time in fresh processes. CPU time is that of all processes of a run: what the kernel says of those that
+were waited for, orphans too, for they come to this process; or what /proc showed of them last, where that is more. A run over the
+first document alone is what starting costs, Ray's processes above all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import ctypes
+import io
+import json
+import os
+import re
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SAMPLE_S = 0.2
+CONCURRENCY = 16
+PR_SET_CHILD_SUBREAPER = 36
+TICKS = os.sysconf("SC_CLK_TCK")
+SCHEMA = Path(__file__).parents[1] / "schemas" / "invoice.json"
+DRAWING = threading.Lock()
+"""MuPDF draws in one thread at a time."""
+ITEM = {"description": "Screws M4x20, zinc-plated", "quantity": 17, "unit_price": 12.4, "amount": 210.8}
+RECORD = {
+    "seller_name": "Northwind Traders Ltd", "seller_tax_id": "DE123456789", "buyer_name": "Contoso GmbH", "invoice_number": "INV-24-0117",
+    "invoice_date": "2024-03-05", "due_date": "2024-04-04", "purchase_order": None, "currency": "EUR", "line_items": [ITEM] * 8,
+    "subtotal": 1686.4, "tax_amount": 320.42, "total": 2006.82,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a run took."""
+
+    wall_s: float
+    cpu_s: float
+
+
+def main() -> int:
+    """Print the table; return 1 when the plain client uses less CPU for a page."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
+    parser.add_argument("--documents", type=int, default=120)
+    parser.add_argument("--pages", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=("ours", "plain", "server"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--address", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.only == "server":
+        asyncio.run(serve())
+    elif chosen.only == "ours":
+        ours(chosen.folder, chosen.address, chosen.documents, chosen.pages)
+    elif chosen.only == "plain":
+        asyncio.run(plain(chosen.folder, chosen.address, chosen.documents))
+    else:
+        return compare(chosen.documents, chosen.pages, chosen.rounds)
+    return 0
+
+
+def compare(documents: int, pages: int, rounds: int) -> int:
+    """Run both in turns and print what they took."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    with tempfile.TemporaryDirectory() as name, subprocess.Popen([*me("server")], stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            address, folder = server.stdout.readline().strip(), Path(name)
+            write_documents(folder / "in", documents, pages)
+            taken: dict[tuple[str, int], list[Spent]] = {}
+            for who, count in [(who, count) for _ in range(rounds) for count in (1, documents) for who in ("ours", "plain")]:
+                command = me(who, "--folder", name, "--address", address, "--documents", str(count), "--pages", str(pages))
+                taken.setdefault((who, count), []).append(metered(command, {server.pid}))
+        finally:
+            server.kill()
+    return table(taken, documents, pages)
+
+
+def me(role: str, *arguments: str) -> list[str]:
+    return [sys.executable, __file__, "--only", role, *arguments]
+
+
+def table(taken: dict[tuple[str, int], list[Spent]], documents: int, pages: int) -> int:
+    """Print medians; return 1 when the plain client uses less CPU for a page, starting left out of both."""
+    print(f"{documents} documents of {pages} pages, medians of {len(taken['ours', 1])} runs each")
+    print(f"{'':22}{'documents/s':>12}{'CPU ms/page':>13}{'start s':>9}{'start CPU s':>13}{'then documents/s':>18}{'then CPU ms/page':>18}")
+    then = {}
+    for who, name in (("ours", "pipeline.run"), ("plain", "plain asyncio client")):
+        wall_s, cpu_s = (statistics.median(getattr(spent, what) for spent in taken[who, documents]) for what in ("wall_s", "cpu_s"))
+        start_s, start_cpu_s = (statistics.median(getattr(spent, what) for spent in taken[who, 1]) for what in ("wall_s", "cpu_s"))
+        then[who] = (cpu_s - start_cpu_s) / (documents - 1) / pages * 1000
+        print(
+            f"{name:22}{documents / wall_s:12.1f}{cpu_s / documents / pages * 1000:13.1f}{start_s:9.1f}{start_cpu_s:13.1f}"
+            f"{(documents - 1) / (wall_s - start_s):18.1f}{then[who]:18.1f}"
+        )
+    print(f"CPU per page, beyond starting: {then['ours'] / then['plain']:.2f} of the plain client's")
+    for (who, count), runs in taken.items():
+        print(f"    {who}, {count}: " + ", ".join(f"{spent.wall_s:.1f} s, {spent.cpu_s:.1f} CPU s" for spent in runs))
+    return int(then["ours"] > then["plain"])
+
+
+# ---- What a run takes -------------------------------------------------------------------------------------------------
+
+
+def metered(command: list[str], others: set[int]) -> Spent:
+    """Return what a command took, all the processes that came of it included; waits until the last of them has ended."""
+    before, seen, started = waited_s(), dict[int, float](), time.monotonic()
+    own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(command, env=own)
+    try:
+        while process.poll() is None:
+            seen |= alive(others)
+            time.sleep(SAMPLE_S)
+    finally:
+        process.kill()
+    wall_s = time.monotonic() - started
+    while left := alive(others):
+        seen |= left
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        time.sleep(SAMPLE_S / 4)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+    return Spent(wall_s, max(waited_s() - before, sum(seen.values())))
+
+
+def waited_s() -> float:
+    """Return the CPU seconds of all descendants that have ended and were waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def alive(others: set[int]) -> dict[int, float]:
+    """Return this process's descendants, each with its CPU seconds so far; `others` and theirs left out."""
+    parents, used = dict[int, int](), dict[int, float]()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, ValueError):  # it ended meanwhile
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            parents[int(folder.name)], used[int(folder.name)] = int(fields[1]), (int(fields[11]) + int(fields[12])) / TICKS
+    ours = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in ours and pid not in ours | others}:
+        ours |= more
+    return {pid: used[pid] for pid in ours - {os.getpid()}}
+
+
+# ---- The two ----------------------------------------------------------------------------------------------------------
+
+
+def ours(folder: Path, address: str, documents: int, pages: int) -> None:
+    """Run the pipeline over the first so many documents, into a folder of its own."""
+    from pipeline import Job, run
+
+    job = folder / "job.yaml"
+    job.write_text(
+        f"name: ceiling\nsource: {{paths: [in]}}\npages: {{per_request: {pages}}}\nextract: {{schema: {SCHEMA}}}\noutput: {{path: out}}\n"
+        f"model: {{engine: openai, name: stub, base_url: '{address}', server: other, structure: json_schema, concurrency: {CONCURRENCY}}}\n"
+    )
+    with tempfile.TemporaryDirectory(dir=folder) as output:
+        report = run(Job.load(job, output=output), limit=documents)
+    assert report.statuses == {"extracted": documents}, report.as_dict()
+
+
+async def plain(folder: Path, address: str, documents: int) -> None:
+    """Ask for the first so many documents as one would by hand."""
+    import httpx2
+
+    from pipeline import prompt, schema
+
+    given = schema.load(SCHEMA)
+    plainly = json.loads(schema.compact(given))
+    response_format = {"type": "json_schema", "json_schema": {"name": "record", "strict": True, "schema": plainly}}
+    system, places = prompt.system(given), asyncio.Semaphore(CONCURRENCY)
+
+    async def ask(file: Path) -> str:
+        async with places:
+            images = [{"type": "image_url", "image_url": {"url": url}} for url in await asyncio.to_thread(data_urls, file)]
+            user = {"role": "user", "content": [*images, {"type": "text", "text": prompt.ASK}]}
+            messages = [{"role": "system", "content": system}, user]
+            body = {"model": "stub", "messages": messages, "stream": True, "temperature": 0, "response_format": response_format}
+            text = ""
+            async with client.stream("POST", f"{address}/chat/completions", json=body) as reply:
+                async for line in reply.aiter_lines():
+                    if line.startswith("data: {"):
+                        for choice in json.loads(line[6:])["choices"]:
+                            text += choice["delta"].get("content") or ""
+            return text
+
+    async with httpx2.AsyncClient(timeout=None) as client:
+        files = sorted((folder / "in").iterdir())[:documents]
+        answers = await asyncio.gather(*map(ask, files))
+    with tempfile.TemporaryFile("w+", dir=folder) as kept:
+        kept.writelines(json.dumps({"file": file.name} | json.loads(text)) + "\n" for file, text in zip(files, answers, strict=True))
+
+
+def data_urls(file: Path) -> list[str]:
+    """Return a document's pages as an afternoon's program makes them."""
+    import pymupdf
+    from PIL import Image
+
+    from pipeline.budget import PixelBudget, smart_resize
+
+    budget = PixelBudget()
+    with DRAWING, pymupdf.open(file) as document:
+        pixmaps = [page.get_pixmap(dpi=200) for page in document]
+    urls = []
+    for pixmap in pixmaps:
+        height, width = smart_resize(pixmap.height, pixmap.width, budget.min_pixels, budget.max_pixels)
+        picture = Image.frombytes("RGB", (pixmap.width, pixmap.height), pixmap.samples).resize((width, height))
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        urls.append(f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}")
+    return urls
+
+
+# ---- What both are given ----------------------------------------------------------------------------------------------
+
+
+def write_documents(folder: Path, count: int, pages: int) -> None:
+    """Write PDFs of dense A4 pages; every other document has a coloured letterhead."""
+    import pymupdf
+
+    folder.mkdir()
+    for number in range(count):
+        with pymupdf.open() as document:
+            for page_no in range(1, pages + 1):
+                page = document.new_page(width=595, height=842)
+                if number % 2:
+                    page.draw_rect((0, 0, 595, 60), color=None, fill=(0.1, 0.3, 0.6))
+                lines = [
+                    f"{line:02}  Item {number}-{page_no}-{line}, zinc-plated, in boxes of 200   {line} x 12.40 EUR" for line in range(45)
+                ]
+                page.insert_text((50, 90), [f"Invoice {number}, page {page_no} of {pages}", *lines], fontsize=10)
+            document.save(folder / f"{number:05}.pdf")
+
+
+async def serve() -> None:
+    """Answer every request at once, and say where."""
+    answers = {scored: answer(json.dumps(RECORD, separators=(",", ":")), scored) for scored in (True, False)}
+
+    async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+                body = await reader.readexactly(int(length[1])) if length else b""
+                writer.write(answers[b'"logprobs":true' in body] if body else b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+                await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(connection, "127.0.0.1", 0, limit=2**22)
+    print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
+    await server.serve_forever()
+
+
+def answer(text: str, scored: bool) -> bytes:
+    """Return a reply that streams a text, four characters an event."""
+    parts = [text[at : at + 4] for at in range(0, len(text), 4)]
+    choices: list[dict[str, Any]] = [{"index": 0, "delta": {"content": part}, "finish_reason": None} for part in parts]
+    if scored:
+        for part, choice in zip(parts, choices, strict=True):
+            choice["logprobs"] = {"content": [{"token": part, "logprob": -0.01, "bytes": list(part.encode()), "top_logprobs": []}]}
+    choices.append({"index": 0, "delta": {}, "finish_reason": "stop"})
+    chunk = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 0, "model": "stub"}
+    usage = {"prompt_tokens": 6000, "completion_tokens": len(parts), "total_tokens": 6000 + len(parts)}
+    events = [*({**chunk, "choices": [choice]} for choice in choices), {**chunk, "choices": [], "usage": usage}]
+    data = [f"data: {event}\n\n".encode() for event in (*(json.dumps(event, separators=(",", ":")) for event in events), "[DONE]")]
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return head + b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in data) + b"0\r\n\r\n"
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the way out leads past the server, which would stay otherwise
+    raise SystemExit(main())

@@ -1,0 +1,76 @@
+"""Work for a cluster that is joined from outside (`ray://`) -> the same work as a task within it, watched from here.
+
+Ray Data needs a process of the cluster for its driver, which Ray's client is not: it fails there for want of a core worker.
+Knows nothing of what the work does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from pipeline import cluster
+from pipeline.errors import PipelineError
+from pipeline.report import Report
+
+POLL_S = 1.0
+STOP_S = 60.0
+"""How long work that is stopped may take to write what it has."""
+Listeners = dict[str, Callable[[Any], None] | None]
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """Where the work writes what it has to tell, the newest of each kind, for who looks from outside."""
+
+    def __init__(self) -> None:
+        self.newest: dict[str, Any] = {}
+
+    def put(self, kind: str, word: Any) -> None:
+        self.newest[kind] = word
+
+    def take(self) -> dict[str, Any]:
+        taken, self.newest = self.newest, {}
+        return taken
+
+
+def task(work: Callable[..., Report], given: dict[str, Any], listened: list[str], board: Any) -> Report:
+    """The task within the cluster: do the work, and tell the board what is listened to."""
+
+    def told(kind: str) -> Callable[[Any], None]:
+        return lambda word: board.put.remote(kind, word)
+
+    return work(**given, **{kind: told(kind) for kind in listened})
+
+
+def done(work: Callable[..., Report], given: dict[str, Any], listeners: Listeners) -> Report:
+    """Do some work within the cluster and return its report; listeners hear here, if late, what it tells them there.
+
+    Raises the PipelineError that the work raises, and RunError when its process dies. An interrupt ends the work as well.
+    """
+    listened = {kind: listen for kind, listen in listeners.items() if listen}
+    board = cast(Any, Board).remote()
+    doing = ray.remote(num_cpus=0, max_retries=0)(task).remote(work, given, list(listened), board)
+    try:
+        over = False
+        while not over:
+            over = bool(ray.wait([doing], timeout=POLL_S)[0])
+            for kind, word in ray.get(board.take.remote()).items():
+                listened[kind](word)
+        return ray.get(doing)
+    except RayError as error:
+        raise reason(error) from error
+    except KeyboardInterrupt:
+        ray.cancel(doing)
+        ray.wait([doing], timeout=STOP_S)
+        raise
+
+
+def reason(error: RayError) -> PipelineError:
+    """Return what the work raised, or that its process is gone."""
+    if isinstance(error, RayTaskError) and isinstance(error.cause, PipelineError):
+        return error.cause
+    return cluster.stopped(error, "the run stopped: {}; run the same command again to resume it")

@@ -1,0 +1,68 @@
+"""What happens in a run, as it happens -> one line of JSON each. Knows neither files nor what an event means.
+
+Events are records of Python's own logging, of the logger `pipeline.events`: a program that embeds a run takes them where it
+likes; `pipeline run --log FILE` writes them as
+
+    {"at": "2026-11-21T08:00:00.123+00:00", "event": "request", "key": "c1…", "source": "a.pdf", "status": "extracted", …}
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import JobError
+
+LOG = logging.getLogger("pipeline.events")
+LOG.addHandler(logging.NullHandler())
+OF_A_REQUEST = "key attempt source doc_id first_page last_page status asks prompt_tokens completion_tokens engine elapsed_s".split()
+
+
+def event(name: str, **facts: Any) -> None:
+    """Tell whoever listens."""
+    LOG.info(name, extra={"facts": facts})
+
+
+def answered(row: Mapping[str, Any]) -> None:
+    """Tell what became of a request; a twin of another document has none and is no event."""
+    if row["key"] and LOG.isEnabledFor(logging.INFO):
+        failure = row.get("failure") or {}
+        why = f"{failure['stage']}/{failure['kind']}" if failure else None
+        event("request", **{name: row.get(name) for name in OF_A_REQUEST}, failure=why, message=failure.get("message"))
+
+
+class JsonLines(logging.Formatter):
+    """Events as lines of JSON. What stands in a document's name cannot break a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        return json.dumps({"at": at, "event": record.msg, **getattr(record, "facts", {})}, default=str)
+
+
+@contextmanager
+def written_to(file: Path | None) -> Iterator[None]:
+    """Append the events of this while to a file; nothing without one. Raises JobError when it cannot be written."""
+    if file is None:
+        yield
+        return
+    try:
+        handler = logging.FileHandler(file, encoding="utf-8")
+    except OSError as error:
+        raise JobError(f"cannot write the log {file}: {error.strerror}") from None
+    handler.setFormatter(JsonLines())
+    level, spreads = LOG.level, LOG.propagate
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+    try:
+        yield
+    finally:
+        LOG.removeHandler(handler)
+        handler.close()
+        LOG.setLevel(level)
+        LOG.propagate = spreads

@@ -1,0 +1,157 @@
+"""A checkpoint in an object store is copied to a machine once, whole, and is missed before anything starts."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import s3
+import tiny_model
+from desk import Desk
+from test_engines_choice import PAGE
+
+from pipeline import engines, store
+from pipeline.engines import copies
+from pipeline.errors import JobError, RunError
+from pipeline.job import Job
+from pipeline.stages import AskStage
+
+FILES = {"config.json": b"{}", "model.safetensors": b"weights", "pytorch_model.bin": b"pickled", "sub/config.json": b"another's"}
+
+
+@pytest.fixture
+def uri(bucket: s3.Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A place in S3 for a checkpoint, and a cache of this test's own."""
+    monkeypatch.setenv(copies.CACHE_ENV, str(tmp_path / "cache"))
+    monkeypatch.delenv(copies.OFFLINE_ENV, raising=False)
+    for name, data in FILES.items():
+        bucket.put(f"{tmp_path.name}/model/{name}", data)
+    return bucket.url(f"{tmp_path.name}/model")
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is fetched, in this order."""
+    fetched: list[str] = []
+    download = store.download
+
+    def counted(url: str, file: Path) -> None:
+        fetched.append(file.name)
+        download(url, file)
+
+    monkeypatch.setattr(store, "download", counted)
+    return fetched
+
+
+def left(tmp_path: Path) -> list[str]:
+    """Return what lies in the cache, the locks left out."""
+    return sorted(name for name in os.listdir(tmp_path / "cache" / "models") if not name.endswith(".lock"))
+
+
+def test_only_what_is_used_is_copied(uri: str) -> None:
+    copy = copies.copied(uri, copies.revision(uri))
+    assert {file.name: file.read_bytes() for file in copy.iterdir()} == {n: FILES[n] for n in ("config.json", "model.safetensors")}
+
+
+def test_actors_that_start_together_copy_once(uri: str, downloads: list[str], tmp_path: Path) -> None:
+    revision, found = copies.revision(uri), list[Path]()
+    threads = [threading.Thread(target=lambda: found.append(copies.copied(uri, revision))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [copies.folder(uri, revision)] * 4
+    assert (sorted(downloads), left(tmp_path)) == (["config.json", "model.safetensors"], [found[0].name])
+
+
+def test_a_copy_that_breaks_off_is_none(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it leaves is cleared away by the next."""
+    download, revision = store.download, copies.revision(uri)
+
+    def cut(url: str, file: Path) -> None:
+        file.write_bytes(b"wei")
+        raise store.Unreachable("the connection is gone")
+
+    monkeypatch.setattr(store, "download", cut)
+    with pytest.raises(RunError, match=r"cannot copy the model s3://.* to .*: the connection is gone; put that right"):
+        copies.copied(uri, revision)
+    assert not copies.folder(uri, revision).exists()
+    monkeypatch.setattr(store, "download", download)
+    assert left(tmp_path) != [copies.copied(uri, revision).name] == left(tmp_path)
+
+
+def test_a_file_that_comes_short_is_noticed(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "download", lambda url, file: file.write_bytes(b""))
+    with pytest.raises(RunError, match=r"config\.json has 2 bytes, and 0 came"):
+        copies.copied(uri, copies.revision(uri))
+
+
+def test_another_checkpoint_has_another_revision_and_place(uri: str, bucket: s3.Bucket, tmp_path: Path) -> None:
+    before = copies.revision(uri)
+    first = copies.copied(uri, before)
+    bucket.put(f"{tmp_path.name}/model/model.safetensors", b"WEIGHTS")
+    after = copies.revision(uri)
+    assert copies.copied(uri, after).joinpath("model.safetensors").read_bytes() == b"WEIGHTS"
+    assert (after != before, first.joinpath("model.safetensors").read_bytes()) == (True, b"weights")
+    assert copies.revision(uri, before) == before  # its copy is here
+    shutil.rmtree(first)
+    with pytest.raises(JobError, match=rf"model\.revision is '{before}', s3://.* has the revision {after} now"):
+        copies.revision(uri, before)
+    with pytest.raises(RunError, match="has changed since the run began"):
+        copies.copied(uri, before)
+
+
+def test_offline_the_copy_is_used_and_nothing_else(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(copies.OFFLINE_ENV, "1")
+    with pytest.raises(JobError, match=r"is not in .*/models, and HF_HUB_OFFLINE forbids to fetch it"):
+        copies.revision(uri)
+    monkeypatch.delenv(copies.OFFLINE_ENV)
+    copy = copies.copied(uri, copies.revision(uri))
+    monkeypatch.setenv(copies.OFFLINE_ENV, "1")
+    monkeypatch.setattr(store, "find", None)  # whoever calls it, fails
+    assert copies.copied(uri, copies.revision(uri)) == copy
+
+
+# --- in a job
+
+
+def job(desk: Desk, uri: str, *settings: str) -> Job:
+    return desk.job(f"model.name={uri}", "model.without_gpu=cpu", *settings)
+
+
+def test_a_place_without_a_checkpoint_is_refused(desk: Desk, uri: str) -> None:
+    with pytest.raises(JobError, match=r"model\.name is 's3://.*/nowhere', which holds no checkpoint \(no config\.json\)"):
+        engines.check(job(desk, f"{uri}/nowhere"))
+    with pytest.raises(JobError, match=r"the model s3://another/model cannot be listed: The specified bucket does not exist"):
+        engines.check(job(desk, "s3://another/model"))
+
+
+def test_a_models_revision_belongs_to_the_key_of_a_request(desk: Desk, uri: str) -> None:
+    asked = job(desk, uri)
+    found = engines.locate(asked)
+    assert found.sections.model.revision == copies.revision(uri)
+    assert found.fingerprint != asked.fingerprint
+    assert asked.as_resolved(found.resolved()["model"]).fingerprint == found.fingerprint
+    assert engines.locate(found) == found
+
+
+def test_a_checkpoint_in_s3_answers(desk: Desk, bucket: s3.Bucket, uri: str, tmp_path: Path) -> None:
+    for file in tiny_model.build(tmp_path / "built").iterdir():
+        bucket.put(f"{tmp_path.name}/tiny/{file.name}", file.read_bytes())
+    chosen = engines.locate(job(desk, uri.removesuffix("model") + "tiny"))
+    engine = engines.load(chosen, threads=1)
+    asked = {"key": "k", "first_page": 1, "last_page": 1, "page_count": 1, "pages": [PAGE], "pixels": [bytes(448 * 448 * 3)], "attempt": 1}
+    row = asyncio.run(AskStage(chosen, engine).answer(asked))
+    engine.close()
+    assert (row["model"], row["status"]) == (chosen.sections.model.name, "extracted")
+
+
+def test_a_hub_id_without_a_copy_is_refused_offline(desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(JobError, match=r"model\.name is 'nobody/nothing', neither a folder nor known to the hub: .*"):
+        engines.locate(job(desk, "nobody/nothing"))

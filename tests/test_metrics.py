@@ -1,0 +1,87 @@
+"""Whoever watches a cluster sees what a run does while it does it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import ray
+from desk import Desk, Scripted, completion, slip
+
+from pipeline import asking, flow
+from pipeline.engines import Engine
+from pipeline.job import Job
+from pipeline.records import Completion, Request
+
+pytest.importorskip("prometheus_client", reason="Ray exports metrics where ray[default] is installed")
+PATIENCE_S = 120
+METRIC = re.compile(r"^ray_pipeline_(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
+
+
+class Watched(Scripted):
+    """Answers four requests, and the others when somebody has seen that."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    async def complete(self, request: Request) -> Completion:
+        self.asked.append(request)
+        deadline = time.monotonic() + PATIENCE_S
+        while len(self.asked) > 4 and not (self.folder / "seen").exists() and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+        return completion()
+
+
+class WatchedAsker(asking.Asker):
+    def load(self, job: Job, threads: int) -> Engine:
+        return Watched(job.file.parent)
+
+
+for module in (__name__, Scripted.__module__):
+    ray.cloudpickle.register_pickle_by_value(sys.modules[module])  # Ray's workers do not find the tests
+
+
+def exported() -> Counter[str]:
+    """Return what this node exports, by name and what tells several of a name apart."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    found: Counter[str] = Counter()
+    for name, labels, value in METRIC.findall(text):
+        label = re.search(r'(?:status|kind)="(\w+)"', labels)
+        found[f"{name}/{label[1]}" if label else name] += float(value)
+    return found
+
+
+def watch(folder: Path, seen: Counter[str]) -> None:
+    """Look until four requests are answered, and let the run go on."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline and seen["requests_total/extracted"] < 4:
+        time.sleep(0.5)
+        seen.clear()
+        seen.update(exported())
+    (folder / "seen").touch()
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_run_is_seen_while_it_goes_on(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    for page in range(8):
+        desk.put(f"{page}.pdf", slip(page))
+    monkeypatch.setattr(asking, "Asker", WatchedAsker)
+    seen: Counter[str] = Counter()
+    watcher = threading.Thread(target=watch, args=(desk.folder, seen))
+    watcher.start()
+    report = flow.run(desk.job("model.batch_size=1"))
+    watcher.join()
+    assert report.statuses == {"extracted": 8}
+    assert (seen["requests_total/extracted"], seen["tokens_total/prompt"], seen["tokens_total/completion"]) == (4, 4 * 300, 4 * 20)
+    assert 4 <= seen["pages_rendered_total"] <= 8
+    assert 0 < seen["queue_depth"] <= 4
+    assert seen["engine_busy_seconds_total"] > 0

@@ -1,0 +1,97 @@
+"""vLLM's own server with the demonstration model, on the CPU: the same job through it and through the engine `transformers`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from servers import serving
+
+from pipeline import flow
+from pipeline.demo import CHECKPOINT
+from pipeline.job import Job
+
+pytestmark = [pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM"), pytest.mark.filterwarnings("ignore")]
+JOB = Path(__file__).parents[1] / "jobs" / "invoices.yaml"
+OPTIONS = {
+    "--served-model-name": "demo",
+    "--max-model-len": "8192",
+    "--limit-mm-per-prompt": '{"image": 4, "video": 0}',
+    "--structured-outputs-config": '{"backend": "guidance"}',
+}
+SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+QUICK = {"TORCH_COMPILE_DISABLE": "1", "VLLM_NO_USAGE_STATS": "1"}
+Rows = dict[tuple[Any, ...], dict[str, Any]]
+Pairs = list[tuple[dict[str, Any], dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    options = [word for option in OPTIONS.items() for word in option]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(CHECKPOINT), "--enforce-eager", *options]
+    with serving(*command, **SMALL, **QUICK) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def outputs(address: str, ray_session: object, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of two runs over the sample invoices: by the server, and by the engine `transformers`."""
+    settings = {"openai": [f"model.base_url={address}", "model.name=auto"], "transformers": ["model.name=demo"]}
+    folder = tmp_path_factory.mktemp("out")
+    for engine, given in settings.items():
+        flow.run(Job.load(JOB, [f"model.engine={engine}", *given], folder / engine))
+    return {engine: folder / engine for engine in settings}
+
+
+def rows(folder: Path, *names: str) -> Rows:
+    """Return a table's rows by what names them."""
+    return {tuple(row[name] for name in names): row for row in pq.read_table(folder).to_pylist()}
+
+
+@pytest.fixture(scope="module")
+def asked(outputs: dict[str, Path]) -> Pairs:
+    """Each request's row of the ledger, by the server and by the engine `transformers`."""
+    by_server, here = (rows(outputs[engine] / "requests", "source", "first_page") for engine in ("openai", "transformers"))
+    assert len(by_server) >= 12
+    assert by_server.keys() == here.keys()
+    return [(by_server[key], here[key]) for key in by_server]
+
+
+def test_vllm_is_known_by_its_answers(outputs: dict[str, Path]) -> None:
+    found = yaml.safe_load((outputs["openai"] / "job.yaml").read_text())
+    model = found["job"]["model"]
+    assert [model[key] for key in ("name", "server", "structure", "logprobs")] == ["demo", "vllm", "json_schema", True]
+    assert "httpx2" in found["versions"]
+
+
+def test_no_page_is_resampled(asked: Pairs) -> None:
+    """Each visual token beyond the plan, or below it, would be a token of the prompt."""
+    once = [(served, here) for served, here in asked if served["asks"] == here["asks"] == 1]
+    assert len(once) >= 8
+    assert [served["prompt_tokens"] for served, _ in once] == [here["prompt_tokens"] for _, here in once]
+
+
+def test_log_probabilities_spell_the_answers(asked: Pairs) -> None:
+    for served, _ in asked:
+        assert "".join(token["text"] for token in served["tokens"]) == served["answer"]
+        assert all(token["logprob"] <= 0 for token in served["tokens"])
+
+
+def test_records_agree_wherever_the_answers_do(outputs: dict[str, Path], asked: Pairs) -> None:
+    same = {served["source"] for served, here in asked if json.loads(served["answer"]) == json.loads(here["answer"])}
+    assert len(same) >= 8
+    by_server, here = (rows(outputs[engine] / "records", "_source") for engine in ("openai", "transformers"))
+    for source in same:
+        assert told(by_server[source,]) == told(here[source,])
+
+
+def told(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what a record says of its document."""
+    return {name: value for name, value in record.items() if not name.startswith("_") or name == "_status"}
