@@ -671,8 +671,8 @@ def test_a_run_outlasts_a_server_that_fails_thirty_percent_in_six_ways(desk: Des
     for number in range(40):
         desk.put(f"{number}.pdf", slip(number))
     with Stub(say) as stub:
-        known = ("model.structure=json_schema", "model.server=other", "model.logprobs=false", "model.idle_timeout_s=8")
-        report = flow.run(job(desk, stub, *known, "model.max_retries=12"))
+        known = ("model.name=stub-1", "model.structure=json_schema", "model.server=other", "model.logprobs=false")
+        report = flow.run(job(desk, stub, *known, "model.max_retries=12", "model.idle_timeout_s=6"))
     answers = pq.read_table(desk.folder / "out" / "requests")["answer"].to_pylist()
     assert (report.statuses, report.requests_asked) == ({"extracted": 40}, 40)
     assert sorted(answers) == sorted(answer for _, answer in given)
