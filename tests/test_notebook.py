@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 from nbclient import NotebookClient
 
+from pipeline import store
 from pipeline.demo import samples
 from pipeline.demo.truth import answer
 from pipeline.job import Job
@@ -34,7 +35,7 @@ def write_records(folder: Path, *, good: bool = False) -> None:
     ledger = [request(job, document, answers[document["source"]]) for document in listed]
     table = SettleStage(job, pa.schema([])).table(listed, ledger)
     folder.mkdir()
-    write_shard(folder, table, answers)
+    write_shard(store.Folder(folder), table, answers)
 
 
 def request(job: Job, document: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
