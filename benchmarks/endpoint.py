@@ -91,7 +91,9 @@ def compare(documents: int, pages: int, rounds: int) -> int:
             taken: dict[tuple[str, int], list[Spent]] = {}
             for who, count in [(who, count) for _ in range(rounds) for count in (1, documents) for who in ("ours", "plain")]:
                 command = me(who, "--folder", name, "--address", address, "--documents", str(count), "--pages", str(pages))
-                taken.setdefault((who, count), []).append(metered(command, {server.pid}))
+                spent = metered(command, {server.pid})
+                print(f"    {who}, {count} documents: {spent.wall_s:.1f} s, {spent.cpu_s:.1f} s of CPU", flush=True)
+                taken.setdefault((who, count), []).append(spent)
         finally:
             server.kill()
     return table(taken, documents, pages)
@@ -117,8 +119,6 @@ def table(taken: dict[tuple[str, int], list[Spent]], documents: int, pages: int)
     if then_ms["ours"] < then_ms["plain"]:
         even = (start_s["ours"] - start_s["plain"]) / (then_ms["plain"] - then_ms["ours"]) * 1000
         print(f"with it, less than the plain client's from {even:,.0f} pages on")
-    for (who, count), runs in taken.items():
-        print(f"    {who}, {count}: " + ", ".join(f"{spent.wall_s:.1f} s, {spent.cpu_s:.1f} CPU s" for spent in runs))
     return int(then_ms["ours"] > then_ms["plain"])
 
 

@@ -63,9 +63,9 @@ def exported() -> Counter[str]:
 
 
 def watch(folder: Path, seen: Counter[str]) -> None:
-    """Look until four requests are answered, and let the run go on."""
+    """Look until four answers and their pages are exported, which each process does in its own time, and let the run go on."""
     deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline and seen["requests_total/extracted"] < 4:
+    while time.monotonic() < deadline and min(seen["requests_total/extracted"], seen["pages_rendered_total"]) < 4:
         time.sleep(0.5)
         seen.clear()
         seen.update(exported())
