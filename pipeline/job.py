@@ -1,7 +1,7 @@
 """A YAML file -> a frozen `Job`: what to read, how to look at it, whom to ask, where to write. Starts nothing.
 
 An unknown key, a wrong value or an unreadable schema is a JobError that names file, line, key, what was found and what
-is allowed. The keys are in `keys.py`.
+is allowed. The keys are in `keys`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A YAML file and `--set` options -> a mapping, with the place of every key; and what is wrong with it, in one sentence.
 
-Knows no key of a job: `keys.py` does.
+Knows no key of a job: `keys` does.
 """
 
 from __future__ import annotations

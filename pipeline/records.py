@@ -121,7 +121,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens read and written; `prompt_tokens` counts visual tokens too."""
+    """Tokens read and written: visual ones too, and the one that ends an answer, as servers count them."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -129,7 +129,11 @@ class Usage:
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token: the text it adds and the model's log-probability of it, before any mask (nats)."""
+    """One generated token: the text it adds and its log-probability (nats), before temperature.
+
+    The engine `transformers` gives the model's own, among all tokens. vLLM masks by the grammar first: under a schema its are those
+    among the tokens that are allowed, 0 where there is one. Of other servers only they know.
+    """
 
     text: str
     logprob: float

@@ -11,8 +11,10 @@ import pytest
 import s3
 from desk import Desk
 from hypothesis import settings
+from servers import vllm_serving
 
 from pipeline import cluster
+from pipeline.demo import CHECKPOINT
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C, and so would all that tests start
 settings.register_profile("tests", derandomize=True, deadline=None)
@@ -38,6 +40,13 @@ def bucket(aws_config: Path) -> Iterator[s3.Bucket]:
     pytest.importorskip("s3fs")
     with s3.serving(aws_config) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def vllm_server() -> Iterator[str]:
+    """Start vLLM's server of the demonstration model once: a minute that each test would have to wait for otherwise."""
+    with vllm_serving(CHECKPOINT) as address:
+        yield address
 
 
 @pytest.fixture(scope="session")

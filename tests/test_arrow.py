@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import schema as schemas
-from pipeline.arrow import OPEN, ArrowPlan, Column, date_time_cell, json_cell, list_cell, number_cell, struct_cell
+from pipeline.arrow import OPEN, ArrowPlan
+from pipeline.cells import Column, date_time_cell, json_cell, list_cell, number_cell, struct_cell
 from pipeline.validate import Validator
 
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,8 @@ from pathlib import Path
 import click
 
 from pipeline.cli import main
-from pipeline.keys import JobSections, Section
+from pipeline.keys import JobSections
+from pipeline.keys.section import Section
 from pipeline.report import Exit
 from pipeline.settle import PROVENANCE
 

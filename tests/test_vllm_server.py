@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,38 +10,20 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from servers import serving
 
 from pipeline import flow
-from pipeline.demo import CHECKPOINT
 from pipeline.job import Job
 
 pytestmark = [pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM"), pytest.mark.filterwarnings("ignore")]
 JOB = Path(__file__).parents[1] / "jobs" / "invoices.yaml"
-OPTIONS = {
-    "--served-model-name": "demo",
-    "--max-model-len": "8192",
-    "--limit-mm-per-prompt": '{"image": 4, "video": 0}',
-    "--structured-outputs-config": '{"backend": "guidance"}',
-}
-SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-QUICK = {"TORCH_COMPILE_DISABLE": "1", "VLLM_NO_USAGE_STATS": "1"}
 Rows = dict[tuple[Any, ...], dict[str, Any]]
 Pairs = list[tuple[dict[str, Any], dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    options = [word for option in OPTIONS.items() for word in option]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(CHECKPOINT), "--enforce-eager", *options]
-    with serving(*command, **SMALL, **QUICK) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def outputs(address: str, ray_session: object, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def outputs(vllm_server: str, ray_session: object, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folders of two runs over the sample invoices: by the server, and by the engine `transformers`."""
-    settings = {"openai": [f"model.base_url={address}", "model.name=auto"], "transformers": ["model.name=demo"]}
+    settings = {"openai": [f"model.base_url={vllm_server}", "model.name=auto"], "transformers": ["model.name=demo"]}
     folder = tmp_path_factory.mktemp("out")
     for engine, given in settings.items():
         flow.run(Job.load(JOB, [f"model.engine={engine}", *given], folder / engine))

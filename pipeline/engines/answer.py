@@ -2,7 +2,7 @@
 
 An answer is made of its tokens:
 
-    [123, 51, 258], their log-probabilities, STOP  ->  Completion('{"total":3}', STOP, Usage(310, 3), (Token('{"total":', -0.01), …))
+    [123, 51, 125], their log-probabilities, STOP  ->  Completion('{"total":3}', STOP, Usage(310, 4), (Token('{"total":', -0.01), …))
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def check_length(prompt_tokens: int, answer_tokens: int, takes: int, allowed: in
 def completion(
     tokens: Sequence[int], logprobs: Sequence[float], reason: FinishReason, prompt_tokens: int, bytes_of: Callable[[int], bytes]
 ) -> Completion:
-    """Return tokens as an answer. A character spread over tokens is the last one's."""
+    """Return tokens, without the one that ended them, as an answer. A character spread over tokens is the last one's."""
     characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
     texts = [characters.decode(bytes_of(token)) for token in tokens]
     scored = tuple(Token(text, logprob) for text, logprob in zip(texts, logprobs, strict=True))
-    return Completion("".join(texts) + characters.decode(b"", final=True), reason, Usage(prompt_tokens, len(tokens)), scored)
+    usage = Usage(prompt_tokens, len(tokens) + (reason is FinishReason.STOP))
+    return Completion("".join(texts) + characters.decode(b"", final=True), reason, usage, scored)

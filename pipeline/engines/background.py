@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
+from inspect import isawaitable
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -38,7 +39,7 @@ class Background:
         return self.begin(doing).result()
 
     def close(self, last: Callable[[], object] = lambda: None) -> None:
-        """Cancel what is under way, do the last thing in the loop's thread, and end it."""
+        """Cancel what is under way, do the last thing in the loop, and end it."""
         if self._over:
             return
         self._over = True
@@ -62,5 +63,6 @@ class Background:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        last()
+        if isawaitable(ended := last()):
+            await ended
         await self._loop.shutdown_default_executor()

@@ -1,21 +1,20 @@
 """Requests -> answers by a server that speaks OpenAI's Chat Completions. Knows no document and no Ray.
 
 `check` and `resolve` ask the server what it is before anything starts; what they find stands in the job from then on, so that
-the actors of a run need not ask again and `job.yaml` says it. The engine's calls run in an event loop and a thread of its
-own: whoever awaits an answer may do so from any loop.
+the actors of a run need not ask again and `job.yaml` says it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Coroutine
-from threading import Thread
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from pipeline import schema
 from pipeline.budget import CELL_AREA
 from pipeline.engines import structure
+from pipeline.engines.background import Background
 from pipeline.engines.chat import Broken, Dialect, body
 from pipeline.engines.endpoint import Endpoint, Patience
 from pipeline.errors import DocumentError, EngineDead, JobError
@@ -34,11 +33,8 @@ class OpenAIEngine:
         self, base_url: str, dialect: Dialect, patience: Patience, key: str | None = None, max_request_tokens: int | None = None
     ) -> None:
         """Open no connection yet."""
-        self.model, self.dialect, self._over = dialect.model, dialect, False
-        self.max_request_tokens = max_request_tokens
-        self._loop = asyncio.new_event_loop()
-        self._thread = Thread(target=self._loop.run_forever, name="openai-engine", daemon=True)
-        self._thread.start()
+        self.model, self.dialect, self.max_request_tokens = dialect.model, dialect, max_request_tokens
+        self.background = Background("openai-engine")
         self._endpoint = Endpoint(base_url, key, patience)
         self._places = asyncio.Semaphore(patience.concurrency)
 
@@ -47,26 +43,14 @@ class OpenAIEngine:
 
         Raises DocumentError when this request alone fails, EngineDead when the server cannot be reached any more.
         """
-        if self._over:
-            raise EngineDead("the engine was closed")
         check_length(request, self.max_request_tokens)
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._closable(self.ask(request, self.dialect)), self._loop))
+        return await self.background.answer(self.ask(request, self.dialect))
 
     def close(self) -> None:
         """Cut all connections. Requests still waiting fail with EngineDead."""
-        if self._over:
-            return
-        self._over = True
-        self.wait(self._shut())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self.background.close(last=self._endpoint.close)
 
-    def wait(self, doing: Coroutine[Any, Any, Value]) -> Value:
-        """Return what comes of this in the engine's own loop."""
-        return asyncio.run_coroutine_threadsafe(doing, self._loop).result()
-
-    # What follows runs in the engine's loop.
+    # What follows runs in the engine's own loop.
 
     async def ask(self, request: Request, dialect: Dialect) -> Completion:
         """Return the answer to a request; waits until one of the places is free, before its pages are written out."""
@@ -77,24 +61,6 @@ class OpenAIEngine:
     async def models(self) -> list[dict[str, Any]] | None:
         """Return the models that the server lists, as it describes them."""
         return await self._endpoint.models()
-
-    async def _closable(self, answer: Awaitable[Completion]) -> Completion:
-        """Tell whoever waits for an answer when the engine is closed."""
-        try:
-            return await answer
-        except asyncio.CancelledError:
-            if self._over:
-                raise EngineDead("the engine was closed") from None
-            raise
-
-    async def _shut(self) -> None:
-        """End everything that is under way in this loop."""
-        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        await self._endpoint.close()
-        await self._loop.shutdown_default_executor()
 
 
 def check_length(request: Request, allowed: int | None) -> None:
@@ -147,7 +113,7 @@ def looked_at(job: Job, look: Callable[[OpenAIEngine], Coroutine[Any, Any, Value
     """Return what a look at the job's server shows; whatever goes wrong is the job's fault, for nothing has started."""
     engine = load(job)
     try:
-        return engine.wait(look(engine))
+        return engine.background.wait(look(engine))
     except (Broken, DocumentError, JobError, EngineDead) as error:
         message = error.message if isinstance(error, Broken | DocumentError) else str(error)
         raise JobError(f"{job.file}: model.base_url {job.sections.model.base_url}: {message}") from None
