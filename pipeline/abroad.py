@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pipeline import engines, parcel, source
+from pipeline import engines, folders, parcel
 from pipeline.errors import JobError
 from pipeline.job import Job
 from pipeline.place import has_secret, scheme_of, shown
@@ -57,7 +57,7 @@ def everywhere(job: Job, key: str, path: str) -> str:
             f"{job.file}: {key} is {path!r}, a place on this machine that the cluster does not see: name an object store (s3://, gs://, "
             "az://) or an http(s) URL, or say --shared-filesystem if the cluster's machines have it at the same path"
         )
-    return source.absolute(os.path.expanduser(path), os.path.realpath(job.file.parent))
+    return folders.absolute(os.path.expanduser(path), os.path.realpath(job.file.parent))
 
 
 def secrets(job: Job) -> list[str]:

@@ -23,7 +23,7 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from pipeline import abroad, afar, attempts, cluster, engines, events, sink, source
+from pipeline import abroad, afar, attempts, cluster, engines, events, folders, sink, source
 from pipeline.asking import ask, check_room, rows_of
 from pipeline.attempts import Asked, Retry
 from pipeline.compaction import compact
@@ -215,7 +215,7 @@ def found(job: Job) -> pa.Table:
     listing = source.find(job.sections.source.paths, job.file.parent, allow_outside=job.sections.source.allow_outside)
     own = f"{job.output}/"
     if isinstance(job.output, Path):
-        own = source.name_of(os.path.realpath(job.output), os.path.realpath(job.file.parent)) + "/"
+        own = folders.name_of(os.path.realpath(job.output), os.path.realpath(job.file.parent)) + "/"
     listing = listing.filter(pc.invert(pc.starts_with(listing["source"], own)))
     if not listing.num_rows:
         raise SourceError(f"{job.file}: source.paths names nothing but the output folder {job.output}")

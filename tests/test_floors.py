@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "pipeline"
 FLOORS = {
     0: {"errors", "records", "budget", "schema", "cells", "arrow", "prompt", "validate", "merge", "place"},
     1: {"job", "jobfile", "keys", "parcel", "report", "attempts", "events"},
-    2: {"source", "manifest", "net", "web", "render", "sandbox", "store", "sink", "compaction", "lease", "awq", "decoding", "engines"},
+    2: {"source", "folders", "manifest", "net", "web", "render", "sandbox", "store", "sink", "compaction", "lease"}
+    | {"awq", "decoding", "engines"},
     3: {"abroad", "stages", "settle", "status"},
     4: {"afar", "cluster", "metrics", "asking", "flow", "preview", "submit", "watch"},
     5: {"cli", "show"},

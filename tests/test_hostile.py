@@ -14,9 +14,10 @@ from made import page_pdf
 
 from pipeline.budget import PixelBudget, RenderSettings
 from pipeline.errors import DocumentError
+from pipeline.folders import from_url
 from pipeline.records import Document
 from pipeline.sandbox import Sandbox
-from pipeline.source import find, from_url, read
+from pipeline.source import find, read
 
 SETTINGS = RenderSettings(PixelBudget(784, 78_400), timeout_s=120, memory_bytes=256 * 2**20, max_pages=100, password=PASSWORD)
 ENDLESS = ("forms-without-end.pdf", "content-inflates-to-60-gib.pdf", "object-stream-inflates-to-60-gib.pdf")

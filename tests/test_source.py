@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from pipeline import source
 from pipeline.errors import DocumentError, SourceError
+from pipeline.folders import absolute, matches, name_of
 from pipeline.records import Document
-from pipeline.source import absolute, find, matches, name_of, read
+from pipeline.source import find, read
 
 
 @pytest.fixture
