@@ -1,4 +1,4 @@
-"""Commands -> text and exit codes. The only room that speaks: words to stderr, data (`--json`) to stdout.
+"""Commands -> text and exit codes. Words go to stderr, data (`--json`) to stdout.
 
 Imports what a command needs when it runs: `pipeline --help` loads neither Ray nor torch.
 """
@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-import time
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline import __version__, show
-from pipeline.errors import DocumentError, JobError, PipelineError
+from pipeline.guard import Terminated, guarded
 from pipeline.report import Exit
 from pipeline.show import say
 
@@ -35,52 +31,6 @@ RETRY = click.option("--retry", metavar="failed[:KIND]", help="Ask once more wha
 SHARED = click.option("--shared-filesystem", is_flag=True, help="The cluster's machines have the job's local paths at the same place.")
 CLUSTER = click.option("--address", metavar="ADDRESS", help="Ray cluster to join instead of the job's: auto, HOST:6379, ray://HOST:10001.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print data as JSON on stdout, nothing else.")
-
-
-TOGETHER_S = 2.0
-"""Who stops a run by a signal to each of its processes sends it twice: to this one, and by way of the one that watches it."""
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which stops a run as Ctrl-C does. Where Ray waits, a plain KeyboardInterrupt comes out of it."""
-
-
-def guarded(command: Callable[..., Exit | None]) -> Callable[..., None]:
-    """Turn what a command returns or raises into an exit code and, for an error, one sentence."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        heard: list[float] = []
-
-        def terminate(_: int, __: object) -> None:
-            heard.append(time.monotonic())
-            if len(heard) == 1 or heard[-1] - heard[-2] > TOGETHER_S:
-                raise Terminated
-
-        listener = signal.signal(signal.SIGTERM, terminate)
-        try:
-            code = command(*args, **kwargs) or Exit.OK
-        except JobError as error:
-            say(f"error: {error}")
-            code = Exit.JOB_WRONG
-        except DocumentError as error:
-            say(f"failed: {error}")
-            code = Exit.DOCUMENTS_FAILED
-        except PipelineError as error:
-            say(f"error: {error}")
-            code = Exit.RUN_BROKEN
-        except ModuleNotFoundError as error:
-            say(f"error: the package {error.name} is not installed here: pip install -c constraints.txt . in a copy of this repository")
-            code = Exit.JOB_WRONG
-        except KeyboardInterrupt:
-            say("stopped; what was answered is kept: run the same command again to go on")
-            code = Exit.TERMINATED if heard else Exit.INTERRUPTED
-        finally:
-            signal.signal(signal.SIGTERM, listener)
-        sys.stdout.flush()
-        sys.exit(code)
-
-    return run
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from desk import CUT, INVALID, JOB, SCHEMA, VALID, Desk, Scripted, completion
 from PIL import Image
 
-from pipeline import cli, engines
+from pipeline import cli, engines, guard
 from pipeline.errors import DocumentError, EngineDead, JobError, RunError, SourceError
 from pipeline.report import Exit, Report
 from pipeline.sink import Ledger, Output
@@ -249,7 +249,7 @@ def test_the_end_of_a_run_is_json(capsys: pytest.CaptureFixture[str]) -> None:
 def ended(act: Callable[[], Any]) -> int:
     """Return the exit code of a command that does this."""
     with pytest.raises(SystemExit) as error:
-        cli.guarded(act)()
+        guard.guarded(act)()
     return int(error.value.code or 0)
 
 

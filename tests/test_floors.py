@@ -15,7 +15,7 @@ FLOORS = {
     | {"awq", "decoding", "engines"},
     3: {"abroad", "stages", "settle", "status"},
     4: {"afar", "cluster", "metrics", "asking", "flow", "preview", "submit", "watch"},
-    5: {"cli", "show"},
+    5: {"cli", "guard", "show"},
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 DOORS = {
