@@ -232,7 +232,6 @@ def test_a_page_whose_renderers_are_killed_fails_alone(desk: Desk) -> None:
     assert (report.statuses, report.failures) == ({"extracted": 5, "failed": 1}, {"render/memory": 1})
 
 
-@pytest.mark.skip(reason="the checkpoint in this package is not trained to its end yet")
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("form", ["invoice", "receipt"])
 def test_the_samples_are_read_as_they_are_printed(tmp_path: Path, form: Form) -> None:
