@@ -7,12 +7,13 @@ Knows nothing of what the work does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, cast
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from pipeline import cluster
+from pipeline import cluster, events
 from pipeline.errors import PipelineError
 from pipeline.report import Report
 
@@ -24,26 +25,36 @@ Listeners = dict[str, Callable[[Any], None] | None]
 
 @ray.remote(num_cpus=0)
 class Board:
-    """Where the work writes what it has to tell, the newest of each kind, for who looks from outside."""
+    """Where the work writes what it has to tell, the newest of each kind and all events, for who looks from outside."""
 
     def __init__(self) -> None:
-        self.newest: dict[str, Any] = {}
+        self.newest, self.events = dict[str, Any](), list[tuple[str, dict[str, Any]]]()
 
     def put(self, kind: str, word: Any) -> None:
         self.newest[kind] = word
 
-    def take(self) -> dict[str, Any]:
-        taken, self.newest = self.newest, {}
+    def note(self, name: str, facts: dict[str, Any]) -> None:
+        self.events.append((name, facts))
+
+    def hear(self) -> None:
+        """Return when all has come that was told before."""
+
+    def take(self) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]:
+        taken, self.newest, self.events = (self.newest, self.events), {}, []
         return taken
 
 
-def task(work: Callable[..., Report], given: dict[str, Any], listened: list[str], board: Any) -> Report:
+def task(work: Callable[..., Report], given: dict[str, Any], listened: list[str], with_events: bool, board: Any) -> Report:
     """The task within the cluster: do the work, and tell the board what is listened to."""
 
     def told(kind: str) -> Callable[[Any], None]:
         return lambda word: board.put.remote(kind, word)
 
-    return work(**given, **{kind: told(kind) for kind in listened})
+    try:
+        with events.heard_by(events.Told(board.note.remote)) if with_events else nullcontext():
+            return work(**given, **{kind: told(kind) for kind in listened})
+    finally:
+        ray.get(board.hear.remote())
 
 
 def done(work: Callable[..., Report], given: dict[str, Any], listeners: Listeners) -> Report:
@@ -53,13 +64,16 @@ def done(work: Callable[..., Report], given: dict[str, Any], listeners: Listener
     """
     listened = {kind: listen for kind, listen in listeners.items() if listen}
     board = cast(Any, Board).remote()
-    doing = ray.remote(num_cpus=0, max_retries=0)(task).remote(work, given, list(listened), board)
+    doing = ray.remote(num_cpus=0, max_retries=0)(task).remote(work, given, list(listened), events.are_heard(), board)
     try:
         over = False
         while not over:
             over = bool(ray.wait([doing], timeout=POLL_S)[0])
-            for kind, word in ray.get(board.take.remote()).items():
+            words, happened = ray.get(board.take.remote())
+            for kind, word in words.items():
                 listened[kind](word)
+            for name, facts in happened:
+                events.event(name, **facts)
         return ray.get(doing)
     except RayError as error:
         raise reason(error) from error

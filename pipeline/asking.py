@@ -24,15 +24,17 @@ from typing import Any, cast
 
 import pyarrow as pa
 import ray
-import ray.data
+import ray.data.exceptions
 from ray.exceptions import RayError
 
-from pipeline import cluster, engines, metrics
+from pipeline import cluster, engines, metrics, outlook
 from pipeline.attempts import Asked
 from pipeline.budget import RenderSettings
-from pipeline.errors import EngineDead, JobError, RunError
+from pipeline.errors import EngineDead, RunError
 from pipeline.job import Job
 from pipeline.sink import IDENTITY, LEDGER
+from pipeline.sizing import actor_cpus, actor_gpus, pool, renderer_cpus
+from pipeline.sizing import check_room as check_room
 from pipeline.stages import AskStage, RenderStage, Row, access, render_settings
 from pipeline.web import Access
 
@@ -43,9 +45,13 @@ RENDERED = pa.schema(
         ("pixels", pa.list_(pa.binary())),
     ]
 )
-ANSWERED = pa.schema([*IDENTITY, *(field for field in LEDGER if field.name not in IDENTITY.names)])
+ENGINE = pa.schema([("actor", pa.string()), ("alive_s", pa.float64()), ("busy_s", pa.float64())])
+"""What a row says of the engine that answered, for the report: how long it has been there, and had something to answer."""
+ANSWERED = pa.schema([*IDENTITY, *(field for field in LEDGER if field.name not in IDENTITY.names), *ENGINE])
 DOCUMENTS_PER_TASK = 16
 BATCHES_IN_FLIGHT = 8
+BROKEN = (RayError, getattr(ray.data.exceptions, "ExecutionTimeoutError", RayError))
+"""What ends an execution from within; the second is raised, by newer versions of Ray, where nothing at all has moved for half an hour."""
 LAST_WORDS_S = 1.0
 """How long an actor whose engine is dead stays, so that answers that are there already reach the driver."""
 
@@ -75,6 +81,10 @@ class Claims:
         before = self.nodes.get(actor)
         self.nodes[actor] = node
         return before
+
+    def homes(self) -> list[str]:
+        """Return the nodes on which engines live, or lived last."""
+        return list(self.nodes.values())
 
     def replace(self) -> tuple[int, str]:
         """Return how many engines have been replaced, this one included, and what is known of why."""
@@ -135,6 +145,7 @@ class Asker:
         end_at_once()
         self.claims = claims
         here = ray.get_runtime_context()
+        self.name = f"{here.get_actor_id()} {os.getpid()}"  # one that is replaced keeps its id
         before = ray.get(claims.live.remote(here.get_actor_id(), here.get_node_id()))
         if here.was_current_actor_reconstructed and cluster.is_alive(before):  # that a node went away is no fault of the engine's
             self.count_replacement(job.sections.ray.max_restarts)
@@ -156,9 +167,9 @@ class Asker:
         self.served.take(waiting)
         try:
             async for row in self.stage(batch.to_pylist()):
-                self.served.answer(row)
+                times = self.served.answer(row)
                 waiting -= 1
-                yield pa.Table.from_pylist([row], ANSWERED)
+                yield pa.Table.from_pylist([row | {"actor": self.name, **times}], ANSWERED)
         except EngineDead as error:
             await self.claims.died.remote(str(error))
             await asyncio.sleep(LAST_WORDS_S)
@@ -170,17 +181,20 @@ class Asker:
 def ask(job: Job, documents: pa.Table, asked: Asked, resources: cluster.Resources) -> Generator[Row, None, None]:
     """Yield a row for every request of these documents that is not done, as the answers come.
 
-    Raises RunError when the engine does not load, or died more than `ray.max_restarts` times. Stops Ray with whatever else
-    ends it early: with Ray go the actors, for whose CPUs the next run in this process would wait.
+    Raises RunError when the engine does not load, or died more than `ray.max_restarts` times, and Stranded when too many machines have
+    gone. Stops Ray with whatever else ends it early: with Ray go the actors, for whose CPUs the next run in this process would wait.
     """
     claims = Claims.options(scheduling_strategy=cluster.beside_driver()).remote(asked)  # type: ignore[attr-defined]
     threads = frozenset(threading.enumerate())
+    seen = outlook.Outlook(job, resources, lambda: ray.get(claims.homes.remote()))
     try:
-        yield from rows_of(answers(job, requests(job, claims, documents, resources), claims, resources))
+        for row in rows_of(outlook.watched(answers(job, requests(job, claims, documents, resources), claims, resources), seen)):
+            yield row
+            seen.heard()
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # they hold the iterators at whose end Ray Data stops
         cluster.stop(threads)
-        if isinstance(error, RayError):
+        if isinstance(error, BROKEN):
             raise cluster.stopped(error, "the run stopped: {}; run the same command again to resume it") from error
         raise
 
@@ -197,9 +211,10 @@ def requests(job: Job, claims: Any, documents: pa.Table, resources: cluster.Reso
 def answers(job: Job, asked: ray.data.Dataset, claims: Any, resources: cluster.Resources) -> ray.data.Dataset:
     """Return the requests' answers; an actor takes the next batches while the engine works on the last."""
     cpus, gpus = actor_cpus(job, resources), actor_gpus(job, resources)
-    pool = ray.data.ActorPoolStrategy(
-        min_size=job.sections.ray.least_actors,
-        max_size=job.sections.ray.most_actors,
+    least, most = pool(job, resources)
+    actors = ray.data.ActorPoolStrategy(
+        min_size=least,
+        max_size=most,
         max_tasks_in_flight_per_actor=BATCHES_IN_FLIGHT,
         max_concurrent_calls_per_actor=BATCHES_IN_FLIGHT,
     )
@@ -210,7 +225,7 @@ def answers(job: Job, asked: ray.data.Dataset, claims: Any, resources: cluster.R
         fn_constructor_args=(job, max(1, int(cpus)), claims),
         num_cpus=cpus,
         num_gpus=0.0 if job.sections.model.reserves_gpus_itself else gpus,
-        compute=pool,
+        compute=actors,
     )
 
 
@@ -228,44 +243,3 @@ def requests_per_batch(job: Job) -> int:
     model = job.sections.model
     at_once = {"openai": model.concurrency, "vllm": 2 * model.max_num_seqs}
     return math.ceil(at_once[model.engine] / BATCHES_IN_FLIGHT) if model.engine in at_once else model.batch_size
-
-
-def actor_gpus(job: Job, resources: cluster.Resources) -> float:
-    """Return the GPUs of an engine actor; who asks a server needs none.
-
-    A model that vLLM splits over several GPUs has them all in its actor, which Ray places on a machine that has as many free: vLLM's own
-    processes inherit them. (Ray Data takes placement groups of ours no longer, from 2.64 on.) Over several machines vLLM's executor `ray`
-    reserves them instead, in a placement group of its own.
-    """
-    model = job.sections.model
-    if not resources.gpus or model.engine == "openai":
-        return 0.0
-    return job.sections.ray.gpus_per_actor if model.gpus == 1 else float(model.gpus)
-
-
-def actor_cpus(job: Job, resources: cluster.Resources) -> float:
-    """Return the CPUs of an engine actor: one beside a GPU or for a server; else all but what rendering needs, shared out."""
-    if job.sections.ray.cpus_per_actor:
-        return job.sections.ray.cpus_per_actor
-    if job.sections.model.engine == "openai":
-        return min(1.0, resources.cpus / 2 / job.sections.ray.least_actors)
-    spare = resources.cpus - max(1.0, resources.cpus / 8) if resources.cpus > 1 else resources.cpus / 2
-    share = spare / job.sections.ray.most_actors
-    return 1.0 if resources.gpus else share // 1 or share
-
-
-def renderer_cpus(job: Job, resources: cluster.Resources) -> float:
-    """Return the CPUs of a render task: other than an engine actor's, so that Ray does not fuse the two steps."""
-    cpus = 1.0 if resources.gpus else 0.5
-    return 0.9 * cpus if cpus == actor_cpus(job, resources) and not actor_gpus(job, resources) else cpus
-
-
-def check_room(job: Job, resources: cluster.Resources) -> None:
-    """Raise JobError when the engine's actors and one renderer do not fit: Ray would wait for room without end."""
-    actors, gpus = job.sections.ray.least_actors, actor_gpus(job, resources)
-    cpus = actor_cpus(job, resources)
-    if actors * gpus > resources.gpus or actors * cpus + renderer_cpus(job, resources) > resources.cpus:
-        raise JobError(
-            f"{job.file}: ray.actors is {actors}, each with {cpus:g} CPUs and {gpus:g} GPUs, beside {renderer_cpus(job, resources):g} CPUs "
-            f"for rendering; there are {resources.cpus:g} CPUs and {resources.gpus:g} GPUs"
-        )

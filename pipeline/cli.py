@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -46,7 +46,7 @@ def main() -> None:
 @RETRY
 @CLUSTER
 @SHARED
-@click.option("--log", type=click.Path(path_type=Path), help="Append what happens to a file, one line of JSON per event.")
+@click.option("--log", type=click.Path(path_type=Path), help="Append what happens to a file, one line of JSON per event; - is stderr.")
 @SET
 @JSON
 @guarded
@@ -59,7 +59,7 @@ def run(job_file: Path, limit: int | None, retry: str | None, log: Path | None, 
     job = load(job_file, **given)
     from pipeline import events, flow
 
-    with events.written_to(log), show.quiet_core() as console, show.progress(console, as_json) as on_progress:
+    with show.quiet_core() as console, events.written_to(log), show.progress(console, as_json) as on_progress:
         report = flow.run(job, limit, on_progress, None if as_json else show.announce_demo, retry)
     return ended(report, as_json)
 
@@ -94,6 +94,7 @@ def settle(job_file: Path, as_json: bool, **given: Any) -> Exit:
 @OUTPUT
 @LIMIT
 @RETRY
+@click.option("--log", type=click.File("a", "utf-8", lazy=False), help="Append what happens to a file here, with --follow or --attach.")
 @SET
 @JSON
 @guarded
@@ -104,7 +105,9 @@ def submit(job_file: Path | None, address: str, attach: str | None, stop: str | 
     """
     if sum(bool(wanted) for wanted in (job_file, attach, stop)) != 1:
         raise click.UsageError("submit takes one of JOB, --attach ID and --stop ID.")
-    limit, retry, wait = (given.pop(name) for name in ("limit", "retry", "follow"))
+    limit, retry, log, wait = (given.pop(name) for name in ("limit", "retry", "log", "follow"))
+    if log and not (attach or wait):
+        raise click.UsageError("--log writes what is followed: say --follow or --attach ID, too.")
     job = load(job_file, **given) if job_file else None
     from pipeline import submit as room
 
@@ -116,32 +119,34 @@ def submit(job_file: Path | None, address: str, attach: str | None, stop: str | 
         else:
             say(f"{stop} has ended: {status}; what was answered is kept: submit the job again to go on")
         return Exit.OK
-    run = send(server, job, limit, retry) if job else str(attach)
+    chosen = [f"--limit={limit}"] * bool(limit) + [f"--retry={retry}"] * bool(retry) + ["--log=-"] * bool(log)
+    run = send(server, job, chosen) if job else str(attach)
     if job and not as_json:
         click.echo(run)
     if attach or wait:
-        return follow(server, run, as_json)
+        return follow(server, run, log, as_json)
     if as_json:
         click.echo(json.dumps({"submission_id": run}))
     return Exit.OK
 
 
-def send(server: Server, job: Job, limit: int | None, retry: str | None) -> str:
+def send(server: Server, job: Job, arguments: list[str]) -> str:
     """Start a run on a cluster and return its id; say what it will miss."""
     from pipeline.abroad import secrets
 
-    run = server.submit(job, [f"--limit={limit}"] * bool(limit) + [f"--retry={retry}"] * bool(retry))
+    run = server.submit(job, arguments)
     if names := secrets(job):
         say(f"not sent: {' and '.join(names)}; the cluster's own environment must have what the job reads from there")
     return run
 
 
-def follow(server: Server, run: str, as_json: bool) -> Exit:
+def follow(server: Server, run: str, log: TextIO | None, as_json: bool) -> Exit:
     """Show a run's words to its end, and return its exit code. Ctrl-C ends the showing alone."""
-    from pipeline.submit import outcome
+    from pipeline.submit import Parted, outcome
 
+    shown = Parted(lambda text: say(text.replace("\t", " "), end=""), log)
     try:
-        code, word = outcome(server.follow(run, lambda text: say(text.replace("\t", " "), end="")))
+        code, word = outcome(server.follow(run, shown.write))
     except KeyboardInterrupt as stop:
         code = Exit.TERMINATED if isinstance(stop, Terminated) else Exit.INTERRUPTED
         back = f"pipeline submit --address {server.address}"

@@ -14,15 +14,12 @@ from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline import parcel
 from pipeline.errors import JobError, RunError
 from pipeline.keys import check_cluster
-
-if TYPE_CHECKING:
-    from ray.exceptions import RayError
 
 LOCAL, AUTO = "local", "auto"
 ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
@@ -31,6 +28,8 @@ SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 PORTS = {"ray": 10001, "http": 80, "https": 443}
 REACHED_S = 10.0
 STARTS = 3
+LATE = "Starting Ray client server failed"
+"""What Ray says when the process that it starts for whoever comes by `ray://` is late, as it is on a busy machine."""
 THREADS_S = 3.0
 """How long Ray Data's threads may take to notice that it is over; one of them only waits, for good and to nobody's harm."""
 RAISED = re.compile(r"^((?:\w+\.)*)([A-Z]\w*): (.+)$", re.MULTILINE)
@@ -44,6 +43,12 @@ class Resources:
 
     cpus: float
     gpus: float
+    machines: tuple[tuple[float, float], ...] = ()
+    """CPUs and GPUs of each machine; nothing where all are on one."""
+
+    @property
+    def each(self) -> tuple[tuple[float, float], ...]:
+        return self.machines or ((self.cpus, self.gpus),)
 
 
 def connect(address: str | None = None) -> Resources:
@@ -60,8 +65,17 @@ def connect(address: str | None = None) -> Resources:
             start()
         else:
             join(wanted)
+    return resources()
+
+
+def resources() -> Resources:
+    """Return what there is now."""
+    import ray
+
     found = ray.cluster_resources()
-    return Resources(found.get("CPU", 1.0), found.get("GPU", 0.0))
+    machines = (node["Resources"] for node in ray.nodes() if node["Alive"])
+    each = tuple((machine.get("CPU", 0.0), machine.get("GPU", 0.0)) for machine in machines)
+    return Resources(found.get("CPU", 1.0), found.get("GPU", 0.0), each)
 
 
 def from_environment() -> str:
@@ -122,18 +136,29 @@ def start() -> None:
 @own_address()
 @own_signals()
 def join(address: str) -> None:
-    """Join a Ray cluster that runs already, and take this package to its workers, unless its job server did. Raises JobError."""
+    """Join a Ray cluster that runs already, and take this package to its workers, unless its job server did; again, if it is too busy.
+
+    Raises JobError.
+    """
     import ray
     from ray.exceptions import RayError
 
     reach(address)
     with tempfile.TemporaryDirectory() as folder:
         sent = {} if SUBMITTED in os.environ else {"py_modules": [str(parcel.pack(Path(folder)))]}
-        try:
-            ray.init(address, runtime_env=sent, log_to_driver=False, logging_level=logging.ERROR)
-        except (OSError, RuntimeError, ValueError, ImportError, RayError, SystemExit) as error:  # the last is Ray's own SIGTERM
-            why = " ".join(str(error).split())[:300] if not isinstance(error, SystemExit) else "it does not answer as Ray does"
-            raise JobError(f"there is no Ray cluster to join at {address}: {why}") from None
+        for left in reversed(range(STARTS)):
+            try:
+                ray.init(address, runtime_env=sent, log_to_driver=False, logging_level=logging.ERROR)
+                break
+            except (OSError, RuntimeError, ValueError, ImportError, RayError, SystemExit) as error:  # the last is Ray's own SIGTERM
+                if not left or LATE not in str(error):
+                    raise JobError(f"there is no Ray cluster to join at {address}: {unjoined(error)}") from None
+
+
+def unjoined(error: BaseException) -> str:
+    """Return why a cluster was not joined."""
+    why = " ".join(str(error).split())[:300] if not isinstance(error, SystemExit) else "it does not answer as Ray does"
+    return why if os.environ.get("RAY_AUTH_MODE") == "token" else f"{why}; one with a token wants RAY_AUTH_MODE=token and it here, too"
 
 
 def reach(address: str) -> None:
@@ -145,6 +170,13 @@ def reach(address: str) -> None:
         socket.create_connection((place.hostname, place.port or PORTS.get(place.scheme, 0)), REACHED_S).close()
     except OSError as error:
         raise JobError(f"nobody answers at {address}: {error.strerror or error}") from None
+
+
+def here() -> str:
+    """Return the address at which the cluster that was joined is joined again."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def beside_driver() -> Any:
@@ -177,7 +209,7 @@ def stop(threads: Set[threading.Thread]) -> None:
     ray.shutdown()
 
 
-def stopped(error: RayError, sentence: str) -> RunError:
+def stopped(error: Exception, sentence: str) -> RunError:
     """Return what a worker raised as the end of this run: its message, or a sentence about it with its traceback as the cause.
 
     Of a worker's exception only the text comes over from its process.

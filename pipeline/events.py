@@ -1,7 +1,7 @@
 """What happens in a run, as it happens -> one line of JSON each. Knows neither files nor what an event means.
 
 Events are records of Python's own logging, of the logger `pipeline.events`: a program that embeds a run takes them where it
-likes; `pipeline run --log FILE` writes them as
+likes; `pipeline run --log FILE` writes them as (`-`: to stderr, between the words)
 
     {"at": "2026-11-21T08:00:00.123+00:00", "event": "request", "key": "c1…", "source": "a.pdf", "status": "extracted", …}
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +30,7 @@ def event(name: str, **facts: Any) -> None:
 
 def answered(row: Mapping[str, Any]) -> None:
     """Tell what became of a request; a twin of another document has none and is no event."""
-    if row["key"] and LOG.isEnabledFor(logging.INFO):
+    if row["key"] and are_heard():
         failure = row.get("failure") or {}
         why = f"{failure['stage']}/{failure['kind']}" if failure else None
         event("request", **{name: row.get(name) for name in OF_A_REQUEST}, failure=why, message=failure.get("message"))
@@ -44,17 +44,25 @@ class JsonLines(logging.Formatter):
         return json.dumps({"at": at, "event": record.msg, **getattr(record, "facts", {})}, default=str)
 
 
+class Told(logging.Handler):
+    """Events as they are, for somebody else to tell."""
+
+    def __init__(self, tell: Callable[[str, dict[str, Any]], object]) -> None:
+        super().__init__()
+        self.tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.tell(record.msg, getattr(record, "facts", {}))
+
+
+def are_heard() -> bool:
+    """Say whether anybody listens."""
+    return LOG.isEnabledFor(logging.INFO)
+
+
 @contextmanager
-def written_to(file: Path | None) -> Iterator[None]:
-    """Append the events of this while to a file; nothing without one. Raises JobError when it cannot be written."""
-    if file is None:
-        yield
-        return
-    try:
-        handler = logging.FileHandler(file, encoding="utf-8")
-    except OSError as error:
-        raise JobError(f"cannot write the log {file}: {error.strerror}") from None
-    handler.setFormatter(JsonLines())
+def heard_by(handler: logging.Handler) -> Iterator[None]:
+    """Let a handler have the events of this while."""
     level, spreads = LOG.level, LOG.propagate
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
@@ -66,3 +74,18 @@ def written_to(file: Path | None) -> Iterator[None]:
         handler.close()
         LOG.setLevel(level)
         LOG.propagate = spreads
+
+
+@contextmanager
+def written_to(file: Path | None) -> Iterator[None]:
+    """Append the events of this while to a file, or to stderr for `-`; nothing without one. Raises JobError when it cannot be written."""
+    if file is None:
+        yield
+        return
+    try:
+        handler = logging.StreamHandler() if str(file) == "-" else logging.FileHandler(file, encoding="utf-8")
+    except OSError as error:
+        raise JobError(f"cannot write the log {file}: {error.strerror}") from None
+    handler.setFormatter(JsonLines())
+    with heard_by(handler):
+        yield

@@ -24,20 +24,22 @@ import ray.data
 from ray.exceptions import RayError
 
 from pipeline import abroad, afar, attempts, cluster, engines, events, folders, sink, source
-from pipeline.asking import ask, check_room, rows_of
+from pipeline.asking import ask, rows_of
 from pipeline.attempts import Asked, Retry
 from pipeline.compaction import compact
 from pipeline.errors import DamagedShard, JobError, SourceError
 from pipeline.job import Job, differences
 from pipeline.lease import Lease, is_held
+from pipeline.outlook import Stranded
 from pipeline.report import Breaker, Counted, OnProgress, Report
 from pipeline.settle import SettleStage
 from pipeline.sink import IDENTITY, Ledger, Output
+from pipeline.sizing import check_room
 from pipeline.stages import Row, document_keys, render_settings
 
 DOCUMENTS_PER_SHARD = 1000
-ROUNDS = 3
-"""One asks everything. Another is for what went missing with a machine, should Ray not bring all of it back."""
+ROUNDS = 8
+"""One asks everything. Another is for what went missing with a machine, should Ray not bring all of it back or have no room for it."""
 BLOCK_BYTES = 1
 """What a task gathers before the next step sees it: every request goes on as soon as it is drawn, and its answer is kept as
 soon as it has come; blocks of 32 MiB held back those of a whole task, which a kill then cost."""
@@ -82,7 +84,7 @@ def run(
         events.event("run_started", **described(job))
         report.damaged = sink.set_aside_damaged(output)
         listing = listing if limit is None else first(listing, limit, output)
-        ask_and_settle(job, output, listing, again, resources, report, lease, on_progress or (lambda _: None))
+        ask_and_settle(job, output, listing, again, resources, Counted(report, on_progress or (lambda _: None)), lease)
         report.elapsed_s = round(time.monotonic() - started, 3)
         output.write_report(report.as_dict())
     events.event("run_ended", **report.as_dict())
@@ -95,19 +97,18 @@ def ask_and_settle(
     listing: pa.Table,
     retry: Retry | None,
     resources: cluster.Resources,
-    report: Report,
+    counted: Counted,
     lease: Lease,
-    on_progress: OnProgress,
 ) -> None:
     """Ask what is open and write the records; again, if only settling notices that a shard is damaged."""
     while True:
-        ask_open(job, output, listing, retry, resources, report, lease, on_progress)
+        ask_open(job, output, listing, retry, resources, counted, lease)
         try:
             compact(output)
-            settle_into(job, output, report)
+            settle_into(job, output, counted.report)
             return
         except DamagedShard as damage:
-            report.damaged.append(sink.set_aside(output, damage))
+            counted.report.damaged.append(sink.set_aside(output, damage))
             retry = None
 
 
@@ -117,9 +118,8 @@ def ask_open(
     listing: pa.Table,
     retry: Retry | None,
     resources: cluster.Resources,
-    report: Report,
+    counted: Counted,
     lease: Lease,
-    on_progress: OnProgress,
 ) -> None:
     """Ask every request that the ledger does not know or that is to be retried, and write the answers to it as they come."""
     for _ in range(ROUNDS):
@@ -129,14 +129,22 @@ def ask_open(
         to_ask = unasked(job, documents, asked)
         if not to_ask.num_rows:
             return
-        counted = Counted(to_ask.num_rows, report, on_progress)
+        counted.begin(to_ask.num_rows)
         breaker = Breaker(job.sections.limits.max_failure_ratio, job.sections.limits.min_requests)
-        with closing(ask(job, to_ask, asked, resources)) as rows, Ledger(output) as ledger:
-            for row in filter(ledger.add, rows):
-                lease.check()
-                events.answered(row)
-                counted.add(row)
-                breaker.add(row)
+        address = cluster.here()
+        try:
+            with closing(ask(job, to_ask, asked, resources)) as rows, Ledger(output) as ledger:
+                for row in filter(ledger.add, rows):
+                    lease.check()
+                    events.answered(row)
+                    counted.add(row)
+                    breaker.add(row)
+        except Stranded as error:
+            events.event("machines_gone", message=str(error))
+            if ray.is_initialized():  # this driver is a task of the cluster, which cannot leave it, and what it has started would stay
+                raise
+            resources = connect(job, address)
+            continue
         retry = None
 
 
@@ -169,9 +177,9 @@ def join(job: Job) -> None:
     cluster.connect(job.sections.ray.address)
 
 
-def connect(job: Job) -> cluster.Resources:
-    """Connect to Ray and keep Ray Data from talking over the command line's own words."""
-    resources = cluster.connect(job.sections.ray.address)
+def connect(job: Job, address: str | None = None) -> cluster.Resources:
+    """Connect to Ray, where the job says or at this address, and keep Ray Data from talking over the command line's own words."""
+    resources = cluster.connect(address or job.sections.ray.address)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -41,20 +41,23 @@ class Served:
         self.queue = Gauge("pipeline_queue_depth", "Requests that an engine has and has not answered.", ("job",))
         self.busy = Counter("pipeline_engine_busy_seconds", "Seconds in which an engine had a request.", ("job",))
         self.waiting, self.since = 0, time.monotonic()
+        self.loaded, self.busy_s = self.since, 0.0
 
     def take(self, requests: int) -> None:
         """Note that so many requests have come; a negative number takes back what was given up."""
         now = time.monotonic()
         if self.waiting and now > self.since:
             self.busy.inc(now - self.since, self.tags)
+            self.busy_s += now - self.since
         self.waiting, self.since = self.waiting + requests, now
         self.queue.set(self.waiting, self.tags)
 
-    def answer(self, row: Mapping[str, Any]) -> None:
-        """Note that one came back."""
+    def answer(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """Note that one came back, and return for how long this engine has been loaded, and busy."""
         self.take(-1)
         if row.get("key"):
             self.requests.inc(1, {**self.tags, "status": str(row.get("status"))})
         for kind in ("prompt", "completion"):
             if tokens := row.get(f"{kind}_tokens"):
                 self.tokens.inc(tokens, {**self.tags, "kind": kind})
+        return {"alive_s": self.since - self.loaded, "busy_s": self.busy_s}

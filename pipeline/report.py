@@ -68,13 +68,18 @@ class Report:
     """Sources without a row: always a defect, named here rather than lost."""
     damaged: list[str] = field(default_factory=list)
     """Shards that someone had damaged: set aside, and their requests asked again."""
+    requests: dict[str, int] = field(default_factory=dict)
+    """Requests that came back in this run, by status."""
     requests_asked: int = 0
+    """Those of them that an engine answered."""
     pages_asked: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     elapsed_s: float = 0.0
     requests_at_once: dict[str, Any] = field(default_factory=dict)
     """How many requests were under way at engines: the mean of each slice of time, from the first one's start."""
+    engine_busy_share: float | None = None
+    """In so much of the time, from when it was loaded to its last answer, an engine had a request."""
 
     @property
     def exit_code(self) -> Exit:
@@ -131,15 +136,22 @@ OnProgress = Callable[[Progress], None]
 class Counted:
     """Counts answers for the report and the progress bar."""
 
-    def __init__(self, documents: int, report: Report, on_progress: OnProgress) -> None:
-        self.documents, self.report, self.on_progress = documents, report, on_progress
+    def __init__(self, report: Report, on_progress: OnProgress) -> None:
+        self.report, self.on_progress = report, on_progress
+        self.failed, self.started = 0, time.monotonic()
+        self.at_once, self.engines = AtOnce(), dict[str, tuple[float, float]]()
+        self.begin(0)
+
+    def begin(self, documents: int) -> None:
+        """Begin a round of so many documents."""
+        self.documents, self.documents_done = documents, 0
         self.left: dict[str, int] = {}
-        self.documents_done = self.failed = 0
-        self.started = time.monotonic()
-        self.at_once = AtOnce()
 
     def add(self, row: Mapping[str, Any]) -> None:
         report = self.report
+        self.engine(row)
+        if row["key"]:
+            report.requests[row["status"]] = report.requests.get(row["status"], 0) + 1
         report.requests_asked += bool(row.get("asks"))
         report.pages_asked += len(row.get("pages") or []) if row["key"] else 0
         report.prompt_tokens += row.get("prompt_tokens") or 0
@@ -157,6 +169,14 @@ class Counted:
             del self.left[row["source"]]
         elapsed_s = time.monotonic() - self.started
         self.on_progress(Progress(self.documents, self.documents_done, report.pages_asked, report.requests_asked, self.failed, elapsed_s))
+
+    def engine(self, row: Mapping[str, Any]) -> None:
+        """Take note of how long the engine that answered had something to answer, by its own count."""
+        if not row.get("actor"):
+            return
+        self.engines[row["actor"]] = max(self.engines.get(row["actor"], (0.0, 0.0)), (row["alive_s"], row["busy_s"]))
+        alive_s, busy_s = (sum(times) for times in zip(*self.engines.values(), strict=True))
+        self.report.engine_busy_share = round(busy_s / alive_s, 3) if alive_s else None
 
 
 class Breaker:

@@ -28,8 +28,9 @@ import yaml
 from pipeline import store
 from pipeline.errors import DamagedShard, JobError, RunError
 from pipeline.events import event
+from pipeline.objects import Unreachable, said
 from pipeline.place import Place, parted
-from pipeline.store import Store, Unreachable, said
+from pipeline.store import Store
 
 FAILURE = pa.struct([("stage", pa.string()), ("kind", pa.string()), ("message", pa.string())])
 PAGE = pa.struct(

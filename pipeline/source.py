@@ -28,7 +28,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline import manifest, place, store, web
+from pipeline import manifest, objects, place, web
 from pipeline.errors import DocumentError, JobError, SourceError
 from pipeline.folders import MAGIC, Predicate, absolute, document, list_glob, outside, walk
 from pipeline.records import Document
@@ -69,7 +69,7 @@ def read(document: Document, root: Path, max_bytes: int, access: web.Access = we
         raise DocumentError("too_large", f"{document.source} has {document.size_bytes} bytes; {allowed}")
     try:
         if REMOTE_URL.match(document.source):
-            return unchanged(document, *store.fetch(document.source, document.size_bytes))
+            return unchanged(document, *objects.fetch(document.source, document.size_bytes))
         return read_local(document, root, document.size_bytes + 1)  # one more than there should be shows that there is more
     except (FileNotFoundError, NotADirectoryError):
         raise DocumentError("vanished", f"{document.source} was there when it was listed and is gone") from None
@@ -118,7 +118,7 @@ def entry(name: str, folder: str, root: str, forbidden: Predicate | None) -> Doc
     if forbidden:
         return Document(name.encode("utf-8", "backslashreplace").decode("utf-8"), -1, "outside")
     check_scheme(name)
-    found = remotely(store.look, name)
+    found = remotely(objects.look, name)
     return Document(found.url, found.size_bytes, found.version) if found else Document(name, -1, "vanished")
 
 
@@ -192,7 +192,7 @@ def list_remote(url: str) -> Iterator[Document]:
     """Yield the objects at, below or matched by a URL, dot-files left out. Raises SourceError when there is no way to them."""
     check_scheme(url)
     is_glob = MAGIC.search(url) is not None
-    for found in remotely(store.find, url, is_glob):
+    for found in remotely(objects.find, url, is_glob):
         below = found.url.partition(url.rstrip("/") + "/")[2]
         if is_glob or not any(part.startswith(".") for part in below.split("/")):
             yield Document(found.url, found.size_bytes, found.version)
@@ -212,4 +212,4 @@ def remotely(ask: Callable[..., Any], url: str, *given: object) -> Any:
     except JobError as error:
         raise SourceError(f"source {place.shown(url)!r} cannot be listed: {error}") from None
     except OSError as error:
-        raise SourceError(f"source {place.shown(url)!r} cannot be listed: {store.said(error)}") from None
+        raise SourceError(f"source {place.shown(url)!r} cannot be listed: {objects.said(error)}") from None

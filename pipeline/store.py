@@ -4,8 +4,7 @@
     store.put("ab12.parquet", data)        whole or not at all, whatever ends this process meanwhile
     store.names(".parquet")                {"ab12.parquet": 4711}
 
-The one door to fsspec. A store carries its place alone: credentials, region and endpoint are what the environment of the
-process that uses it says (AWS_PROFILE, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, …), and travel nowhere.
+A store carries its place alone: what opens an object store is in the environment of the process that uses it (`objects.py`).
 """
 
 from __future__ import annotations
@@ -13,40 +12,23 @@ from __future__ import annotations
 import errno
 import io
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import fsspec
-
-from pipeline.errors import JobError, RunError
-from pipeline.place import EXTRAS, Place, has_secret, scheme_of, shown
+from pipeline.errors import RunError
+from pipeline.objects import Distant, asking, said
+from pipeline.place import Place
 
 STREAMS = 16
 """So many requests to an object store are under way at once: each is a wait of 10 to 100 ms, and little work."""
 WHOLE_BYTES = 4 * 2**20
 """An object up to this size is fetched in one piece; of a larger one, what is looked at."""
-FAMILIES = (
-    ("botocore.exceptions", "BotoCoreError"),
-    ("botocore.exceptions", "ClientError"),
-    ("aiohttp", "ClientError"),
-    ("google.auth.exceptions", "GoogleAuthError"),
-    ("gcsfs.retry", "HttpError"),
-    ("azure.core.exceptions", "AzureError"),
-)
-"""What the stores' libraries raise beside OSError and ValueError."""
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-class Unreachable(OSError):
-    """An object store did not do what it was asked; nothing is known of what it holds."""
 
 
 class Store(Protocol):
@@ -256,124 +238,3 @@ class Objects:
         with asking(f"{self / name}") as (files, path):
             files.pipe_file(path, b"-")
             files.rm_file(path)
-
-
-class Distant(io.RawIOBase):
-    """A large object, of which only what is looked at is fetched."""
-
-    def __init__(self, url: str, size_bytes: int) -> None:
-        self.url, self.size_bytes, self.place = url, size_bytes, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.size_bytes}[whence]
-        self.place = max(0, start + offset)
-        return self.place
-
-    def tell(self) -> int:
-        return self.place
-
-    def readinto(self, buffer: Any) -> int:
-        room = memoryview(buffer)
-        stop = min(self.size_bytes, self.place + len(room))
-        if stop <= self.place:
-            return 0
-        with asking(self.url) as (files, path):
-            data: bytes = files.cat_file(path, start=self.place, end=stop)
-        room[: len(data)] = data
-        self.place += len(data)
-        return len(data)
-
-
-@contextmanager
-def asking(url: str) -> Iterator[tuple[Any, str]]:
-    """Give the file system of a URL and the path in it, and turn what its library raises into OSErrors.
-
-    Never by fsspec's own reading of URLs: that takes `::` in an object's name for a way to another file system. Raises JobError
-    where a library is missing or the URL has a secret in it.
-    """
-    scheme = scheme_of(url)
-    need(url)
-    try:
-        files = fsspec.filesystem(scheme, use_listings_cache=False)
-        files.invalidate_cache()
-        yield files, files._strip_protocol(f"{scheme}://{url.partition('://')[2]}")
-    except (FileNotFoundError, Unreachable):
-        raise
-    except foreign() as error:
-        raise Unreachable(" ".join(said(error).split())[:300]) from None
-
-
-def need(url: str) -> None:
-    """Raise JobError for a URL that cannot be opened here: its library is missing, or it has a secret in it."""
-    if has_secret(url):
-        raise JobError(f"{shown(url)} has a user or a password in it: the environment holds them, no URL does")
-    library, extra = EXTRAS.get(scheme_of(url), ("", ""))
-    if library and find_spec(library) is None:
-        raise JobError(f"{url} needs the package {library}: pip install 'pipeline[{extra}]'")
-
-
-def foreign() -> tuple[type[Exception], ...]:
-    """Return what the libraries that are in use raise."""
-    return (OSError, ValueError, *(getattr(sys.modules[module], name) for module, name in FAMILIES if module in sys.modules))
-
-
-def said(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-# ---- Objects by URL -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Found:
-    """An object, as it is listed."""
-
-    url: str
-    size_bytes: int
-    version: str
-    """Its etag, or when it was written: what tells a changed object apart."""
-
-
-def find(url: str, is_glob: bool = False) -> list[Found]:
-    """Return the objects at or below a URL, or matched by it, from one listing. Raises OSError."""
-    with asking(url) as (files, path):
-        found = files.glob(path, detail=True) if is_glob else files.find(path, detail=True)
-        return [seen(files, info) for name, info in found.items() if info["type"] == "file" and not name.endswith("/")]
-
-
-def look(url: str) -> Found | None:
-    """Return the object of exactly this URL, if there is one. Raises OSError."""
-    try:
-        with asking(url) as (files, path):
-            info = files.info(path)
-            return seen(files, info) if info["type"] == "file" else None
-    except FileNotFoundError:
-        return None
-
-
-def fetch(url: str, size_bytes: int) -> tuple[bytes, str]:
-    """Return an object's bytes, at most one more than it is listed with, and the version it had after they were read.
-
-    Raises OSError. Had it been replaced meanwhile, its version would not be the one that was listed.
-    """
-    with asking(url) as (files, path):
-        data = files.cat_file(path, start=0, end=size_bytes + 1) if size_bytes else b""  # of nothing no range can be had
-        return data, seen(files, files.info(path)).version
-
-
-def download(url: str, file: Path) -> None:
-    """Copy an object into a file here. Raises OSError."""
-    with asking(url) as (files, path):
-        files.get_file(path, str(file))
-
-
-def seen(files: Any, info: dict[str, Any]) -> Found:
-    given = next((info[key] for key in ("ETag", "etag", "mtime", "LastModified", "created") if info.get(key)), "")
-    version = str(given.timestamp() if isinstance(given, datetime) else given)
-    return Found(files.unstrip_protocol(info["name"]), info["size"], version)

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
@@ -34,6 +34,8 @@ STOP_S = 60
 """How long a run that is stopped may take to write what it has; Ray's own 3 s are too short for it."""
 ANSWER_S = 60.0
 """How long the job server may take for an answer."""
+EVENT = '{"at": '
+"""How a line begins that is an event."""
 SILENT_S = 60.0
 """How long a log may be silent before it is asked for anew: a connection that broke somewhere on its way is silent, too."""
 LOST_S = 300.0
@@ -127,6 +129,22 @@ class Log:
                 if seen > self.written:
                     self.write(chunk[self.written - seen :])
                     self.written = seen
+
+
+class Parted:
+    """Parts a run's log: lines that are events go to a file, if there is one, the others, its words, to who reads along."""
+
+    def __init__(self, words: Callable[[str], object], events: TextIO | None) -> None:
+        self.words, self.events, self.rest = words, events, ""
+
+    def write(self, text: str) -> None:
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in lines:
+            if not line.startswith(EVENT):
+                self.words(line + "\n")
+            elif self.events:
+                self.events.write(line + "\n")
+                self.events.flush()
 
 
 @contextmanager

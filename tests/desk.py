@@ -102,6 +102,15 @@ class Scripted:
         """Nothing to release."""
 
 
+class Ink(Scripted):
+    """Reads how dark the first page is: a page's answer is its own, and no model has to be loaded, which takes seconds each time."""
+
+    async def complete(self, request: Request) -> Completion:
+        pixels = request.messages[1].parts[0]
+        assert not isinstance(pixels, str)
+        return completion(f'{{"currency":"EUR","total":{int((pixels < 128).sum()) / 100},"lines":[]}}')
+
+
 def texts(request: Request) -> list[str]:
     """Return the texts of a conversation, its page images left out."""
     return [part for message in request.messages for part in message.parts if isinstance(part, str)]

@@ -18,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 STARTS = 4
 """On a busy machine Ray's own processes miss their deadline of 15 s (ray#65983)."""
+PARENT, SESSION = 1, 3
+"""Where /proc says so of a process, after its name and from 0."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,16 @@ def started(command: list[str], environment: dict[str, str]) -> subprocess.Popen
 
 def end(process: subprocess.Popen[str]) -> None:
     """End a head at once, with all that it has started; by itself it would wait half a minute for its work."""
+    kill(SESSION, process.pid)
+    process.communicate()
+
+
+def kill(kin: int, pid: int) -> None:
+    """Kill all processes whose parent, or whose session, this one is."""
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if int((folder / "stat").read_text().rpartition(")")[2].split()[3]) == process.pid:
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[kin]) == pid:
                 os.kill(int(folder.name), signal.SIGKILL)
-    process.communicate()
 
 
 def free_ports(count: int) -> list[int]:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 SECRET = "wJalrXUtnFEMI/EXAMPLEKEY"
@@ -45,6 +47,11 @@ class Bucket:
 
     def contents(self, prefix: str) -> dict[str, bytes]:
         return {key: self.get(key) for key in self.keys(prefix)}
+
+    def rows(self, url: str) -> list[dict[str, Any]]:
+        """Return the rows of the shards below a URL."""
+        found = self.contents(url.removeprefix(self.url("")) + "/")
+        return [row for key, data in found.items() if key.endswith(".parquet") for row in pq.read_table(pa.BufferReader(data)).to_pylist()]
 
     @property
     def backend(self) -> Any:

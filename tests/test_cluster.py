@@ -79,6 +79,13 @@ def test_a_cluster_is_joined_and_given_this_package(monkeypatch: pytest.MonkeyPa
     assert [module.rpartition("/")[2] for module in starts.calls[0]["runtime_env"]["py_modules"]] == ["pipeline"]
 
 
+def test_a_busy_cluster_is_asked_again(monkeypatch: pytest.MonkeyPatch, door: str) -> None:
+    late = ConnectionAbortedError("Initialization failure from server: RuntimeError: Starting Ray client server failed. See …")
+    monkeypatch.setattr(ray, "init", starts := Starts(late, late, None))
+    cluster.join(f"ray://{door}")
+    assert len(starts.calls) == 3
+
+
 def test_what_a_job_server_started_has_the_package_already(monkeypatch: pytest.MonkeyPatch, door: str) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     monkeypatch.setattr(ray, "init", starts := Starts(None))
@@ -111,6 +118,7 @@ def test_the_job_comes_before_the_environment(
     said: list[str] = []
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setattr(ray, "nodes", list)
     monkeypatch.setattr(cluster, "start", lambda: said.append("start"))
     monkeypatch.setattr(cluster, "join", lambda address: said.append(f"join {address}"))
     monkeypatch.setenv("RAY_ADDRESS", environment) if environment is not None else monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -132,6 +140,7 @@ def test_where_nobody_listens_is_said_at_once(address: str) -> None:
 
 @pytest.mark.parametrize("error", [ConnectionError("no raylet"), RuntimeError("no raylet"), SystemExit(15)])
 def test_a_cluster_that_cannot_be_joined_is_an_error(monkeypatch: pytest.MonkeyPatch, door: str, error: BaseException) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.setattr(ray, "init", Starts(error))
-    with pytest.raises(JobError, match=f"no Ray cluster to join at {door}: (no raylet|it does not answer as Ray does)"):
+    with pytest.raises(JobError, match=f"no Ray cluster to join at {door}: (no raylet|it does not answer as Ray does); one with a token"):
         cluster.join(door)

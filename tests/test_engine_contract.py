@@ -99,9 +99,10 @@ def engine(request: pytest.FixtureRequest, folder: Path, model: TransformersEngi
 def vllm_engine(folder: Path) -> Iterator[Engine]:
     from pipeline.engines.vllm import VLLMEngine
 
-    os.environ |= {"TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}  # without the first its start compiles for a minute
-    small: dict[str, Any] = {"max_model_len": LONGEST, "max_num_seqs": 32, "enforce_eager": True, "dtype": "float32"}
-    one = VLLMEngine(str(folder), {**small, "mm_processor_kwargs": BOUNDS, "limit_mm_per_prompt": {"image": 40, "video": 0}}, threads=1)
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"  # else its start compiles for a minute
+    small = {"max_model_len": LONGEST, "max_num_seqs": 32, "enforce_eager": True, "kv_cache_memory_bytes": 2**30, "dtype": "float32"}
+    pages: dict[str, Any] = {"mm_processor_kwargs": BOUNDS, "limit_mm_per_prompt": {"image": 40, "video": 0}}
+    one = VLLMEngine(str(folder), {**small, **pages}, threads=1)
     yield one
     one.close()
 

@@ -14,7 +14,7 @@ import tiny_model
 from desk import Desk
 from test_engines_choice import PAGE
 
-from pipeline import engines, store
+from pipeline import engines, objects
 from pipeline.engines import copies
 from pipeline.errors import JobError, RunError
 from pipeline.job import Job
@@ -37,13 +37,13 @@ def uri(bucket: s3.Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> s
 def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is fetched, in this order."""
     fetched: list[str] = []
-    download = store.download
+    download = objects.download
 
     def counted(url: str, file: Path) -> None:
         fetched.append(file.name)
         download(url, file)
 
-    monkeypatch.setattr(store, "download", counted)
+    monkeypatch.setattr(objects, "download", counted)
     return fetched
 
 
@@ -70,22 +70,22 @@ def test_actors_that_start_together_copy_once(uri: str, downloads: list[str], tm
 
 def test_a_copy_that_breaks_off_is_none(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it leaves is cleared away by the next."""
-    download, revision = store.download, copies.revision(uri)
+    download, revision = objects.download, copies.revision(uri)
 
     def cut(url: str, file: Path) -> None:
         file.write_bytes(b"wei")
-        raise store.Unreachable("the connection is gone")
+        raise objects.Unreachable("the connection is gone")
 
-    monkeypatch.setattr(store, "download", cut)
+    monkeypatch.setattr(objects, "download", cut)
     with pytest.raises(RunError, match=r"cannot copy the model s3://.* to .*: the connection is gone; put that right"):
         copies.copied(uri, revision)
     assert not copies.folder(uri, revision).exists()
-    monkeypatch.setattr(store, "download", download)
+    monkeypatch.setattr(objects, "download", download)
     assert left(tmp_path) != [copies.copied(uri, revision).name] == left(tmp_path)
 
 
 def test_a_file_that_comes_short_is_noticed(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "download", lambda url, file: file.write_bytes(b""))
+    monkeypatch.setattr(objects, "download", lambda url, file: file.write_bytes(b""))
     with pytest.raises(RunError, match=r"config\.json has 2 bytes, and 0 came"):
         copies.copied(uri, copies.revision(uri))
 
@@ -112,7 +112,7 @@ def test_offline_the_copy_is_used_and_nothing_else(uri: str, monkeypatch: pytest
     monkeypatch.delenv(copies.OFFLINE_ENV)
     copy = copies.copied(uri, copies.revision(uri))
     monkeypatch.setenv(copies.OFFLINE_ENV, "1")
-    monkeypatch.setattr(store, "find", None)  # whoever calls it, fails
+    monkeypatch.setattr(objects, "find", None)  # whoever calls it, fails
     assert copies.copied(uri, copies.revision(uri)) == copy
 
 

@@ -144,8 +144,9 @@ def test_vllm_is_told_everything_that_it_would_take_from_the_checkpoint() -> Non
 
 
 def test_vllm_is_told_to_write_no_spaces_between_tokens() -> None:
-    sent = asked(request(), Dialect("m", structure="json_schema", vllm=True))["response_format"]["json_schema"]["schema"]
-    assert sent == SCHEMA | {"x-guidance": {"whitespace_flexible": False}}
+    by_format, by_tool = (asked(request(), Dialect("m", structure=way, vllm=True)) for way in ("json_schema", "tool"))
+    for sent in (by_format["response_format"]["json_schema"]["schema"], by_tool["tools"][0]["function"]["parameters"]):
+        assert sent == SCHEMA | {"x-guidance": {"whitespace_flexible": False}}
 
 
 def test_an_extra_body_goes_over_the_rest_and_takes_away() -> None:
@@ -299,6 +300,8 @@ ONCE = {
     "no event": sends({"choices": [{"delta": "x"}]}),
     "a list": sends([]),
     "an error within": sends({"choices": [{"delta": {"content": "{"}}]}, {"error": "CUDA out of memory"}),
+    "429 within": sends({"error": {"message": "slow down", "code": 429}}),
+    "500 within": sends({"error": {"message": "oops", "code": 500}}),
     "aborted": sends({"choices": [{"delta": {"content": "{"}, "finish_reason": "abort"}]}),
     "no body": lambda wire, _: wire.reply(200, ""),
 }
@@ -337,6 +340,7 @@ def test_what_does_not_pass_fails_by_its_name(fault: Say, kind: str, said: str) 
         (status(422), "refused", "answers 422: not now"),
         (status(400, "This model's maximum context length is 2048 tokens."), "too_long", "maximum context length is 2048"),
         (status(307, Location="http://elsewhere.example/v1"), "refused", "a redirect, which is not followed"),
+        (sends({"error": {"message": "Invalid grammar", "code": 400}}, "[DONE]"), "refused", "answers 400: Invalid grammar"),
     ],
 )
 def test_a_refusal_is_not_asked_again(reply: Say, kind: str, said: str) -> None:
@@ -491,9 +495,10 @@ def test_a_server_is_asked_how_it_keeps_to_a_schema(desk: Desk, obeys: Sequence[
     assert stub.complaints == []
 
 
-def test_a_server_that_takes_no_schema_of_the_jobs_is_asked_another_way(desk: Desk) -> None:
+@pytest.mark.parametrize("refuse", [status(400, "'format' is not permitted"), sends({"error": {"message": "no", "code": 400}}, "[DONE]")])
+def test_a_server_that_takes_no_schema_of_the_jobs_is_asked_another_way(desk: Desk, refuse: Say) -> None:
     def picky(wire: Wire, asked: Body) -> None:
-        (status(400, "'format' is not permitted") if "response_format" in asked else says(VALID))(wire, asked)
+        (refuse if "response_format" in asked else says(VALID))(wire, asked)
 
     with Stub(picky) as stub:
         assert engines.choose(job(desk, stub), 0.0).sections.model.structure == "tool"

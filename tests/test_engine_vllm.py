@@ -12,6 +12,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -216,6 +218,14 @@ def test_yarn_reaches_vllm(desk: Desk) -> None:
 def test_an_argument_that_vllm_does_not_know_is_refused_with_the_nearest(desk: Desk) -> None:
     with pytest.raises(JobError, match=r"model\.engine_args: the engine of this vLLM has no argument blok_size; did you mean block_size\?"):
         engines.check(job_of(desk, "model.engine_args={blok_size: 16}"))
+
+
+@needs_vllm
+def test_looking_at_arguments_says_nothing(desk: Desk) -> None:
+    code = "import sys; from pipeline import Job; from pipeline.engines import check; check(Job.load(sys.argv[1], sys.argv[2:]))"
+    command = [sys.executable, "-W", "ignore", "-c", code, str(desk.file), "model.engine=vllm", "model.engine_args={block_size: 16}"]
+    looked = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (looked.stdout, looked.stderr) == ("", "")
 
 
 @needs_vllm

@@ -56,3 +56,10 @@ def test_a_program_can_listen_by_itself(caplog: pytest.LogCaptureFixture) -> Non
     with caplog.at_level(logging.INFO, logger="pipeline.events"):
         events.event("shard", file="a.parquet")
     assert [(record.msg, vars(record)["facts"]) for record in caplog.records] == [("shard", {"file": "a.parquet"})]
+
+
+def test_a_log_may_be_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    with events.written_to(Path("-")):
+        events.event("one")
+    said = capsys.readouterr()
+    assert (said.out, json.loads(said.err)["event"]) == ("", "one")

@@ -11,17 +11,17 @@ PACKAGE = Path(__file__).parents[1] / "pipeline"
 FLOORS = {
     0: {"errors", "records", "budget", "schema", "cells", "arrow", "prompt", "validate", "merge", "place"},
     1: {"job", "jobfile", "keys", "parcel", "report", "attempts", "events"},
-    2: {"source", "folders", "manifest", "net", "web", "render", "sandbox", "store", "sink", "compaction", "lease"}
+    2: {"source", "folders", "manifest", "net", "web", "render", "sandbox", "objects", "store", "sink", "compaction", "lease"}
     | {"awq", "decoding", "engines"},
     3: {"abroad", "stages", "settle", "status"},
-    4: {"afar", "cluster", "metrics", "asking", "flow", "preview", "submit", "watch"},
+    4: {"afar", "cluster", "sizing", "outlook", "metrics", "asking", "flow", "preview", "submit", "watch"},
     5: {"cli", "guard", "show"},
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 DOORS = {
     "pymupdf": {"render", "demo"},
     "PIL": {"render", "engines", "demo"},
-    "fsspec": {"store"},
+    "fsspec": {"objects"},
     "torch": {"engines", "awq", "demo"},
     "transformers": {"engines", "awq", "demo"},
     "httpx2": {"engines"},
@@ -31,7 +31,7 @@ DOORS = {
     "pydantic": {"job", "jobfile", "keys"},
     "yaml": {"show", "jobfile", "sink"},
     "jsonschema": {"schema", "validate"},
-    "ray": {"afar", "flow", "asking", "metrics", "cluster", "submit"},
+    "ray": {"afar", "flow", "asking", "metrics", "cluster", "outlook", "submit"},
     "click": {"cli", "show"},
     "rich": {"show"},
 }

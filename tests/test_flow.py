@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pymupdf
 import pytest
 import ray
-from desk import SCHEMA, Desk, Scripted, completion, slip
+from desk import SCHEMA, Desk, Ink, Scripted, slip
 from PIL import Image
 from ray.exceptions import RayError
 
@@ -33,15 +33,6 @@ from pipeline.sink import Output
 pytestmark = pytest.mark.usefixtures("ray_session")
 PASSWORD = "open sesame"
 MANIFEST = "path,customer\nin/a.pdf,0042\nin/b.pdf,\nin/c.pdf,ACME\n"
-
-
-class Ink(Scripted):
-    """Reads how dark the first page is: a page's answer is its own, and no model has to be loaded, which takes seconds each time."""
-
-    async def complete(self, request: Request) -> Completion:
-        pixels = request.messages[1].parts[0]
-        assert not isinstance(pixels, str)
-        return completion(f'{{"currency":"EUR","total":{int((pixels < 128).sum()) / 100},"lines":[]}}')
 
 
 class Frail(Ink):
@@ -104,6 +95,19 @@ class Patient(Ink):
 class PatientAsker(Quick):
     def load(self, job: Job, threads: int) -> Engine:
         return Patient(job.file.parent)
+
+
+class Deaf(Ink):
+    """Never answers."""
+
+    async def complete(self, request: Request) -> Completion:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+class DeafAsker(Quick):
+    def load(self, job: Job, threads: int) -> Engine:
+        return Deaf()
 
 
 for module in (__name__, Scripted.__module__):
@@ -360,11 +364,6 @@ def test_actors_that_will_never_fit_are_refused(desk: Desk) -> None:
     assert not (desk.folder / "out").exists()
 
 
-def test_gpus_that_are_not_there_are_refused(desk: Desk) -> None:
-    with pytest.raises(JobError, match=r"ray\.actors is 2, each with 1 CPUs and 1 GPUs, .* there are 8 CPUs and 1 GPUs"):
-        asking.check_room(desk.job("ray.actors=2"), cluster.Resources(8, 1))
-
-
 def test_a_pool_grows_while_all_its_actors_are_busy(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     for page in range(40):
         desk.put(f"{page}.pdf", slip(page))
@@ -374,21 +373,7 @@ def test_a_pool_grows_while_all_its_actors_are_busy(desk: Desk, monkeypatch: pyt
     assert len(list(desk.folder.glob("*.actor"))) == 2
 
 
-@pytest.mark.parametrize(("cpus", "actors", "each"), [(1, 1, 0.5), (2, 1, 1), (2, 3, 1 / 3), (16, 1, 14), (16, 3, 4)])
-def test_actors_share_what_rendering_leaves(desk: Desk, cpus: float, actors: int, each: float) -> None:
-    job, there = desk.job(f"ray.actors={actors}"), cluster.Resources(cpus, 0)
-    assert asking.actor_cpus(job, there) == pytest.approx(each)
-    asking.check_room(job, there)
-
-
 # --- a folder over time
-
-
-def test_who_asks_a_server_needs_no_gpu_and_one_cpu(desk: Desk) -> None:
-    job = desk.job("model={engine: openai, base_url: 'http://127.0.0.1:1/v1', concurrency: 20}")
-    assert (asking.actor_gpus(job, cluster.Resources(8, 4)), asking.actor_cpus(job, cluster.Resources(8, 4))) == (0, 1)
-    assert asking.requests_per_batch(job) == 3
-    asking.check_room(job, cluster.Resources(1, 0))
 
 
 def test_a_folder_is_kept_up_to_date(desk: Desk) -> None:
@@ -475,6 +460,14 @@ def test_an_engine_that_dies_is_replaced_and_dies_once_too_often(desk: Desk, mon
     report = flow.run(job)
     assert (report.statuses, report.requests_asked) == ({"extracted": 1}, 9 - asked_before)
     assert [row["first_page"] for row in ledger(desk)] == list(range(1, 10))
+
+
+def test_a_run_in_which_nothing_moves_any_more_breaks_off(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk.put("a.pdf")
+    monkeypatch.setattr(asking, "Asker", DeafAsker)
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "execution_no_progress_timeout_s", 2.0)  # of 30 minutes
+    with pytest.raises(RunError, match=r"^the run stopped: .* no progress for at least 2s .*; run the same command again to resume it$"):
+        flow.run(desk.job())
 
 
 def test_a_run_that_fails_wholesale_is_stopped_and_its_failures_are_asked_again(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
 import s3
-from desk import Desk, Scripted, completion, slip
+from desk import Desk, Ink, Scripted, slip
 
 from pipeline import asking, cluster, compaction, flow
 from pipeline.engines import Engine
 from pipeline.errors import JobError
 from pipeline.job import Job
-from pipeline.records import Completion, Request
 from pipeline.report import Report
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-
-
-class Ink(Scripted):
-    """Reads how dark the first page is: a page's answer is its own."""
-
-    async def complete(self, request: Request) -> Completion:
-        pixels = request.messages[1].parts[0]
-        assert not isinstance(pixels, str)
-        return completion(f'{{"currency":"EUR","total":{int((pixels < 128).sum()) / 100},"lines":[]}}')
 
 
 class Quick(asking.Asker):
@@ -64,11 +53,6 @@ def within(job: Job, name: str) -> str:
     return f"{job.output}/{name}".removeprefix("s3://bucket/")
 
 
-def rows(bucket: s3.Bucket, job: Job, folder: str) -> list[dict[str, Any]]:
-    found = bucket.contents(within(job, f"{folder}/"))
-    return [row for key, data in found.items() if key.endswith(".parquet") for row in pq.read_table(pa.BufferReader(data)).to_pylist()]
-
-
 def records(bucket: s3.Bucket, job: Job) -> dict[str, bytes]:
     return bucket.contents(within(job, "records/"))
 
@@ -78,7 +62,7 @@ def test_a_job_in_s3_has_the_records_of_the_same_job_here(bucket: s3.Bucket, don
     here = flow.run(desk.job())
     assert (there.output, there.statuses, there.failures) == (job.output, here.statuses, here.failures)
     mine = {row["_source"].rpartition("/")[2]: row for row in pq.read_table(desk.folder / "out" / "records").to_pylist()}
-    theirs = {row["_source"].rpartition("/")[2]: row for row in rows(bucket, job, "records")}
+    theirs = {row["_source"].rpartition("/")[2]: row for row in bucket.rows(f"{job.output}/records")}
     assert {name: row | {"_source": ""} for name, row in theirs.items()} == {name: row | {"_source": ""} for name, row in mine.items()}
     assert {row["_source"].rpartition("/")[0] for row in theirs.values()} == {bucket.url(f"{desk.folder.name}/in")}
 
@@ -86,7 +70,7 @@ def test_a_job_in_s3_has_the_records_of_the_same_job_here(bucket: s3.Bucket, don
 def test_what_was_answered_is_not_asked_again(bucket: s3.Bucket, done: tuple[Desk, Job, list[Report]]) -> None:
     _, job, reports = done
     assert [(report.documents, report.requests_asked) for report in reports] == [(2, 1), (5, 2)]
-    assert len({row["key"] for row in rows(bucket, job, "requests")}) == len(rows(bucket, job, "requests")) == 4
+    assert len({row["key"] for row in bucket.rows(f"{job.output}/requests")}) == len(bucket.rows(f"{job.output}/requests")) == 4
 
 
 def test_no_secret_goes_into_what_is_written(bucket: s3.Bucket, done: tuple[Desk, Job, list[Report]]) -> None:
@@ -103,7 +87,7 @@ def test_settling_gathers_the_ledger_and_changes_no_record(
     before = records(bucket, job)
     assert len(bucket.keys(within(job, "requests/"))) > 1
     flow.settle(job)
-    assert (len(bucket.keys(within(job, "requests/"))), len(rows(bucket, job, "requests"))) == (1, 4)
+    assert (len(bucket.keys(within(job, "requests/"))), len(bucket.rows(f"{job.output}/requests"))) == (1, 4)
     assert records(bucket, job) == before
 
 

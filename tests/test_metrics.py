@@ -82,7 +82,8 @@ def test_a_run_is_seen_while_it_goes_on(desk: Desk, monkeypatch: pytest.MonkeyPa
     watcher.start()
     report = flow.run(desk.job("name=watched", "model.batch_size=1"))
     watcher.join()
-    assert report.statuses == {"extracted": 8}
+    assert (report.statuses, report.requests) == ({"extracted": 8}, {"extracted": 8})
+    assert 0 < (report.engine_busy_share or 0) <= 1
     assert (seen["requests_total/extracted"], seen["tokens_total/prompt"], seen["tokens_total/completion"]) == (4, 4 * 300, 4 * 20)
     assert 4 <= seen["pages_rendered_total"] <= 8
     assert 0 < seen["queue_depth"] <= 4

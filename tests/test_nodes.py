@@ -1,38 +1,48 @@
 """Machines of a cluster come and go: one that disappears costs the requests it held, and these are asked again.
 
-Simulated on this machine: each node has a Ray daemon, an object store and workers of its own, and all of them are killed.
+Simulated on this machine: each node has a Ray daemon, an object store and workers of its own, and all of them are killed. Documents and
+results are in S3, a real server on loopback.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
-import pyarrow.parquet as pq
+import heads
 import pytest
 import ray
-from desk import Desk, Scripted, completion, slip
+import s3
+from desk import Desk, Ink, slip
 from ray.cluster_utils import Cluster
 
-from pipeline import asking, flow
+from pipeline import asking, cluster, flow, outlook
 from pipeline.engines import Engine
 from pipeline.job import Job
 from pipeline.records import Completion, Request
-from pipeline.report import Progress
+from pipeline.report import Progress, Report
 
-PAGES = 60
+DOCUMENTS = 200
+TIMES = ("started_at", "elapsed_s")
 
 
-class Slow(Scripted):
-    """Answers from how dark the page is, one page in a fifth of a second: so slowly that a node can go meanwhile."""
+class Slow(Ink):
+    """Takes a tenth of a second for a page: so slowly that a machine can go meanwhile."""
 
     async def complete(self, request: Request) -> Completion:
-        pixels = request.messages[1].parts[0]
-        assert not isinstance(pixels, str)
-        time.sleep(0.2)
-        return completion(f'{{"currency":"EUR","total":{int((pixels < 128).sum()) / 100},"lines":[]}}')
+        time.sleep(0.1)
+        return await super().complete(request)
+
+
+class Quick(asking.Asker):
+    def load(self, job: Job, threads: int) -> Engine:
+        return Ink()
 
 
 class SlowAsker(asking.Asker):
@@ -40,19 +50,47 @@ class SlowAsker(asking.Asker):
         return Slow()
 
 
-for module in (__name__, Scripted.__module__):
+for module in (__name__, Ink.__module__):
     ray.cloudpickle.register_pickle_by_value(sys.modules[module])  # Ray's workers do not find the tests
 
 
+def documents() -> Iterator[bytes]:
+    """Yield files of a page, of two pages in every tenth, and here and there one that has the bytes of the file before."""
+    for number in range(DOCUMENTS):
+        yield slip(number - number % 50 // 49, *[number + DOCUMENTS] * (number % 10 == 0))
+
+
+@pytest.fixture(scope="module")
+def remote(bucket: s3.Bucket, tmp_path_factory: pytest.TempPathFactory) -> tuple[Desk, str]:
+    """Return a desk whose documents are in S3, and where they are."""
+    desk = Desk(tmp_path_factory.mktemp("nodes"))
+    for number, data in enumerate(documents()):
+        bucket.put(f"nodes/in/{number:03}.pdf", data)
+    return desk, bucket.url("nodes")
+
+
+def job(remote: tuple[Desk, str], output: str, *settings: str) -> Job:
+    desk, place = remote
+    given = (f"source.paths=[{place}/in]", f"output.path={place}/{output}", "pages.per_request=1", "model.batch_size=4")
+    return desk.job(*given, *settings)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_session: cluster.Resources, remote: tuple[Desk, str]) -> Report:
+    """Run the documents on one machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asking, "Asker", Quick)
+        return flow.run(job(remote, "undisturbed"))
+
+
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """A head and two more machines, each with room for an actor and a renderer."""
+def two_machines(undisturbed: Report) -> Iterator[Cluster]:
+    """A head with room for one engine, and a machine with room for another and a renderer."""
     ray.shutdown()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray leaves the log files of the processes it starts to the garbage collector
         made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 2**27})
-        for _ in range(2):
-            made.add_node(num_cpus=2, object_store_memory=2**27)
+        made.add_node(num_cpus=2, object_store_memory=2**27)
         ray.init(address=made.address, log_to_driver=False)
         made.wait_for_nodes()
         yield made
@@ -60,18 +98,43 @@ def cluster() -> Iterator[Cluster]:
         made.shutdown()
 
 
-def test_a_machine_that_disappears_costs_nothing_but_time(desk: Desk, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    for page in range(PAGES):
-        desk.put(f"{page}.pdf", slip(page))
+def cut_the_power(machines: Cluster) -> None:
+    """Kill all processes of the second machine; none of them has time for a word."""
+    machine = next(iter(machines.worker_nodes))
+    daemon = machine.all_processes["raylet"][0].process.pid
+    os.kill(daemon, signal.SIGSTOP)
+    heads.kill(heads.PARENT, daemon)
+    machines.remove_node(machine, allow_graceful=False)
+
+
+def without(names: tuple[str, ...], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows in the order of their keys, without what depends on when and where they were asked."""
+    return sorted(({name: row[name] for name in row if name not in names} for row in rows), key=lambda row: row["key"])
+
+
+def test_a_machine_that_disappears_costs_nothing_but_time(
+    bucket: s3.Bucket,
+    remote: tuple[Desk, str],
+    undisturbed: Report,
+    two_machines: Cluster,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def lose_a_machine(now: Progress) -> None:
+        if now.documents_done >= DOCUMENTS / 3 and two_machines.worker_nodes:
+            cut_the_power(two_machines)
+
     monkeypatch.setattr(asking, "Asker", SlowAsker)
-    job = desk.job("model.batch_size=4", "ray.actors=2", "ray.cpus_per_actor=1", "ray.max_restarts=0")
-
-    def lose_a_node(now: Progress) -> None:
-        if now.requests_done >= PAGES // 3 and len(cluster.worker_nodes) == 2:
-            cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
-
-    report = flow.run(job, on_progress=lose_a_node)
-    rows = pq.read_table(job.output / "requests", columns=["key", "attempt"]).to_pylist()
-    assert len(cluster.worker_nodes) == 1
-    assert (report.statuses, report.exit_code) == ({"extracted": PAGES}, 0)
-    assert len(rows) == len({row["key"] for row in rows}) == PAGES
+    monkeypatch.setattr(outlook, "SILENT_S", 10.0)
+    caplog.set_level(logging.INFO, logger="pipeline.events")
+    report = flow.run(job(remote, "disturbed", "ray.actors=2", "ray.max_restarts=0"), on_progress=lose_a_machine)
+    assert not two_machines.worker_nodes
+    assert "machines_gone" in [record.msg for record in caplog.records]  # no room for two engines and a renderer: it began anew with less
+    assert (report.documents, report.statuses, report.exit_code) == (DOCUMENTS, {"extracted": DOCUMENTS}, 0)
+    alone, disturbed = (bucket.rows(f"{one.output}/requests") for one in (undisturbed, report))
+    assert len({row["key"] for row in disturbed}) == len(disturbed)
+    assert len({row["answer"] for row in disturbed}) > DOCUMENTS  # a page's answer is nearly always its own: some are as dark as another
+    assert without((*TIMES, "source"), disturbed) == without((*TIMES, "source"), alone)  # either of two equal files may be asked
+    assert bucket.contents("nodes/disturbed/records/") == {
+        key.replace("undisturbed", "disturbed"): data for key, data in bucket.contents("nodes/undisturbed/records/").items()
+    }

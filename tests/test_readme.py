@@ -1,11 +1,14 @@
 """README says what the code does. `python tests/test_readme.py` writes its generated tables anew."""
 
 import re
+import shutil
 from pathlib import Path
+from textwrap import dedent
 
 import click
 
 from pipeline.cli import main
+from pipeline.job import Job
 from pipeline.keys import JobSections
 from pipeline.keys.section import Section
 from pipeline.report import Exit
@@ -66,6 +69,19 @@ def test_ci_runs_what_readme_says() -> None:
     steps = [step.replace(".venv/", ".venv-ci/").replace("venv .venv", "venv .venv-ci") for step in second.split(" && ")]
     ci = CI.read_text().replace(" -q", "")
     assert all(step in ci for step in steps), steps
+
+
+def test_the_jobs_that_ask_servers_are_jobs(tmp_path: Path) -> None:
+    chapter = README.read_text().partition("## vLLM, and servers elsewhere\n")[2].partition("\n## ")[0]
+    blocks = [dedent(block) for block in re.findall(r"(?:^    .*\n)+", chapter, re.MULTILINE) if block.startswith("    name:")]
+    shutil.copytree(README.parent / "schemas", tmp_path / "schemas")
+    (tmp_path / "jobs").mkdir()
+    for block in blocks:
+        file = tmp_path / "jobs" / "read.yaml"
+        file.write_text(block)
+        for more in ([], *([f"model.extra_body={found}"] for found in re.findall(r"extra_body: (\{.*\})", chapter))):
+            assert Job.load(file, more).sections.model.engine == "openai"
+    assert re.findall(r"^name: at-(\S+)", "".join(blocks), re.MULTILINE) == ["my-own-vllm", "azion", "alibaba"]
 
 
 def test_no_placeholder_is_left() -> None:

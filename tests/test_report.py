@@ -35,7 +35,8 @@ def unopened(source: str) -> dict[str, Any]:
 def count(documents: int, *rows: dict[str, Any]) -> tuple[Report, list[Progress]]:
     """Return the report after these rows, and the progress after each."""
     seen: list[Progress] = []
-    counted = Counted(documents, total := report(), seen.append)
+    counted = Counted(total := report(), seen.append)
+    counted.begin(documents)
     for one in rows:
         counted.add(one)
     return total, seen
@@ -99,6 +100,11 @@ def test_nothing_in_no_time_has_no_speed() -> None:
 def test_requests_pages_and_tokens_add_up() -> None:
     total, _ = count(2, row("a.pdf"), row("b.pdf", (1, 4), 4))
     assert (total.requests_asked, total.pages_asked, total.prompt_tokens, total.completion_tokens) == (2, 5, 200, 20)
+
+
+def test_requests_are_counted_by_what_became_of_them() -> None:
+    total, _ = count(4, row("a.pdf"), row("b.pdf", status="failed"), unopened("c.pdf"), unasked("d.pdf"))
+    assert total.requests == {"extracted": 1, "failed": 2}
 
 
 def test_a_document_is_done_with_the_last_of_its_requests_in_whatever_order_they_come() -> None:
@@ -196,3 +202,19 @@ def test_the_report_says_how_many_requests_were_under_way() -> None:
     started = datetime(2026, 1, 1, tzinfo=UTC)
     total, _ = count(2, row("a", started_at=started, elapsed_s=2.0), row("b", started_at=started, elapsed_s=1.0))
     assert total.as_dict()["requests_at_once"]["mean"] == [2.0, 1.0]
+
+
+def test_how_busy_engines_were_is_what_they_said_last() -> None:
+    first, second = ({"actor": name, "alive_s": 10.0, "busy_s": 4.0} for name in ("one", "two"))
+    total, _ = count(3, row("a", **first), row("b", **first | {"alive_s": 30.0, "busy_s": 20.0}), row("c", **second))
+    assert total.as_dict()["engine_busy_share"] == 24 / 40
+
+
+def test_a_second_round_adds_to_the_first() -> None:
+    seen: list[Progress] = []
+    counted = Counted(total := report(), seen.append)
+    for source, start_s in (("a", 0), ("b", 1)):
+        counted.begin(1)
+        counted.add(row(source, started_at=datetime.fromtimestamp(start_s, UTC), elapsed_s=1.0))
+    assert (total.requests, total.requests_at_once["mean"]) == ({"extracted": 2}, [1.0, 1.0])
+    assert [(now.documents, now.documents_done) for now in seen] == [(1, 1), (1, 1)]

@@ -16,7 +16,7 @@ import test_settle
 from click.testing import CliRunner
 from desk import INVALID, VALID, Desk, slip
 
-from pipeline import compaction, place, preview, sink, source, store
+from pipeline import compaction, objects, place, preview, sink, source, store
 from pipeline.cli import main
 from pipeline.compaction import compact
 from pipeline.errors import DamagedShard, DocumentError, JobError, RunError, SourceError
@@ -203,7 +203,7 @@ def test_what_cannot_be_an_output_is_refused(url: str) -> None:
 
 @pytest.mark.parametrize(("scheme", "package", "extra"), [("gs", "gcsfs", "gcs"), ("az", "adlfs", "azure")])
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, scheme: str, package: str, extra: str) -> None:
-    monkeypatch.setattr(store, "find_spec", lambda _: None)
+    monkeypatch.setattr(objects, "find_spec", lambda _: None)
     with pytest.raises(JobError, match=rf"{scheme}://bucket/.* needs the package {package}: pip install 'pipeline\[{extra}\]'"):
         Output(f"{scheme}://bucket/out").make()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import http.server
+import io
 import json
 import re
 import signal
@@ -56,6 +57,15 @@ def test_a_log_that_is_silent_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None
     written: list[str] = []
     asyncio.run(submit.Log(written.append).read(silent()))
     assert written == ["one\n"]
+
+
+def test_the_events_in_a_log_go_to_a_file_and_its_words_to_who_reads() -> None:
+    words, events = list[str](), io.StringIO()
+    for log in (submit.Parted(words.append, events), submit.Parted(words.append, None)):
+        for text in ("starting\n{", '"at": "2026", "event": "request"}\n3 of 12', ' documents\n{"documents": 12}\n'):
+            log.write(text)
+    assert words == ["starting\n", "3 of 12 documents\n", '{"documents": 12}\n'] * 2
+    assert events.getvalue() == '{"at": "2026", "event": "request"}\n'
 
 
 @pytest.mark.parametrize(
@@ -188,7 +198,7 @@ def story(cluster: Head, desk: Desk) -> Iterator[SimpleNamespace]:
         told.answered = answered(desk)
         told.attached = cluster.pipeline("submit", "--attach", told.run, "--address", cluster.jobs, "--json")
         Last.due.set()
-        told.resumed = cluster.pipeline(*submission, "--follow", "--json")
+        told.resumed = cluster.pipeline(*submission, "--follow", "--json", "--log", desk.folder / "events.jsonl")
         told.all = answered(desk)
         desk.put("empty.pdf", b"")
         told.worse = cluster.pipeline(*submission, "--follow")
@@ -226,6 +236,13 @@ def test_a_run_that_is_submitted_again_goes_on_to_its_end(story: SimpleNamespace
 def test_the_words_of_a_run_arrive(story: SimpleNamespace) -> None:
     assert re.search(rf"slips: {PAGES + 1} documents, {PAGES + 1} records", story.resumed.stderr)
     assert "packaging.py" not in story.resumed.stderr
+
+
+def test_the_events_of_a_run_arrive(story: SimpleNamespace, desk: Desk) -> None:
+    found = [json.loads(line) for line in (desk.folder / "events.jsonl").read_text().splitlines()]
+    assert {line["key"] for line in found if line["event"] == "request"} == set(story.all) - set(story.answered)
+    assert (found[0]["event"], found[-1]["event"]) == ("run_started", "run_ended")
+    assert '"event"' not in story.resumed.stderr
 
 
 def test_failed_documents_are_exit_code_1(story: SimpleNamespace) -> None:
@@ -275,7 +292,8 @@ def test_a_cluster_is_joined_from_its_own_machines(cluster: Head, desk: Desk) ->
 @pytest.mark.usefixtures("story")
 def test_a_cluster_is_joined_from_outside(cluster: Head, desk: Desk) -> None:
     ended = cluster.pipeline("settle", desk.file, "--address", cluster.client, SHARED, "--json")
-    assert (ended.returncode, json.loads(ended.stdout)["records"]) == (1, PAGES + 2)
+    assert ended.returncode == 1, ended.stderr
+    assert json.loads(ended.stdout)["records"] == PAGES + 2
 
 
 def test_what_is_wrong_within_a_cluster_is_wrong_outside(cluster: Head, desk: Desk) -> None:

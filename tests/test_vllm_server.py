@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline import flow
+from pipeline import flow, prompt
+from pipeline.engines.chat import Dialect
+from pipeline.engines.endpoint import Patience
+from pipeline.engines.openai import OpenAIEngine
+from pipeline.errors import DocumentError
 from pipeline.job import Job
+from pipeline.records import Request, Sampling
 
 pytestmark = [pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM"), pytest.mark.filterwarnings("ignore")]
 JOB = Path(__file__).parents[1] / "jobs" / "invoices.yaml"
@@ -58,20 +65,16 @@ def test_no_page_is_resampled(asked: Pairs) -> None:
     assert [served["prompt_tokens"] for served, _ in once] == [here["prompt_tokens"] for _, here in once]
 
 
+def test_a_schema_that_cannot_constrain_fails_at_once(vllm_server: str) -> None:
+    """The server says so in the stream, after its 200."""
+    asked = Request("k", prompt.build("Read.", [np.zeros((448, 448, 3), np.uint8)]), '{"$ref": "elsewhere.json"}', Sampling(max_tokens=8))
+    engine = OpenAIEngine(vllm_server, Dialect("demo", "json_schema", vllm=True), Patience())
+    with closing(engine), pytest.raises(DocumentError, match="the server answers 400") as refused:
+        asyncio.run(engine.complete(asked))
+    assert refused.value.kind == "refused"
+
+
 def test_log_probabilities_spell_the_answers(asked: Pairs) -> None:
     for served, _ in asked:
         assert "".join(token["text"] for token in served["tokens"]) == served["answer"]
         assert all(token["logprob"] <= 0 for token in served["tokens"])
-
-
-def test_records_agree_wherever_the_answers_do(outputs: dict[str, Path], asked: Pairs) -> None:
-    same = {served["source"] for served, here in asked if json.loads(served["answer"]) == json.loads(here["answer"])}
-    assert len(same) >= 8
-    by_server, here = (rows(outputs[engine] / "records", "_source") for engine in ("openai", "transformers"))
-    for source in same:
-        assert told(by_server[source,]) == told(here[source,])
-
-
-def told(record: dict[str, Any]) -> dict[str, Any]:
-    """Return what a record says of its document."""
-    return {name: value for name, value in record.items() if not name.startswith("_") or name == "_status"}

@@ -84,11 +84,12 @@ def drawn(sampling: Sampling, everything: bool) -> dict[str, Any]:
 
 def form(schema: str, dialect: Dialect) -> dict[str, Any]:
     """Return what makes a server keep to a schema; nothing where only the prompt can ask for it."""
+    kept = json.loads(schema) | (COMPACT if dialect.vllm else {})
     if dialect.structure == "json_schema":
-        record = {"name": RECORD, "strict": True, "schema": json.loads(schema) | (COMPACT if dialect.vllm else {})}
+        record = {"name": RECORD, "strict": True, "schema": kept}
         return {"response_format": {"type": "json_schema", "json_schema": record}}
     if dialect.structure == "tool":
-        function = {"name": RECORD, "description": "Keeps what the document says.", "parameters": json.loads(schema)}
+        function = {"name": RECORD, "description": "Keeps what the document says.", "parameters": kept}
         choice = {"type": "function", "function": {"name": RECORD}}
         return {"tools": [{"type": "function", "function": function}], "tool_choice": choice}
     return {}

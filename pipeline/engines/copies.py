@@ -19,9 +19,9 @@ from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
 
-from pipeline import store
+from pipeline import objects, store
 from pipeline.errors import JobError, RunError
-from pipeline.store import Found
+from pipeline.objects import Found
 
 CACHE_ENV = "PIPELINE_CACHE"
 """Where copies lie is a matter of each machine, so that the environment says it and no job."""
@@ -69,7 +69,7 @@ def make(uri: str, revision: str, copy: Path) -> None:
     files = listing(uri)
     for file in files:
         target = draft / name_of(file)
-        store.download(file.url, target)
+        objects.download(file.url, target)
         if target.stat().st_size != file.size_bytes:
             raise RunError(f"{file.url} has {file.size_bytes} bytes, and {target.stat().st_size} came: run the same command again")
         with target.open("rb") as written:
@@ -83,9 +83,9 @@ def make(uri: str, revision: str, copy: Path) -> None:
 def listing(uri: str) -> list[Found]:
     """Return the files of a checkpoint that are used, sorted. Raises JobError when there is none, or no way to it."""
     try:
-        found = store.find(uri)
+        found = objects.find(uri)
     except OSError as error:
-        raise JobError(f"the model {uri} cannot be listed: {store.said(error)}") from None
+        raise JobError(f"the model {uri} cannot be listed: {objects.said(error)}") from None
     prefix = f"{uri.rstrip('/')}/"
     inside = [file for file in found if file.url.partition(prefix)[2] == name_of(file)]
     files = [file for file in inside if any(fnmatchcase(name_of(file), pattern) for pattern in WANTED)]

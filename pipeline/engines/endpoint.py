@@ -127,23 +127,25 @@ class Endpoint:
         async with self._client.stream("POST", f"{self.base_url}/chat/completions", content=body) as reply:
             self._heard = time.monotonic()
             if reply.status_code != 200:
-                raise self._refused(reply, await received(reply, MAX_ERROR_BYTES))
+                raise self._refused(reply.status_code, await received(reply, MAX_ERROR_BYTES), reply.headers.get("Retry-After", ""))
             async for data in events(reply):
                 ended = data == "[DONE]"
                 if not idle.expired():
                     idle.reschedule(now() + (LINGER_S if ended else self.patience.idle_timeout_s))
                 if not ended:
-                    answer.add(read(data))
+                    event = read(data)
+                    if status := belated(event):
+                        raise self._refused(status, data.encode())
+                    answer.add(event)
                 if answer.runs_away:
                     return
 
-    def _refused(self, reply: httpx2.Response, data: bytes) -> Broken | DocumentError:
+    def _refused(self, status: int, data: bytes, retry_after: str = "") -> Broken | DocumentError:
         """Return what an answer that is none means."""
-        status, said = reply.status_code, self._said(data)
+        said = self._said(data)
         if status in AGAIN or status >= 500:
-            kind = "busy" if status == 429 else "server"
-            return Broken(kind, f"the server answers {status}: {said}", told_s(reply.headers.get("Retry-After", "")))
-        if reply.is_redirect:
+            return Broken("busy" if status == 429 else "server", f"the server answers {status}: {said}", told_s(retry_after))
+        if 300 <= status < 400:
             return DocumentError("refused", f"the server answers {status}, a redirect, which is not followed: correct model.base_url")
         kind = "too_long" if TOO_LONG.search(data.decode("utf-8", "replace")) else "refused"
         return DocumentError(kind, f"the server answers {status}: {said}")
@@ -196,6 +198,13 @@ def read(data: str) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError):
         raise Broken("garbled", f"the server sent what is no JSON: {data[:80]!r}") from None
+
+
+def belated(event: Any) -> int | None:
+    """Return the 4xx that an event says it is. vLLM looks at a schema when its 200 has gone out, and says so in the stream."""
+    error = event.get("error") if isinstance(event, dict) else None
+    code = error.get("code") if isinstance(error, dict) else None
+    return code if isinstance(code, int) and 400 <= code < 500 else None
 
 
 def wait_s(attempt: int, told: float | None, backoff_s: float) -> float:

@@ -9,6 +9,7 @@ What is raised here, and what the process that failed wrote into its log:
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import tempfile
@@ -36,6 +37,7 @@ def keep() -> int:
 
     vLLM's own way is every step of its work on stdout, where data belongs. A configuration that is set already stays.
     """
+    hush()
     handlers = {
         "stderr": {"class": "logging.StreamHandler", "stream": "ext://sys.stderr", "level": "ERROR"},
         "file": {"class": "logging.FileHandler", "filename": str(file()), "level": "ERROR", "delay": True},
@@ -45,6 +47,11 @@ def keep() -> int:
     config.write_text(json.dumps({"version": 1, "disable_existing_loggers": False, "handlers": handlers, "loggers": loggers}))
     os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(config))
     return file().stat().st_size if file().exists() else 0
+
+
+def hush() -> None:
+    """Have vLLM say nothing but errors while it is imported: it reads its configuration later."""
+    logging.getLogger("vllm").setLevel(logging.ERROR)
 
 
 def since(length: int) -> str:

@@ -56,7 +56,8 @@ def check(job: Job) -> None:
     given = job.sections.model.engine_args
     if not given:
         return
-    with redirect_stdout(sys.stderr):  # its log is no data
+    lastwords.hush()
+    with redirect_stdout(sys.stderr):  # what it prints is no data
         from vllm.engine.arg_utils import AsyncEngineArgs
 
     known = {field.name for field in fields(AsyncEngineArgs)}

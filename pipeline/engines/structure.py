@@ -75,7 +75,8 @@ async def probe(ask: Ask, subject: Subject, start: Dialect, structure: Structure
             if error.kind != "refused":
                 raise
             refusal = error.message
-    raise JobError(f"it refuses to be asked: {refusal}; model.base_url mostly ends in /v1, model.extra_body can take keys away")
+    way_out = "model.base_url mostly ends in /v1, model.name is the server's own, model.extra_body can take keys away"
+    raise JobError(f"it refuses to be asked: {refusal.rstrip('.')}; {way_out}")
 
 
 async def check_sizes(ask: Ask, subject: Subject, dialect: Dialect, budget: PixelBudget) -> None:
