@@ -34,7 +34,6 @@ from pipeline.errors import EngineDead, RunError
 from pipeline.job import Job
 from pipeline.sink import IDENTITY, LEDGER
 from pipeline.sizing import actor_cpus, actor_gpus, pool, renderer_cpus
-from pipeline.sizing import check_room as check_room
 from pipeline.stages import AskStage, RenderStage, Row, access, render_settings
 from pipeline.web import Access
 

@@ -31,7 +31,7 @@ from desk import Desk, listed
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import asking, cluster, engines, flow, prompt
+from pipeline import asking, cluster, engines, flow, prompt, sizing
 from pipeline.budget import PixelBudget, bounds, fit_pixels
 from pipeline.demo import CHECKPOINT, evaluate, samples
 from pipeline.engines import Engine, checkpoint, lastwords, launch
@@ -112,15 +112,15 @@ def test_without_vllm_the_way_to_it_is_said(desk: Desk, monkeypatch: pytest.Monk
 def test_an_actor_reserves_the_gpus_of_its_model(desk: Desk, parallel: tuple[int, int], each: float) -> None:
     tensor, pipeline = parallel
     sizes = (f"model.tensor_parallel_size={tensor}", f"model.pipeline_parallel_size={pipeline}", "ray.gpus_per_actor=0.5")
-    assert asking.actor_gpus(job_of(desk, *sizes), cluster.Resources(16, 8)) == each
-    assert asking.actor_gpus(job_of(desk, *sizes), cluster.Resources(16, 0)) == 0
+    assert sizing.actor_gpus(job_of(desk, *sizes), cluster.Resources(16, 8)) == each
+    assert sizing.actor_gpus(job_of(desk, *sizes), cluster.Resources(16, 0)) == 0
 
 
 def test_models_that_need_more_gpus_than_there_are_are_refused(desk: Desk) -> None:
     job = job_of(desk, "model.tensor_parallel_size=4", "ray.actors=2")
-    asking.check_room(job, cluster.Resources(16, 8))
+    sizing.check_room(job, cluster.Resources(16, 8))
     with pytest.raises(JobError, match="each with 1 CPUs and 4 GPUs"):
-        asking.check_room(job, cluster.Resources(16, 7))
+        sizing.check_room(job, cluster.Resources(16, 7))
 
 
 def test_an_actor_is_given_twice_what_vllm_answers_at_once(desk: Desk) -> None:

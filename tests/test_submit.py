@@ -9,27 +9,32 @@ import asyncio
 import http.server
 import io
 import json
+import logging
 import re
 import signal
+import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 from desk import Desk, slip
 from heads import Head, head
 
-from pipeline import submit
+from pipeline import afar, events, submit
 from pipeline.errors import JobError
-from pipeline.report import Exit
+from pipeline.report import Exit, Report
 
 PAGES = 6
 PATIENCE_S = 300
 SHARED = "--shared-filesystem"
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers do not find the tests
 
 
 # --- a run's log and its end, without a cluster
@@ -60,12 +65,12 @@ def test_a_log_that_is_silent_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_events_in_a_log_go_to_a_file_and_its_words_to_who_reads() -> None:
-    words, events = list[str](), io.StringIO()
-    for log in (submit.Parted(words.append, events), submit.Parted(words.append, None)):
+    words, file = list[str](), io.StringIO()
+    for log in (submit.Parted(words.append, file), submit.Parted(words.append, None)):
         for text in ("starting\n{", '"at": "2026", "event": "request"}\n3 of 12', ' documents\n{"documents": 12}\n'):
             log.write(text)
     assert words == ["starting\n", "3 of 12 documents\n", '{"documents": 12}\n'] * 2
-    assert events.getvalue() == '{"at": "2026", "event": "request"}\n'
+    assert file.getvalue() == '{"at": "2026", "event": "request"}\n'
 
 
 @pytest.mark.parametrize(
@@ -300,3 +305,32 @@ def test_what_is_wrong_within_a_cluster_is_wrong_outside(cluster: Head, desk: De
     ended = cluster.pipeline("run", desk.file, "--address", cluster.client, SHARED, "--set", "source.paths=[gone]")
     assert ended.returncode == 2
     assert ended.stderr.endswith(f"error: source 'gone' does not exist (looked for {desk.folder}/gone)\n")
+
+
+# --- what is heard outside of what happens within, here on a Ray of this machine
+
+
+def counting(name: str, on_progress: Callable[[int], None] | None = None) -> Report:
+    """Count to three, aloud."""
+    for number in range(1, 4):
+        events.event("counted", number=number)
+        if on_progress:
+            on_progress(number)
+    if name == "wrong":
+        raise JobError("there is no such job")
+    return Report(name, "out", "demo", True)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_what_happens_there_is_heard_here(caplog: pytest.LogCaptureFixture) -> None:
+    heard: list[int] = []
+    with caplog.at_level(logging.INFO, logger="pipeline.events"):
+        assert afar.done(counting, {"name": "right"}, {"on_progress": heard.append}).job == "right"
+    assert heard[-1] == 3
+    assert [(record.msg, vars(record)["facts"]) for record in caplog.records] == [("counted", {"number": number}) for number in (1, 2, 3)]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_what_is_wrong_there_is_wrong_here() -> None:
+    with pytest.raises(JobError, match="there is no such job"):
+        afar.done(counting, {"name": "wrong"}, {"on_progress": None})

@@ -169,7 +169,10 @@ class RaySection(Section):
     )
     gpus_per_actor: float = Field(1.0, ge=0, description="GPUs an actor reserves, where there are any.")
     cpus_per_actor: float | None = Field(
-        None, gt=0, description="CPUs an actor reserves and the threads it uses; default: 1 beside a GPU, else all but one."
+        None,
+        gt=0,
+        description="CPUs an actor reserves and the threads it uses; default: 1 beside a GPU, else all but what "
+        "rendering needs, and no more than a machine has.",
     )
 
     @field_validator("address")
