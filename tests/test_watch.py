@@ -67,3 +67,10 @@ def test_work_dies_with_the_process_that_watches_it() -> None:
     run.kill()
     run.communicate(timeout=PATIENCE_S)  # which ends when nobody holds the other end any more, the worker neither
     assert run.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("death", ["return 0", "os._exit(1)", "os.kill(os.getppid(), signal.SIGKILL)\ntime.sleep(60)"])
+def test_what_the_work_has_started_ends_with_it(death: str) -> None:
+    run = program(f"import subprocess\nsubprocess.Popen(['sleep', '600'])\n{death}")
+    run.communicate(timeout=PATIENCE_S)  # to the end of stdout, which comes when nobody holds it any more
+    assert run.returncode is not None
