@@ -15,12 +15,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny_model
 from behind import answering
 from jsonschema import Draft202012Validator
 from servers import Stub
+from shown import FLAT, pixels
 
 from pipeline import prompt
 from pipeline.budget import CELL_AREA
@@ -36,23 +36,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's imports bring many, 
 VLLM = pytest.param("vllm", marks=pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM"))
 BOUNDS = {"size": {"shortest_edge": CELL_AREA, "longest_edge": 1280 * CELL_AREA}}
 LONGEST = 1024
-SCHEMA = json.dumps({
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["invoice_number", "kind", "total"],
-    "properties": {
-        "invoice_number": {"type": "string", "maxLength": 8},
-        "kind": {"enum": ["invoice", "receipt", None]},
-        "total": {"type": "number", "multipleOf": 0.01, "minimum": 0, "maximum": 999},
-    },
-})  # fmt: skip
 
 
-def pixels(seed: int, height: int = 56, width: int = 84) -> Pixels:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def request(key: int = 0, schema: str = SCHEMA, pages: Sequence[Pixels] = (), **sampling: Any) -> Request:
+def request(key: int = 0, schema: str = FLAT, pages: Sequence[Pixels] = (), **sampling: Any) -> Request:
     """Ask about pages; about one, unless told which, whose height varies with the key."""
     shown = pages or [pixels(key, 28 * (2 + key % 3))]
     return Request(str(key), prompt.build(f"System {key}.", shown), schema, Sampling(**{"max_tokens": 100, **sampling}))
@@ -115,7 +101,7 @@ def test_it_says_what_it_is(engine: Engine) -> None:
 def test_an_answer_keeps_to_its_schema(engine: Engine) -> None:
     for answer in ask(engine, *(request(key, temperature=1.0, seed=key) for key in range(6))):
         assert answer.finish_reason is FinishReason.STOP
-        assert not list(Draft202012Validator(json.loads(SCHEMA)).iter_errors(json.loads(answer.text)))
+        assert not list(Draft202012Validator(json.loads(FLAT)).iter_errors(json.loads(answer.text)))
         assert not re.search(r"\s", re.sub(r'"(?:[^"\\]|\\.)*"', "", answer.text))
 
 

@@ -26,6 +26,7 @@ from desk import INVALID, SCHEMA, VALID, Desk, slip
 from jsonschema import Draft202012Validator
 from PIL import Image
 from servers import Body, Say, Stub, Wire, endless, lost, says, seen, sends, serving, stalls, status, whole
+from shown import pixels
 
 from pipeline import engines, flow, prompt
 from pipeline.engines import openai, pictures
@@ -34,17 +35,13 @@ from pipeline.engines.endpoint import MAX_TOLD_S, MAX_WAIT_S, Patience, told_s, 
 from pipeline.engines.pictures import data_url
 from pipeline.errors import DocumentError, EngineDead, JobError
 from pipeline.job import Job
-from pipeline.records import Completion, FinishReason, Message, Pixels, Request, Sampling, Token, Usage
+from pipeline.records import Completion, FinishReason, Message, Request, Sampling, Token, Usage
 from pipeline.stages import AskStage
 
 TEXT = json.dumps(SCHEMA)
 KEY = "sk-very-secret-0123456789"
 QUICK = Patience(concurrency=8, idle_timeout_s=20, timeout_s=40, max_retries=3, backoff_s=0.005)
 MESSAGES = (Message("system", ("Read.",)), Message("user", (np.zeros((28, 28, 3), np.uint8), "Go.")))
-
-
-def pixels(seed: int = 0, height: int = 56, width: int = 84) -> Pixels:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def request(key: int = 0, schema: str = TEXT, pages: int = 1, **sampling: Any) -> Request:

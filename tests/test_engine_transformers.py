@@ -18,6 +18,7 @@ import tiny_model
 import torch
 from jsonschema import Draft202012Validator
 from PIL import Image
+from shown import FLAT, pixels
 
 from pipeline import awq, prompt
 from pipeline.engines import checkpoint
@@ -26,25 +27,11 @@ from pipeline.engines.encoding import Encoder
 from pipeline.engines.generate import step
 from pipeline.engines.transformers import TransformersEngine
 from pipeline.errors import DocumentError, EngineDead, JobError
-from pipeline.records import Completion, FinishReason, Message, Pixels, Request, Sampling
+from pipeline.records import Completion, FinishReason, Message, Request, Sampling
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared"
 SHIPPED = {file.stem: file.read_text() for file in sorted((ROOT / "schemas").glob("*.json"))}
-FLAT = json.dumps({
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["invoice_number", "kind", "total"],
-    "properties": {
-        "invoice_number": {"type": "string", "maxLength": 8},
-        "kind": {"enum": ["invoice", "receipt", None]},
-        "total": {"type": "number", "multipleOf": 0.01, "minimum": 0, "maximum": 999},
-    },
-})  # fmt: skip
-
-
-def pixels(seed: int = 0, height: int = 56, width: int = 84) -> Pixels:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def request(key: int = 0, schema: str = FLAT, pages: int = 1, **sampling: Any) -> Request:

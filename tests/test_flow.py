@@ -7,7 +7,6 @@ import io
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ import pyarrow.parquet as pq
 import pymupdf
 import pytest
 import ray
-from desk import SCHEMA, Desk, Ink, Scripted, slip
+from desk import SCHEMA, Desk, Ink, slip
 from PIL import Image
+from quick import Quick, by_value
 from ray.exceptions import RayError
 
 from pipeline import asking, attempts, cluster, engines, flow, sink
@@ -58,11 +58,6 @@ class Mortal(Frail):
         self.asked.append(request)
         if len(self.asked) > 1:
             raise EngineDead("the GPU has fallen off the bus")
-
-
-class Quick(asking.Asker):
-    def load(self, job: Job, threads: int) -> Engine:
-        return Ink()
 
 
 class WithoutModel(Quick):
@@ -110,8 +105,7 @@ class DeafAsker(Quick):
         return Deaf()
 
 
-for module in (__name__, Scripted.__module__):
-    ray.cloudpickle.register_pickle_by_value(sys.modules[module])  # Ray's workers do not find the tests
+by_value(__name__)
 
 
 @pytest.fixture(autouse=True)

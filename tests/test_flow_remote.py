@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import s3
-from desk import Desk, Ink, Scripted, slip
+from desk import Desk, slip
+from quick import Quick
 
 from pipeline import asking, cluster, compaction, flow
-from pipeline.engines import Engine
 from pipeline.errors import JobError
 from pipeline.job import Job
 from pipeline.report import Report
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-
-
-class Quick(asking.Asker):
-    def load(self, job: Job, threads: int) -> Engine:
-        return Ink()
-
-
-for module in (__name__, Scripted.__module__):
-    ray.cloudpickle.register_pickle_by_value(sys.modules[module])  # Ray's workers do not find the tests
 
 
 @pytest.fixture(autouse=True)

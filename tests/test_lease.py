@@ -12,13 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import ray
 import s3
 from click.testing import CliRunner, Result
-from desk import Desk, Ink, slip
+from desk import Desk, slip
+from quick import Quick
 
 from pipeline import asking, cli, flow, lease, place, store
-from pipeline.engines import Engine
 from pipeline.errors import JobError, RunError
 from pipeline.job import Job
 from pipeline.lease import NAME, Holder, Lease
@@ -107,15 +106,6 @@ def test_a_run_that_was_held_up_learns_that_another_took_over(folder: Store, tmp
 
 
 # --- whole runs
-
-
-class Quick(asking.Asker):
-    def load(self, job: Job, threads: int) -> Engine:
-        return Ink()
-
-
-for module in (__name__, Ink.__module__):
-    ray.cloudpickle.register_pickle_by_value(sys.modules[module])  # Ray's workers do not find the tests
 
 
 @pytest.fixture(params=["here", "in a store"])

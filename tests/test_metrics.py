@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import sys
 import threading
 import time
 import urllib.request
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import ray
 from desk import Desk, Scripted, completion, slip
+from quick import by_value
 
 from pipeline import asking, flow
 from pipeline.engines import Engine
@@ -45,8 +45,7 @@ class WatchedAsker(asking.Asker):
         return Watched(job.file.parent)
 
 
-for module in (__name__, Scripted.__module__):
-    ray.cloudpickle.register_pickle_by_value(sys.modules[module])  # Ray's workers do not find the tests
+by_value(__name__)
 
 
 def exported() -> Counter[str]:

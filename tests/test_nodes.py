@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import pytest
 import ray
 import s3
 from desk import Desk, Ink, slip
+from quick import Quick, by_value
 from ray.cluster_utils import Cluster
 
 from pipeline import asking, cluster, flow, outlook
@@ -40,18 +40,12 @@ class Slow(Ink):
         return await super().complete(request)
 
 
-class Quick(asking.Asker):
-    def load(self, job: Job, threads: int) -> Engine:
-        return Ink()
-
-
 class SlowAsker(asking.Asker):
     def load(self, job: Job, threads: int) -> Engine:
         return Slow()
 
 
-for module in (__name__, Ink.__module__):
-    ray.cloudpickle.register_pickle_by_value(sys.modules[module])  # Ray's workers do not find the tests
+by_value(__name__)
 
 
 def documents() -> Iterator[bytes]:
