@@ -33,7 +33,7 @@ from pipeline.budget import RenderSettings
 from pipeline.errors import EngineDead, RunError
 from pipeline.job import Job
 from pipeline.sink import IDENTITY, LEDGER
-from pipeline.sizing import actor_cpus, actor_gpus, pool, renderer_cpus
+from pipeline.sizing import pool, size
 from pipeline.stages import AskStage, RenderStage, Row, access, render_settings
 from pipeline.web import Access
 
@@ -203,14 +203,13 @@ def requests(job: Job, claims: Any, documents: pa.Table, resources: cluster.Reso
     rendering = Rendering(render_settings(job), job.file.parent, job.pages_per_request, job.fingerprint, access(job), job.sections.name)
     listed = documents.select(["source", "size_bytes", "version"])
     blocks = [listed.slice(start, DOCUMENTS_PER_TASK).combine_chunks() for start in range(0, listed.num_rows, DOCUMENTS_PER_TASK)]
-    step: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": renderer_cpus(job, resources)}
+    step: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": size(job, resources).renderer_cpus}
     return ray.data.from_arrow(blocks).map_batches(cast(Any, render_documents), fn_args=(rendering, claims), **step)
 
 
 def answers(job: Job, asked: ray.data.Dataset, claims: Any, resources: cluster.Resources) -> ray.data.Dataset:
     """Return the requests' answers; an actor takes the next batches while the engine works on the last."""
-    cpus, gpus = actor_cpus(job, resources), actor_gpus(job, resources)
-    least, most = pool(job, resources)
+    each, (least, most) = size(job, resources), pool(job, resources)
     actors = ray.data.ActorPoolStrategy(
         min_size=least,
         max_size=most,
@@ -221,9 +220,9 @@ def answers(job: Job, asked: ray.data.Dataset, claims: Any, resources: cluster.R
         cast(Any, Asker),
         batch_size=requests_per_batch(job),
         batch_format="pyarrow",
-        fn_constructor_args=(job, max(1, int(cpus)), claims),
-        num_cpus=cpus,
-        num_gpus=0.0 if job.sections.model.reserves_gpus_itself else gpus,
+        fn_constructor_args=(job, max(1, int(each.cpus)), claims),
+        num_cpus=each.cpus,
+        num_gpus=each.gpus_here,
         compute=actors,
     )
 

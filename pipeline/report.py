@@ -160,7 +160,6 @@ class Counted:
         if row.get("started_at"):
             start_s = row["started_at"].timestamp()
             self.at_once.add(start_s, start_s + row["elapsed_s"])
-            report.requests_at_once = self.at_once.as_dict()
         pages = row["last_page"] - row["first_page"] + 1 if row["key"] and row["last_page"] else 0
         left = self.left.get(row["source"], row["page_count"] or 0) - pages
         self.left[row["source"]] = left
@@ -172,11 +171,15 @@ class Counted:
 
     def engine(self, row: Mapping[str, Any]) -> None:
         """Take note of how long the engine that answered had something to answer, by its own count."""
-        if not row.get("actor"):
-            return
-        self.engines[row["actor"]] = max(self.engines.get(row["actor"], (0.0, 0.0)), (row["alive_s"], row["busy_s"]))
-        alive_s, busy_s = (sum(times) for times in zip(*self.engines.values(), strict=True))
+        if row.get("actor"):
+            self.engines[row["actor"]] = max(self.engines.get(row["actor"], (0.0, 0.0)), (row["alive_s"], row["busy_s"]))
+
+    def end(self) -> None:
+        """Tell the report how the engines were used."""
+        alive_s, busy_s = (sum(times) for times in zip((0.0, 0.0), *self.engines.values(), strict=True))
         self.report.engine_busy_share = round(busy_s / alive_s, 3) if alive_s else None
+        if self.at_once.busy_s:
+            self.report.requests_at_once = self.at_once.as_dict()
 
 
 class Breaker:

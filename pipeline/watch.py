@@ -2,7 +2,12 @@
 
 Ray ends its driver by `_Exit(1)`, past all handlers, when its own node dies, and the kernel kills whoever has most memory when
 that runs out. A scheduler would take the one for a run that has finished with failures, and nobody would say a word
-about the other. And what a killed driver leaves behind, Ray's agents notice only after a minute or more.
+about the other. And what a killed driver leaves behind, its workers and agents, notice only after half a minute or more.
+
+    this process         passes signals on
+      the keeper         waits for the work, says how it ended, and ends what it has left; lives on when this process is killed
+        the work         dies with the keeper
+          Ray, …         come to the keeper, as its children, when theirs die: it is their subreaper
 """
 
 from __future__ import annotations
@@ -11,68 +16,119 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-DIE_WITH_PARENT = 1
-"""PR_SET_PDEATHSIG of prctl(2)."""
+SIGNAL_AT_PARENTS_DEATH, SUBREAPER = 1, 36
+"""PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of prctl(2)."""
+CLEARED_S = 10.0
+"""How long is waited for killed processes to be gone: one may hang in a driver."""
+LOOK_S = 0.01
 
 
 def watched(work: Callable[[], int], broken: Callable[[str], int]) -> int:
-    """Do some work in a child of this process and return its exit status.
+    """Do some work in a process of its own and return its exit status.
 
-    If the child ends before the work does, `broken` is told how, and what it returns is the status. Signals go on to the child,
+    If that process ends before the work does, `broken` is told how, and what it returns is the status. Signals go on to the work,
     which a terminal's Ctrl-C does not reach directly; it dies when this process is killed, and with it whatever it has started.
     """
     if sys.platform != "linux":
         return work()
-    (reading, writing), (ending, living) = os.pipe(), os.pipe()
     here = os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until there is somebody to send them on to
+    prctl(SUBREAPER, 1)  # should the keeper be killed
+    keeper = os.fork()
+    if not keeper:
+        keep(work, broken, here)
+    status = ended(keeper)
+    clear()
+    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else broken(how(status))
+
+
+def keep(work: Callable[[], int], broken: Callable[[str], int], parent: int) -> NoReturn:
+    """The keeper: have the work done, end what it has left, and exit with its status."""
+    os.setpgid(0, 0)
+    prctl(SUBREAPER, 1)
+    here = os.getpid()
+    reading, writing = os.pipe()
     child = os.fork()
     if not child:
         os.close(reading)
-        os.close(ending)
         do(work, writing, here)
     os.close(writing)
-    os.close(living)
-    if not os.fork():
-        clear(child, ending)
-    os.close(ending)
-    before = [signal.signal(number, lambda number, _: os.kill(child, number)) for number in FORWARDED]
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-    _, status = os.waitpid(child, 0)
-    for number, listener in zip(FORWARDED, before, strict=True):
-        signal.signal(number, listener)
-    with os.fdopen(reading, "rb") as said:
-        code = said.read()
-    return code[0] if code else broken(how(status))
-
-
-def clear(group: int, ending: int) -> NoReturn:
-    """Another child, which nobody kills with the first: when that has ended, however, kill what it has left in its process group."""
-    os.setsid()
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for stream in range(3):  # who reads what the work says shall not wait for this
-        os.dup2(nothing, stream)
-    os.read(ending, 1)  # nothing is ever written there: this returns when the last who could is gone
-    with suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
-    os._exit(0)
+    signal.signal(signal.SIGUSR1, lambda *_: send(child, signal.SIGKILL))
+    prctl(SIGNAL_AT_PARENTS_DEATH, signal.SIGUSR1)
+    if os.getppid() != parent:
+        send(child, signal.SIGKILL)
+    status = ended(child)
+    clear()
+    said = os.read(reading, 1)
+    code = said[0] if said else broken(how(status))
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def do(work: Callable[[], int], writing: int, parent: int) -> NoReturn:
-    """The child: work, and say with which code it ended, before anything else can end this process."""
+    """The work: do it, and say with which code it ended, before anything else can end this process."""
     os.setpgid(0, 0)
+    prctl(SIGNAL_AT_PARENTS_DEATH, signal.SIGKILL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
     code = work()
     os.write(writing, bytes([code]))
     sys.exit(code)
+
+
+def ended(process: int) -> int:
+    """Wait for a child and return its wait status; pass signals on to it, and let others that end here meanwhile go."""
+
+    def forward(number: int, _: FrameType | None) -> None:
+        send(process, signal.Signals(number))
+
+    before = [signal.signal(number, forward) for number in FORWARDED]
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+    found, status = 0, 0
+    while found != process:
+        found, status = os.waitpid(-1, 0)
+    for number, listener in zip(FORWARDED, before, strict=True):
+        signal.signal(number, listener)
+    return status
+
+
+def clear() -> None:
+    """Kill the children of this process, and theirs, which become its own when they lose their parents."""
+    deadline = time.monotonic() + CLEARED_S
+    while time.monotonic() < deadline:
+        for child in children():
+            send(child, signal.SIGKILL)
+        try:
+            if os.waitpid(-1, os.WNOHANG) == (0, 0):
+                time.sleep(LOOK_S)
+        except ChildProcessError:
+            return
+
+
+def children() -> Iterator[int]:
+    """Yield the children of this process."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it is gone
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                yield int(folder.name)
+
+
+def send(process: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(process, number)
+
+
+def prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def how(status: int) -> str:

@@ -13,8 +13,8 @@ FLOORS = {
     1: {"job", "jobfile", "keys", "parcel", "report", "attempts", "events"},
     2: {"source", "folders", "manifest", "net", "web", "render", "sandbox", "objects", "store", "sink", "compaction", "lease"}
     | {"awq", "decoding", "engines"},
-    3: {"abroad", "stages", "settle", "status"},
-    4: {"afar", "cluster", "sizing", "outlook", "metrics", "asking", "flow", "preview", "submit", "watch"},
+    3: {"abroad", "stages", "listing", "settle", "status"},
+    4: {"afar", "cluster", "sizing", "outlook", "metrics", "asking", "settling", "flow", "preview", "submit", "watch"},
     5: {"cli", "guard", "show"},
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
@@ -31,7 +31,7 @@ DOORS = {
     "pydantic": {"job", "jobfile", "keys"},
     "yaml": {"show", "jobfile", "sink"},
     "jsonschema": {"schema", "validate"},
-    "ray": {"afar", "flow", "asking", "metrics", "cluster", "outlook", "submit"},
+    "ray": {"afar", "flow", "asking", "settling", "metrics", "cluster", "outlook", "submit"},
     "click": {"cli", "show"},
     "rich": {"show"},
 }

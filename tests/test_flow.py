@@ -21,7 +21,7 @@ from PIL import Image
 from quick import Quick, by_value
 from ray.exceptions import RayError
 
-from pipeline import asking, attempts, cluster, engines, flow, sink
+from pipeline import asking, attempts, cluster, engines, flow, listing, sink
 from pipeline.engines import Engine
 from pipeline.errors import DamagedShard, DocumentError, EngineDead, JobError, RunError
 from pipeline.job import Job
@@ -335,7 +335,7 @@ def test_what_a_run_wrote_is_no_source_of_the_next(desk: Desk, tmp_path: Path, b
     (desk.folder / "out" / "records" / "shard.parquet").write_bytes(b"PAR1")
     (tmp_path / "link").symlink_to(desk.folder)
     job = Job.load(tmp_path / "link" / "job.yaml" if by_link else desk.file, ["source.paths=['**/*.p*']"])
-    assert flow.found(job)["source"].to_pylist() == ["in/a.pdf"]
+    assert listing.listed(job)["source"].to_pylist() == ["in/a.pdf"]
 
 
 def test_there_is_nothing_to_settle_in_a_fresh_folder(desk: Desk) -> None:
@@ -426,7 +426,7 @@ def test_failures_alone_have_the_columns_of_any_run(desk: Desk, mixed: tuple[Des
     schemas = [pq.read_schema(next((output / "records").iterdir())) for output in (job.output, mixed[1].output)]
     assert schemas[0].equals(schemas[1])
     done = attempts.asked(sink.read_outcomes(Output(job.output)))
-    assert flow.unasked(job, sink.read_sources(Output(job.output)), done).num_rows == 0
+    assert listing.unasked(job, sink.read_sources(Output(job.output)), done).num_rows == 0
 
 
 # --- an engine that fails

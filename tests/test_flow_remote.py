@@ -11,7 +11,7 @@ import s3
 from desk import Desk, slip
 from quick import Quick
 
-from pipeline import asking, cluster, compaction, flow
+from pipeline import asking, cluster, compaction, flow, listing
 from pipeline.errors import JobError
 from pipeline.job import Job
 from pipeline.report import Report
@@ -96,7 +96,7 @@ def test_what_a_run_wrote_there_is_no_source_of_the_next(bucket: s3.Bucket, done
     desk, job, _ = done
     bucket.put(f"{desk.folder.name}/out2/a.pdf", slip(1))
     everything = dataclasses.replace(desk.job(f"source.paths=['{bucket.url(desk.folder.name)}']"), output=job.output)
-    found = [name.removeprefix(bucket.url(desk.folder.name)) for name in flow.found(everything)["source"].to_pylist()]
+    found = [name.removeprefix(bucket.url(desk.folder.name)) for name in listing.listed(everything)["source"].to_pylist()]
     assert found == ["/in/a.pdf", "/in/b.pdf", "/in/c.pdf", "/in/d.pdf", "/in/e.pdf", "/out2/a.pdf"]
 
 

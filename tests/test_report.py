@@ -39,6 +39,7 @@ def count(documents: int, *rows: dict[str, Any]) -> tuple[Report, list[Progress]
     counted.begin(documents)
     for one in rows:
         counted.add(one)
+    counted.end()
     return total, seen
 
 
@@ -216,5 +217,6 @@ def test_a_second_round_adds_to_the_first() -> None:
     for source, start_s in (("a", 0), ("b", 1)):
         counted.begin(1)
         counted.add(row(source, started_at=datetime.fromtimestamp(start_s, UTC), elapsed_s=1.0))
+    counted.end()
     assert (total.requests, total.requests_at_once["mean"]) == ({"extracted": 2}, [1.0, 1.0])
     assert [(now.documents, now.documents_done) for now in seen] == [(1, 1), (1, 1)]

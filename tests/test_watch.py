@@ -60,17 +60,28 @@ def test_signals_go_on_to_the_work(number: signal.Signals) -> None:
     assert "status 9" in run.communicate(timeout=PATIENCE_S)[0]
 
 
-def test_work_dies_with_the_process_that_watches_it() -> None:
-    run = program(f"print('ready', flush=True)\ntime.sleep({10 * PATIENCE_S})")
+STARTED = {
+    "child": "import subprocess\nsubprocess.Popen(['sleep', '600'])",
+    "session of its own": "import subprocess\nsubprocess.Popen(['setsid', 'sh', '-c', 'sleep 600 & sleep 600'])",
+}
+"""What work leaves behind. Each holds its stdout, which is at its end when nobody holds it any more."""
+
+
+@pytest.mark.parametrize("started", STARTED.values(), ids=STARTED)
+@pytest.mark.parametrize(
+    "death", ["return 0", "os._exit(1)", *(f"os.kill({who}, 9)\ntime.sleep(600)" for who in ("os.getpid()", "os.getppid()"))]
+)
+def test_what_the_work_has_started_ends_with_it(death: str, started: str) -> None:
+    run = program(f"{started}\n{death}")
+    run.communicate(timeout=PATIENCE_S)
+    assert run.returncode == (0 if death == "return 0" else 3)
+
+
+@pytest.mark.parametrize("started", STARTED.values(), ids=STARTED)
+def test_work_and_what_it_has_started_die_with_the_process_that_watches_it(started: str) -> None:
+    run = program(f"{started}\nprint('ready', flush=True)\ntime.sleep(600)")
     assert run.stdout is not None
     assert run.stdout.readline() == "ready\n"
     run.kill()
-    run.communicate(timeout=PATIENCE_S)  # which ends when nobody holds the other end any more, the worker neither
+    run.communicate(timeout=PATIENCE_S)
     assert run.returncode == -signal.SIGKILL
-
-
-@pytest.mark.parametrize("death", ["return 0", "os._exit(1)", "os.kill(os.getppid(), signal.SIGKILL)\ntime.sleep(60)"])
-def test_what_the_work_has_started_ends_with_it(death: str) -> None:
-    run = program(f"import subprocess\nsubprocess.Popen(['sleep', '600'])\n{death}")
-    run.communicate(timeout=PATIENCE_S)  # to the end of stdout, which comes when nobody holds it any more
-    assert run.returncode is not None
