@@ -4,8 +4,9 @@
 
 A whole `pipeline.run` over A4 pages of a million pixels each (3 MB), with an engine that answers one page in `--page-s` and
 nothing else, so that pages would pile up in front of it if nothing held them back: without that, ten thousand of them are 30 GB.
-The driver's peak is the kernel's count of its real memory (VmHWM) less what it had before the run; the object store's is what Ray
-says it holds, looked at once a second; what was spilled to the disk is Ray's own sum. Returns 1 when a bound is broken.
+The driver's peak is the kernel's count of the real memory that is its own (RssAnon, RssFile), less what it had before the run; what it
+sees of the object store is counted there: as much as Ray says that this holds. Both are looked at once a second; what was
+spilled to the disk is Ray's own sum. Returns 1 when a bound is broken.
 """
 
 from __future__ import annotations
@@ -68,15 +69,16 @@ class SteadyAsker(asking.Asker):
 
 
 class Watch(threading.Thread):
-    """Looks once a second at what the object store holds."""
+    """Looks once a second at what the driver and the object store hold."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.over, self.held_bytes = threading.Event(), 0.0
+        self.over, self.held_bytes, self.own_bytes = threading.Event(), 0.0, 0
 
     def run(self) -> None:
         whole = ray.cluster_resources()["object_store_memory"]
         while not self.over.wait(1.0):
+            self.own_bytes = max(self.own_bytes, own_bytes())
             self.held_bytes = max(self.held_bytes, whole - ray.available_resources().get("object_store_memory", 0.0))
 
 
@@ -92,13 +94,13 @@ def main() -> int:
     cluster.connect()
     with tempfile.TemporaryDirectory() as folder:
         job = prepared(Path(folder), chosen.pages)
-        watch, before = Watch(), peak_bytes()
+        watch, before = Watch(), own_bytes()
         watch.start()
         report = flow.run(job)
         watch.over.set()
         watch.join()
     rows = [
-        ("driver", peak_bytes() - before, DRIVER_BYTES),
+        ("driver", watch.own_bytes - before, DRIVER_BYTES),
         ("object store", watch.held_bytes, HELD_BYTES),
         ("spilled", spilled_bytes(), 0),
     ]
@@ -126,10 +128,10 @@ def prepared(folder: Path, pages: int) -> Job:
     return Job.load(folder / "job.yaml", [])
 
 
-def peak_bytes() -> int:
-    """Return the most real memory that this process has had."""
+def own_bytes() -> int:
+    """Return how much real memory is this process's own."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssFile"))) * 1024
 
 
 def spilled_bytes() -> int:

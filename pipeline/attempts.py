@@ -6,8 +6,8 @@ Knows neither files nor documents: an outcome is a row with `key`, `attempt`, `s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.errors import JobError
@@ -23,6 +23,10 @@ class Asked:
 
     done: frozenset[str]
     attempts: Mapping[str, int]
+
+    def with_done(self, keys: Set[str]) -> Asked:
+        """Return this after some more requests were answered."""
+        return replace(self, done=self.done | keys)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ from pipeline.stages import render_settings
 
 ROUNDS = 8
 """One asks everything. Another is for what went missing with a machine, should Ray not bring all of it back or have no room for it."""
+DOCUMENTS_AT_ONCE = 100_000
+"""So many go through the engines before these are loaded anew. Of each request Ray keeps 7 kB in the driver until its Dataset ends."""
 BLOCK_BYTES = 1
 """What a task gathers before the next step sees it: every request goes on as soon as it is drawn, and its answer is kept as
 soon as it has come; blocks of 32 MiB held back those of a whole task, which a kill then cost."""
@@ -138,12 +140,15 @@ class Passes:
         """Ask what of these documents is not done; whatever ends this early, the answers that have come are in the ledger."""
         self.counted.begin(documents.num_rows)
         breaker = Breaker(self.job.sections.limits.max_failure_ratio, self.job.sections.limits.min_requests)
-        with closing(ask(self.job, documents, asked, self.resources)) as rows, Ledger(self.output) as ledger:
-            for row in filter(ledger.add, rows):
-                self.lease.check()
-                events.answered(row)
-                self.counted.add(row)
-                breaker.add(row)
+        for start in range(0, documents.num_rows, DOCUMENTS_AT_ONCE):
+            some = documents.slice(start, DOCUMENTS_AT_ONCE)
+            with closing(ask(self.job, some, asked, self.resources)) as rows, Ledger(self.output) as ledger:
+                for row in filter(ledger.add, rows):
+                    self.lease.check()
+                    events.answered(row)
+                    self.counted.add(row)
+                    breaker.add(row)
+            asked = asked.with_done(ledger.seen)
 
 
 def settle(job: Job) -> Report:

@@ -367,6 +367,22 @@ def test_a_pool_grows_while_all_its_actors_are_busy(desk: Desk, monkeypatch: pyt
     assert len(list(desk.folder.glob("*.actor"))) == 2
 
 
+def test_a_long_listing_goes_through_the_engines_in_parts(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twins in two parts are asked once, and what fails again when it is retried in the first part is not asked in the others, too."""
+    for number, name in enumerate(("a.pdf", "b.pdf", "c.pdf")):
+        desk.put(name, slip(number))
+    desk.put("d.pdf", slip(0))
+    desk.put("e.pdf", b"")
+    desk.put("0.pdf", b"")
+    monkeypatch.setattr(flow, "DOCUMENTS_AT_ONCE", 2)
+    seen: list[Progress] = []
+    report = flow.run(desk.job(), on_progress=seen.append)
+    assert (report.requests_asked, report.statuses) == (3, {"extracted": 4, "failed": 2})
+    assert (seen[-1].documents, seen[-1].documents_done) == (6, 6)
+    assert flow.run(desk.job(), retry="failed").requests == {"failed": 1}
+    assert len(ledger(desk)) == 3 + 2
+
+
 # --- a folder over time
 
 
