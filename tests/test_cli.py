@@ -83,7 +83,6 @@ WRONG: dict[str, tuple[Callable[[Desk], Any], list[str], str]] = {
     "no source": (lambda desk: None, ["--set", "source.paths=[gone]"], r"source 'gone' does not exist"),
     "no files": (lambda desk: (desk.inputs / "a.pdf").unlink(), [], r"source 'in' holds no files"),
     "no password": (lambda desk: None, ["--set", "source.password_env=NOT_SET_HERE"], r"variable NOT_SET_HERE, which is not set"),
-    "no cluster": (lambda desk: None, ["--address", "127.0.0.1:1"], r"nobody answers at 127\.0\.0\.1:1: Connection refused"),
     "a job server": (lambda desk: None, ["--address", "http://head:8265"], r"ray\.address: an http\(s\) address is a cluster's job server"),
     "no checkpoint": (lambda desk: None, ["--set", "model.name=./gone"], r"holds no checkpoint"),
 }
@@ -103,10 +102,19 @@ def test_a_wrong_job_is_refused_and_nothing_is_started(desk: Desk, case: str) ->
     assert not (desk.folder / "out").exists()
 
 
-def test_a_refusal_is_one_line_for_the_shell_too(desk: Desk) -> None:
-    ended = shell("-m", "pipeline.cli", "run", desk.file, "--set", "source.paths=[gone]")
+ALONE = {
+    "no source": (["--set", "source.paths=[gone]"], "source 'gone' does not exist (looked for {0}/gone)"),
+    "no cluster": (["--address", "127.0.0.1:1"], "nobody answers at 127.0.0.1:1: Connection refused"),
+}
+"""What is refused in a process of its own, in which no other test has started Ray: option and sentence."""
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), ALONE.values(), ids=ALONE)
+def test_a_refusal_is_one_line_for_the_shell_too(desk: Desk, arguments: list[str], sentence: str) -> None:
+    desk.put("a.pdf")
+    ended = shell("-m", "pipeline.cli", "run", desk.file, *arguments)
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == f"error: source 'gone' does not exist (looked for {desk.folder}/gone)\n"
+    assert ended.stderr == f"error: {sentence.format(desk.folder)}\n"
 
 
 def test_settling_a_job_that_never_ran_is_refused(desk: Desk) -> None:
