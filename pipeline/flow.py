@@ -39,7 +39,7 @@ from pipeline.stages import render_settings
 ROUNDS = 8
 """One asks everything. Another is for what went missing with a machine, should Ray not bring all of it back or have no room for it."""
 DOCUMENTS_AT_ONCE = 100_000
-"""So many go through the engines before these are loaded anew. Of each request Ray keeps 7 kB in the driver until its Dataset ends."""
+"""So many go through the engines before these are loaded anew. Ray keeps 6 kB of a request in the driver, mostly until a Dataset ends."""
 BLOCK_BYTES = 1
 """What a task gathers before the next step sees it: every request goes on as soon as it is drawn, and its answer is kept as
 soon as it has come; blocks of 32 MiB held back those of a whole task, which a kill then cost."""
