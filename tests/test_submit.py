@@ -12,7 +12,6 @@ import json
 import logging
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -22,9 +21,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import ray
 from desk import Desk, slip
 from heads import Head, head
+from quick import by_value
 
 from pipeline import afar, events, submit
 from pipeline.errors import JobError
@@ -34,7 +33,7 @@ PAGES = 6
 PATIENCE_S = 300
 SHARED = "--shared-filesystem"
 
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers do not find the tests
+by_value(__name__)
 
 
 # --- a run's log and its end, without a cluster
