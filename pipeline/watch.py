@@ -86,18 +86,20 @@ def do(work: Callable[[], int], writing: int, parent: int) -> NoReturn:
 
 
 def ended(process: int) -> int:
-    """Wait for a child and return its wait status; pass signals on to it, and let others that end here meanwhile go."""
+    """Wait for a child and return its wait status; pass signals on to it, and let others that end here meanwhile go.
+
+    Nobody listens to signals from then on: a second Ctrl-C shall not break off what is to be done after the end.
+    """
 
     def forward(number: int, _: FrameType | None) -> None:
         send(process, signal.Signals(number))
 
-    before = [signal.signal(number, forward) for number in FORWARDED]
+    for number in FORWARDED:
+        signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     found, status = 0, 0
     while found != process:
         found, status = os.waitpid(-1, 0)
-    for number, listener in zip(FORWARDED, before, strict=True):
-        signal.signal(number, listener)
     return status
 
 

@@ -60,6 +60,14 @@ def test_signals_go_on_to_the_work(number: signal.Signals) -> None:
     assert "status 9" in run.communicate(timeout=PATIENCE_S)[0]
 
 
+def test_a_signal_that_comes_after_the_work_changes_nothing() -> None:
+    late = (
+        PROGRAM.format(work="return 0").replace("sys.exit(", "code = (")
+        + "os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.1)\nsys.exit(code)"
+    )
+    assert subprocess.run([sys.executable, "-c", late], timeout=PATIENCE_S, start_new_session=True).returncode == 0
+
+
 STARTED = {
     "child": "import subprocess\nsubprocess.Popen(['sleep', '600'])",
     "session of its own": "import subprocess\nsubprocess.Popen(['setsid', 'sh', '-c', 'sleep 600 & sleep 600'])",
