@@ -23,7 +23,8 @@ from typing import Any
 import pymupdf
 import ray
 
-from pipeline import asking, cluster, flow
+from pipeline import cluster, flow
+from pipeline.flow import ask_pass
 from pipeline.job import Job
 from pipeline.records import Completion, FinishReason, Request, Usage
 
@@ -61,7 +62,7 @@ class Steady:
         """Nothing to release."""
 
 
-class SteadyAsker(asking.Asker):
+class SteadyAsker(ask_pass.EngineActor):
     page_s = 0.0
 
     def load(self, job: Job, threads: int) -> Any:
@@ -89,9 +90,9 @@ def main() -> int:
     parser.add_argument("--page-s", type=float, default=0.03, help="seconds the engine takes for a page")
     chosen = parser.parse_args()
     SteadyAsker.page_s = chosen.page_s
-    asking.Asker = SteadyAsker  # type: ignore[misc]
+    ask_pass.EngineActor = SteadyAsker  # type: ignore[misc]
     ray.init(include_dashboard=False, log_to_driver=False, object_store_memory=STORE_BYTES)
-    cluster.connect()
+    cluster.connect_ray()
     with tempfile.TemporaryDirectory() as folder:
         job = prepared(Path(folder), chosen.pages)
         watch, before = Watch(), own_bytes()

@@ -192,12 +192,13 @@ async def plain(folder: Path, address: str, documents: int) -> None:
     """Ask for the first so many documents as one would by hand."""
     import httpx2
 
-    from pipeline import prompt, schema
+    from pipeline import schema
+    from pipeline.schema import prompt
 
-    given = schema.load(SCHEMA)
-    plainly = json.loads(schema.compact(given))
+    given = schema.load_schema(SCHEMA)
+    plainly = json.loads(schema.dump_compact_schema(given))
     response_format = {"type": "json_schema", "json_schema": {"name": "record", "strict": True, "schema": plainly}}
-    system, places = prompt.system(given), asyncio.Semaphore(CONCURRENCY)
+    system, places = prompt.build_system_message(given), asyncio.Semaphore(CONCURRENCY)
 
     async def ask(file: Path) -> str:
         async with places:

@@ -54,7 +54,7 @@ def to_one(word: str, number: signal.Signals = signal.SIGKILL) -> Strike:
 
 def to_render_worker(run: Run, _: Path, rng: random.Random) -> bool:
     """Kill the Ray worker that has a sandbox for a child."""
-    parents = {member.parent for member in run.find("pipeline.sandbox")}
+    parents = {member.parent for member in run.find("pipeline.render.worker")}
     found = [member for member in run.members() if member.pid in parents]
     return bool(found) and send(rng.choice(found), signal.SIGKILL)
 
@@ -127,8 +127,8 @@ FAULTS = {
     "Ctrl-C": Fault(to_group, "answering", (130,)),
     "Ctrl-C, three times": Fault(to_driver(signal.SIGINT, 3), "answering", (130,)),
     "render worker killed": Fault(to_render_worker, "drawing", (0, 1), retry=True),
-    "renderer killed": Fault(to_one("pipeline.sandbox"), "drawing", (0, 1), retry=True),
-    "renderer hangs": Fault(to_one("pipeline.sandbox", signal.SIGSTOP), "drawing", (0, 1), 1, retry=True),
+    "renderer killed": Fault(to_one("pipeline.render.worker"), "drawing", (0, 1), retry=True),
+    "renderer hangs": Fault(to_one("pipeline.render.worker", signal.SIGSTOP), "drawing", (0, 1), 1, retry=True),
     "engine actor killed": Fault(to_one("Asker"), "answering", (0, 1)),
     "same, eight at once": Fault(to_one("Asker"), "answering", (0, 1), settings=["model.batch_size=8"]),
     "raylet killed": Fault(to_one("raylet/raylet"), "answering", (3,), 1),

@@ -24,9 +24,11 @@ from urllib.request import Request, urlopen
 
 import pyarrow as pa
 
-from pipeline.compaction import compact
-from pipeline.sink import LEDGER, SUFFIX, Output, read_outcomes, write_shard
-from pipeline.store import Folder, Objects
+from pipeline.output import SHARD_SUFFIX, Output
+from pipeline.output.compaction import compact_shards
+from pipeline.output.ledger import LEDGER_SCHEMA, read_outcomes
+from pipeline.output.shards import write_shard
+from pipeline.storage.store import FolderStore, ObjectStore
 
 T = TypeVar("T")
 BUCKET = "many"
@@ -44,7 +46,7 @@ def row(number: int) -> dict[str, object]:
 
 
 def name(number: int) -> str:
-    return f"{number:024x}{SUFFIX}"
+    return f"{number:024x}{SHARD_SUFFIX}"
 
 
 def serve(names: int, ready: Connection) -> None:
@@ -89,20 +91,20 @@ def in_folders(names: int, shards: int) -> None:
         many.mkdir()
         for number in range(names):
             os.close(os.open(many / name(number), os.O_CREAT | os.O_WRONLY))
-        timed(f"{names} names listed", lambda: Folder(many).names(SUFFIX))
+        timed(f"{names} names listed", lambda: FolderStore(many).list_names(SHARD_SUFFIX))
         output = Output(Path(place) / "out")
-        output.make()
+        output.create()
         for number in range(shards):
-            write_shard(output.requests, pa.Table.from_pylist([row(number)], LEDGER), [str(number)])
+            write_shard(output.requests, pa.Table.from_pylist([row(number)], LEDGER_SCHEMA), [str(number)])
         timed(f"{shards} shards of a row read", lambda: list(read_outcomes(output)))
-        print(timed("gathered", lambda: compact(output)), "shards fewer")
+        print(timed("gathered", lambda: compact_shards(output)), "shards fewer")
         timed("the same rows read", lambda: list(read_outcomes(output)))
 
 
 def in_object_store(names: int) -> None:
     os.environ |= {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_DEFAULT_REGION": "us-east-1"}
     with store(names) as os.environ["AWS_ENDPOINT_URL"]:
-        found = timed(f"{names} objects listed", lambda: Objects(f"s3://{BUCKET}/requests").names(SUFFIX))
+        found = timed(f"{names} objects listed", lambda: ObjectStore(f"s3://{BUCKET}/requests").list_names(SHARD_SUFFIX))
         assert len(found) == timed("the same by boto3", lambda: by_boto(os.environ["AWS_ENDPOINT_URL"]))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from pipeline.decoding import Constraint, Vocabulary
+from pipeline.schema.grammar import Constraint, Vocabulary
 
 ROOT = Path(__file__).parents[1]
 STEP_MS = 30.0

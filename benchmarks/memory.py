@@ -69,7 +69,7 @@ def peak_bytes(pid: int | str = "self") -> int:
 
 def listing(count: int) -> tuple[int]:
     """Return what listing a folder of so many small files adds to a process."""
-    from pipeline.source import find
+    from pipeline.sources import find_documents
 
     with tempfile.TemporaryDirectory() as folder:
         for number in range(count):
@@ -77,9 +77,9 @@ def listing(count: int) -> tuple[int]:
             place.mkdir(exist_ok=True)
             (place / f"invoice-{number:07}.pdf").write_bytes(b"%PDF-1.7\n")
         (Path(folder) / "one.pdf").touch()
-        find(["one.pdf"], Path(folder))
+        find_documents(["one.pdf"], Path(folder))
         idle = peak_bytes()
-        table = find(["."], Path(folder))
+        table = find_documents(["."], Path(folder))
         assert len(table) == count + 1
         return (peak_bytes() - idle,)
 
@@ -87,7 +87,7 @@ def listing(count: int) -> tuple[int]:
 def drawing(count: int) -> tuple[int, int, int, int]:
     """Return the bytes of a long document, what drawing it adds to the parent, and the renderer's peak, at the end and half way."""
     from pipeline.budget import RenderSettings
-    from pipeline.sandbox import Sandbox
+    from pipeline.render.sandbox import Sandbox
 
     with tempfile.TemporaryFile() as file:
         for piece in long_document(count):

@@ -107,7 +107,7 @@ class Bench:
         self.job.write_text(JOB)
         shutil.copy(runs.ROOT / "schemas" / "receipt.json", folder / "schema.json")
         for number, name in enumerate(self.names):
-            (folder / name).write_bytes(drawing.pdf(documents.sample(documents.HELD_OUT + number, "receipt").sheets))
+            (folder / name).write_bytes(drawing.draw_pdf(documents.draw_sample(documents.HELD_OUT + number, "receipt").sheets))
         self.undisturbed = folder / "undisturbed"
         self.first_answer_s = 0.0
 
@@ -167,7 +167,7 @@ class Bench:
             run.wait(lambda: set(output.glob("requests/*.parquet")) - known, self.patience_s)
             pause_s = self.rng.uniform(0, 1)
         elif moment == "drawing":
-            run.wait(lambda: run.find("pipeline.sandbox"), self.patience_s)
+            run.wait(lambda: run.find("pipeline.render.worker"), self.patience_s)
             pause_s = self.rng.uniform(0, 1)
         else:
             pause_s = self.rng.uniform(0, self.first_answer_s + AFTER_FIRST_ANSWER_S)

@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-from pipeline.engines import vision
+from pipeline.engines.transformers import vision
 
 DOWN, ACROSS = 80, 64
 """Patches of a page at the default budget: 1120 x 896 px, 5,120 patches, 1,280 visual tokens."""
@@ -92,7 +92,7 @@ def counting() -> Iterator[list[None]]:
     def count(real: Any) -> Any:
         return lambda *args, **kwargs: (calls.append(None), real(*args, **kwargs))[1]
 
-    ours = mock.patch.object(vision, "attention", count(vision.attention))
+    ours = mock.patch.object(vision, "attention", count(vision.compute_attention))
     theirs = mock.patch.object(functional, "scaled_dot_product_attention", count(functional.scaled_dot_product_attention))
     with ours, theirs:
         yield calls

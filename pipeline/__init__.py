@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-"""Read when Ray is imported: it would hold messages back and print them to stdout at the very end, behind a command's data."""
-
 if TYPE_CHECKING:
     from pipeline.flow import run, settle
     from pipeline.job import Job
 
-__version__ = "0.1.0"
+
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+"""Read when Ray is imported: it would hold messages back and print them to stdout at the very end, behind a command's data."""
 __all__ = ["Job", "__version__", "run", "settle"]
 
 

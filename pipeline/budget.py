@@ -35,7 +35,7 @@ class PixelBudget:
 
 
 @dataclass(frozen=True)
-class Size:
+class ImageSize:
     """Width and height of an image."""
 
     width_px: int
@@ -78,66 +78,66 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int, fact
     return rows * factor, columns * factor
 
 
-def fit(width_pt: float, height_pt: float, dpi: float, budget: PixelBudget) -> Size:
+def fit_page(width_pt: float, height_pt: float, dpi: float, budget: PixelBudget) -> ImageSize:
     """Return the canvas for a page of paper: its natural size at `dpi`, brought into the budget."""
-    return fit_pixels(max(1, round(width_pt / 72 * dpi)), max(1, round(height_pt / 72 * dpi)), budget)
+    return fit_image(max(1, round(width_pt / 72 * dpi)), max(1, round(height_pt / 72 * dpi)), budget)
 
 
-def fit_pixels(width_px: int, height_px: int, budget: PixelBudget) -> Size:
+def fit_image(width_px: int, height_px: int, budget: PixelBudget) -> ImageSize:
     """Return the canvas for an image of this natural size: what `smart_resize` says, wherever it is the last word.
 
     It is not for ratios beyond 200, and where its rounding leaves the budget (narrow budgets, long strips), so that
     it would resize its own result. These pages get the allowed canvas on which they stand largest.
     """
     if budget.resized_width and budget.resized_height:
-        return Size(to_cells(budget.resized_width), to_cells(budget.resized_height))
+        return ImageSize(round_to_cell(budget.resized_width), round_to_cell(budget.resized_height))
     if max(width_px, height_px) <= MAX_RATIO * min(width_px, height_px):
         height, width = smart_resize(height_px, width_px, budget.min_pixels, budget.max_pixels)
-        if is_stable(Size(width, height), budget):
-            return Size(width, height)
-    return max(canvases(width_px, height_px, budget), key=lambda size: rank(width_px, height_px, size))
+        if is_stable(ImageSize(width, height), budget):
+            return ImageSize(width, height)
+    return max(list_canvases(width_px, height_px, budget), key=lambda size: rank_canvas(width_px, height_px, size))
 
 
-def place(width: float, height: float, canvas: Size) -> Size:
+def fit_content(width: float, height: float, canvas: ImageSize) -> ImageSize:
     """Return the part of the canvas, from its top left, that a page of these proportions covers."""
     across, down = canvas.width_px / width, canvas.height_px / height
     if max(across, down) <= MAX_STRETCH * min(across, down):
         return canvas
     scale = min(across, down)
-    return Size(max(1, round(width * scale)), max(1, round(height * scale)))
+    return ImageSize(max(1, round(width * scale)), max(1, round(height * scale)))
 
 
-def visual_tokens(size: Size) -> int:
+def count_visual_tokens(size: ImageSize) -> int:
     """Return how many tokens the model reads for an image of this size."""
     return size.width_px * size.height_px // CELL_AREA
 
 
-def bounds(budget: PixelBudget) -> tuple[int, int]:
+def compute_area_bounds(budget: PixelBudget) -> tuple[int, int]:
     """Return the areas between which every page of this budget lies: what keeps an image processor from resizing it."""
     if budget.resized_height and budget.resized_width:
-        size = fit_pixels(1, 1, budget)
+        size = fit_image(1, 1, budget)
         return size.width_px * size.height_px, size.width_px * size.height_px
     return budget.min_pixels, budget.max_pixels
 
 
-def is_stable(size: Size, budget: PixelBudget) -> bool:
+def is_stable(size: ImageSize, budget: PixelBudget) -> bool:
     """Say whether `smart_resize` leaves a canvas made of whole cells as it is."""
     short, long = sorted((size.width_px, size.height_px))
     return long <= MAX_RATIO * short and budget.min_pixels <= short * long <= budget.max_pixels
 
 
-def check(budget: PixelBudget) -> None:
+def check_budget(budget: PixelBudget) -> None:
     """Raise ValueError with a sentence when no page could be fitted."""
     fixed = (budget.resized_height, budget.resized_width)
     if fixed != (None, None):
-        return check_fixed(*fixed)
+        return check_fixed_size(*fixed)
     if budget.min_pixels < 1:
         raise ValueError(f"min_pixels is {budget.min_pixels}; it must be positive")
     if budget.max_pixels < budget.min_pixels:
         raise ValueError(f"max_pixels ({budget.max_pixels}) is less than min_pixels ({budget.min_pixels})")
     if budget.max_pixels > MAX_TOKENS * CELL_AREA:
         raise ValueError(f"max_pixels is {budget.max_pixels}; at most {MAX_TOKENS * CELL_AREA} ({MAX_TOKENS} visual tokens) is allowed")
-    if not any(canvases(1, 1, budget)):
+    if not any(list_canvases(1, 1, budget)):
         raise ValueError(
             f"no whole number of {CELL_PX}x{CELL_PX} px cells has between min_pixels ({budget.min_pixels}) "
             f"and max_pixels ({budget.max_pixels}); allow a wider range"
@@ -145,13 +145,13 @@ def check(budget: PixelBudget) -> None:
     return None
 
 
-def check_fixed(height_px: int | None, width_px: int | None) -> None:
+def check_fixed_size(height_px: int | None, width_px: int | None) -> None:
     """Raise ValueError with a sentence when a fixed size is incomplete or beyond what the model reads."""
     if height_px is None or width_px is None:
         raise ValueError("resized_height and resized_width go together: give both or neither")
     if height_px < 1 or width_px < 1:
         raise ValueError(f"resized_height ({height_px}) and resized_width ({width_px}) must be positive")
-    size = Size(to_cells(width_px), to_cells(height_px))
+    size = ImageSize(round_to_cell(width_px), round_to_cell(height_px))
     if not is_stable(size, PixelBudget(1, MAX_TOKENS * CELL_AREA)):
         raise ValueError(
             f"resized_width x resized_height is {size.width_px}x{size.height_px} px in whole cells; allowed are at most "
@@ -159,12 +159,12 @@ def check_fixed(height_px: int | None, width_px: int | None) -> None:
         )
 
 
-def to_cells(length_px: float) -> int:
+def round_to_cell(length_px: float) -> int:
     """Return the nearest multiple of 28, at least one cell."""
     return max(CELL_PX, round(length_px / CELL_PX) * CELL_PX)
 
 
-def canvases(width_px: int, height_px: int, budget: PixelBudget) -> Iterator[Size]:
+def list_canvases(width_px: int, height_px: int, budget: PixelBudget) -> Iterator[ImageSize]:
     """Yield the stable canvases that may suit a page: for each number of rows the fewest columns, and those that fill it."""
     fewest, most = math.ceil(budget.min_pixels / CELL_AREA), budget.max_pixels // CELL_AREA
     for rows in range(1, most + 1):
@@ -172,10 +172,10 @@ def canvases(width_px: int, height_px: int, budget: PixelBudget) -> Iterator[Siz
         high = min(most // rows, MAX_RATIO * rows)
         if low <= high:
             for columns in (low, math.ceil(width_px / CELL_PX), math.ceil(rows * width_px / height_px)):
-                yield Size(min(max(low, columns), high) * CELL_PX, rows * CELL_PX)
+                yield ImageSize(min(max(low, columns), high) * CELL_PX, rows * CELL_PX)
 
 
-def rank(width_px: int, height_px: int, size: Size) -> tuple[float, int, float]:
+def rank_canvas(width_px: int, height_px: int, size: ImageSize) -> tuple[float, int, float]:
     """Order canvases: the largest scale up to natural size, then the fewest tokens, then the largest scale."""
     scale = min(size.width_px / width_px, size.height_px / height_px)
-    return min(scale, 1.0), -visual_tokens(size), scale
+    return min(scale, 1.0), -count_visual_tokens(size), scale

@@ -18,25 +18,25 @@ from typing import Any
 
 from pipeline.errors import JobError
 
-LOG = logging.getLogger("pipeline.events")
-LOG.addHandler(logging.NullHandler())
-OF_A_REQUEST = "key attempt source doc_id first_page last_page status asks prompt_tokens completion_tokens engine elapsed_s".split()
+EVENT_LOG = logging.getLogger("pipeline.events")
+EVENT_LOG.addHandler(logging.NullHandler())
+REQUEST_FIELDS = "key attempt source doc_id first_page last_page status asks prompt_tokens completion_tokens engine elapsed_s".split()
 
 
-def event(name: str, **facts: Any) -> None:
+def emit_event(name: str, **facts: Any) -> None:
     """Tell whoever listens."""
-    LOG.info(name, extra={"facts": facts})
+    EVENT_LOG.info(name, extra={"facts": facts})
 
 
-def answered(row: Mapping[str, Any]) -> None:
+def emit_answer_event(row: Mapping[str, Any]) -> None:
     """Tell what became of a request; a twin of another document has none and is no event."""
     if row["key"] and are_heard():
         failure = row.get("failure") or {}
         why = f"{failure['stage']}/{failure['kind']}" if failure else None
-        event("request", **{name: row.get(name) for name in OF_A_REQUEST}, failure=why, message=failure.get("message"))
+        emit_event("request", **{name: row.get(name) for name in REQUEST_FIELDS}, failure=why, message=failure.get("message"))
 
 
-class JsonLines(logging.Formatter):
+class JsonLinesFormatter(logging.Formatter):
     """Events as lines of JSON. What stands in a document's name cannot break a line."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -44,7 +44,7 @@ class JsonLines(logging.Formatter):
         return json.dumps({"at": at, "event": record.msg, **getattr(record, "facts", {})}, default=str)
 
 
-class Told(logging.Handler):
+class CallbackHandler(logging.Handler):
     """Events as they are, for somebody else to tell."""
 
     def __init__(self, tell: Callable[[str, dict[str, Any]], object]) -> None:
@@ -57,27 +57,27 @@ class Told(logging.Handler):
 
 def are_heard() -> bool:
     """Say whether anybody listens."""
-    return LOG.isEnabledFor(logging.INFO)
+    return EVENT_LOG.isEnabledFor(logging.INFO)
 
 
 @contextmanager
-def heard_by(handler: logging.Handler) -> Iterator[None]:
+def attach_handler(handler: logging.Handler) -> Iterator[None]:
     """Let a handler have the events of this while."""
-    level, spreads = LOG.level, LOG.propagate
-    LOG.addHandler(handler)
-    LOG.setLevel(logging.INFO)
-    LOG.propagate = False
+    level, spreads = EVENT_LOG.level, EVENT_LOG.propagate
+    EVENT_LOG.addHandler(handler)
+    EVENT_LOG.setLevel(logging.INFO)
+    EVENT_LOG.propagate = False
     try:
         yield
     finally:
-        LOG.removeHandler(handler)
+        EVENT_LOG.removeHandler(handler)
         handler.close()
-        LOG.setLevel(level)
-        LOG.propagate = spreads
+        EVENT_LOG.setLevel(level)
+        EVENT_LOG.propagate = spreads
 
 
 @contextmanager
-def written_to(file: Path | None) -> Iterator[None]:
+def write_events_to(file: Path | None) -> Iterator[None]:
     """Append the events of this while to a file, or to stderr for `-`; nothing without one. Raises JobError when it cannot be written."""
     if file is None:
         yield
@@ -86,6 +86,6 @@ def written_to(file: Path | None) -> Iterator[None]:
         handler = logging.StreamHandler() if str(file) == "-" else logging.FileHandler(file, encoding="utf-8")
     except OSError as error:
         raise JobError(f"cannot write the log {file}: {error.strerror}") from None
-    handler.setFormatter(JsonLines())
-    with heard_by(handler):
+    handler.setFormatter(JsonLinesFormatter())
+    with attach_handler(handler):
         yield

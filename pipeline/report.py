@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.errors import RunError
 
 
-class Exit(IntEnum):
+class ExitCode(IntEnum):
     """What the shell is told."""
 
     OK = 0
@@ -29,7 +29,7 @@ class Exit(IntEnum):
     """SIGTERM; the same command resumes the run."""
 
 
-PENDING = "settle/pending"
+PENDING_FAILURE = "settle/pending"
 """How the failure of a record is counted that waits for an answer still."""
 
 
@@ -82,10 +82,10 @@ class Report:
     """In so much of the time, from when it was loaded to its last answer, an engine had a request."""
 
     @property
-    def exit_code(self) -> Exit:
-        if self.missing or PENDING in self.failures:
-            return Exit.RUN_BROKEN
-        return Exit.DOCUMENTS_FAILED if self.failures else Exit.OK
+    def exit_code(self) -> ExitCode:
+        if self.missing or PENDING_FAILURE in self.failures:
+            return ExitCode.RUN_BROKEN
+        return ExitCode.DOCUMENTS_FAILED if self.failures else ExitCode.OK
 
     @property
     def pages_per_s(self) -> float:
@@ -95,13 +95,13 @@ class Report:
         """Return what `report.json` and `--json` say."""
         return {**asdict(self), "pages_per_s": round(self.pages_per_s, 3), "exit_code": int(self.exit_code)}
 
-    def settled(self, statuses: Iterable[str], failures: Iterable[str]) -> None:
+    def count_records(self, statuses: Iterable[str], failures: Iterable[str]) -> None:
         """Count the records."""
         self.statuses, self.failures = (dict(sorted(Counter(found).items())) for found in (statuses, failures))
         self.records = sum(self.statuses.values())
 
 
-class AtOnce:
+class ConcurrencyProfile:
     """How many requests were under way at engines over time, in at most so many slices of equal length.
 
     Two requests, from 0 to 3 s and from 1 to 2 s:    second 0: 1    second 1: 2    second 2: 1
@@ -133,23 +133,23 @@ class AtOnce:
 OnProgress = Callable[[Progress], None]
 
 
-class Counted:
+class ProgressTracker:
     """Counts answers for the report and the progress bar."""
 
     def __init__(self, report: Report, on_progress: OnProgress) -> None:
         self.report, self.on_progress = report, on_progress
         self.failed, self.started = 0, time.monotonic()
-        self.at_once, self.engines = AtOnce(), dict[str, tuple[float, float]]()
-        self.begin(0)
+        self.at_once, self.engines = ConcurrencyProfile(), dict[str, tuple[float, float]]()
+        self.start_round(0)
 
-    def begin(self, documents: int) -> None:
+    def start_round(self, documents: int) -> None:
         """Begin a round of so many documents."""
         self.documents, self.documents_done = documents, 0
         self.left: dict[str, int] = {}
 
     def add(self, row: Mapping[str, Any]) -> None:
         report = self.report
-        self.engine(row)
+        self.record_engine(row)
         if row["key"]:
             report.requests[row["status"]] = report.requests.get(row["status"], 0) + 1
         report.requests_asked += bool(row.get("asks"))
@@ -169,12 +169,12 @@ class Counted:
         elapsed_s = time.monotonic() - self.started
         self.on_progress(Progress(self.documents, self.documents_done, report.pages_asked, report.requests_asked, self.failed, elapsed_s))
 
-    def engine(self, row: Mapping[str, Any]) -> None:
+    def record_engine(self, row: Mapping[str, Any]) -> None:
         """Take note of how long the engine that answered had something to answer, by its own count."""
         if row.get("actor"):
             self.engines[row["actor"]] = max(self.engines.get(row["actor"], (0.0, 0.0)), (row["alive_s"], row["busy_s"]))
 
-    def end(self) -> None:
+    def finish(self) -> None:
         """Tell the report how the engines were used."""
         alive_s, busy_s = (sum(times) for times in zip((0.0, 0.0), *self.engines.values(), strict=True))
         self.report.engine_busy_share = round(busy_s / alive_s, 3) if alive_s else None
@@ -182,7 +182,7 @@ class Counted:
             self.report.requests_at_once = self.at_once.as_dict()
 
 
-class Breaker:
+class CircuitBreaker:
     """Stops a run that is failing wholesale."""
 
     WINDOW = 1000

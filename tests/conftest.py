@@ -1,4 +1,4 @@
-"""What tests are given: a desk to work at, and one Ray for all tests that need it."""
+"""What tests are given: a workspace to work at, and one Ray for all tests that need it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import s3
-from desk import Desk
 from hypothesis import settings
-from servers import vllm_serving
 
 from pipeline import cluster
-from pipeline.demo import CHECKPOINT
+from pipeline.engines import DEMO_CHECKPOINT
+from tests.support import s3
+from tests.support.vllm_server import serve_vllm
+from tests.support.workspace import Workspace
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C, and so would all that tests start
 settings.register_profile("tests", derandomize=True, deadline=None)
@@ -22,8 +22,8 @@ settings.load_profile("tests")
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Desk:
-    return Desk(tmp_path)
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +45,7 @@ def bucket(aws_config: Path) -> Iterator[s3.Bucket]:
 @pytest.fixture(scope="session")
 def vllm_server() -> Iterator[str]:
     """Start vLLM's server of the demonstration model once: a minute that each test would have to wait for otherwise."""
-    with vllm_serving(CHECKPOINT) as address:
+    with serve_vllm(DEMO_CHECKPOINT) as address:
         yield address
 
 
@@ -54,7 +54,7 @@ def ray_session(aws_config: Path) -> Iterator[cluster.Resources]:
     """Start Ray once: seconds that each test would have to wait for otherwise."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray leaves the log files of the processes it starts to the garbage collector
-        resources = cluster.connect()
+        resources = cluster.connect_ray()
     yield resources
     import ray
 

@@ -1,40 +1,42 @@
-"""The house stands: nothing imports upwards, and each heavy library comes in by its own door."""
+"""The layout of the package: every import runs downwards, each heavy library comes in by its own folder, no name is defined twice."""
 
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pipeline"
-FLOORS = {
-    0: {"errors", "records", "budget", "schema", "cells", "arrow", "prompt", "validate", "merge", "place"},
-    1: {"job", "jobfile", "keys", "parcel", "report", "attempts", "events"},
-    2: {"source", "folders", "manifest", "net", "web", "render", "sandbox", "objects", "store", "sink", "compaction", "lease"}
-    | {"awq", "decoding", "engines"},
-    3: {"abroad", "stages", "listing", "settle", "status"},
-    4: {"afar", "cluster", "sizing", "outlook", "metrics", "asking", "settling", "flow", "preview", "submit", "watch"},
-    5: {"cli", "guard", "show"},
-}
-FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
+FLOORS = (
+    *("version", "errors", "deadline", "records", "budget", "events", "report"),
+    *("schema", "storage", "render", "job", "sources", "output", "engines", "cluster", "stages", "flow", "demo", "cli"),
+)
+"""Files and folders of the package in the order of the data's way, read backwards: each imports only what stands before it."""
 DOORS = {
-    "pymupdf": {"render", "demo"},
     "PIL": {"render", "engines", "demo"},
-    "fsspec": {"objects"},
-    "torch": {"engines", "awq", "demo"},
-    "transformers": {"engines", "awq", "demo"},
+    "awq": {"engines"},
+    "click": {"cli"},
+    "filelock": {"output", "engines"},
+    "fsspec": {"storage"},
     "httpx2": {"engines"},
+    "jsonschema": {"schema"},
+    "llguidance": {"schema"},
+    "pydantic": {"job"},
+    "pymupdf": {"render", "demo"},
+    "qwen_vl_utils": {"engines"},
+    "ray": {"cluster", "flow"},
+    "rich": {"cli"},
+    "torch": {"engines", "demo"},
+    "transformers": {"engines", "demo"},
     "vllm": {"engines"},
-    "awq": {"awq"},
-    "llguidance": {"decoding"},
-    "pydantic": {"job", "jobfile", "keys"},
-    "yaml": {"show", "jobfile", "sink"},
-    "jsonschema": {"schema", "validate"},
-    "ray": {"afar", "flow", "asking", "settling", "metrics", "cluster", "outlook", "submit"},
-    "click": {"cli", "show"},
-    "rich": {"show"},
+    "yaml": {"job", "output", "cli"},
 }
+"""The folders that import each heavy library."""
+OWN_NAME_PER_FOLDER: frozenset[str] = frozenset()
+"""Top-level functions that several folders may define."""
+FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
 
 
 def imports(file: Path) -> set[str]:
@@ -50,31 +52,39 @@ def imports(file: Path) -> set[str]:
     return names
 
 
-def room(file: Path) -> str:
-    """Return the room a file belongs to: its folder in the package, or its own name."""
+def folder(file: Path) -> str:
+    """Return the folder or file directly in the package to which a file belongs."""
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_imports_run_downwards(file: Path) -> None:
-    own = room(file)
-    if own == "demo":
-        return
-    below = {name.split(".")[1] for name in imports(file) if name.startswith("pipeline.")} - {own, "__version__", "demo"}
-    assert not {other for other in below if FLOOR[other] > FLOOR[own]}
+    below = {name.split(".")[1] for name in imports(file) if name.startswith("pipeline.")} - {folder(file)}
+    assert not {other for other in below if FLOORS.index(other) >= FLOORS.index(folder(file))}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_heavy_libraries_have_one_door(file: Path) -> None:
+def test_heavy_libraries_are_imported_by_their_own_folders(file: Path) -> None:
     heavy = {name.split(".")[0] for name in imports(file)} & DOORS.keys()
-    assert not {name for name in heavy if room(file) not in DOORS[name]}
+    assert not {name for name in heavy if folder(file) not in DOORS[name]}
 
 
-def test_every_room_has_a_floor() -> None:
-    assert {room(file) for file in FILES} - {"demo"} == FLOOR.keys()
+def test_every_file_has_a_floor() -> None:
+    assert {folder(file) for file in FILES} == {*FLOORS}
+
+
+def test_no_top_level_name_is_defined_twice() -> None:
+    defined: Counter[str] = Counter()
+    for file in FILES:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                defined[node.name] += 1
+    assert not {name for name, count in defined.items() if count > 1} - OWN_NAME_PER_FOLDER
+
+
+def test_what_the_package_offers_can_be_called() -> None:
+    code = "import pipeline, pipeline.flow; print([callable(getattr(pipeline, n)) for n in ('Job', 'run', 'settle')])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[True, True, True]\n"
 
 
 def test_help_loads_nothing_heavy() -> None:

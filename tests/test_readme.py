@@ -9,10 +9,10 @@ import click
 
 from pipeline.cli import main
 from pipeline.job import Job
-from pipeline.keys import JobSections
-from pipeline.keys.section import Section
-from pipeline.report import Exit
-from pipeline.settle import PROVENANCE
+from pipeline.job.model_section import Section
+from pipeline.job.sections import JobSections
+from pipeline.report import ExitCode
+from pipeline.stages.settle import PROVENANCE_COLUMNS
 
 README = Path(__file__).parents[1] / "README.md"
 CI = Path(__file__).parents[1] / ".ci" / "run"
@@ -35,7 +35,7 @@ def keys() -> str:
 def columns() -> str:
     """Return the table of the records' own columns."""
     lines = ["| column | type | meaning |", "| --- | --- | --- |"]
-    lines += [f"| `{name}` | {re.sub('<.*>', '', str(kind))} | {meaning} |" for name, (kind, meaning) in PROVENANCE.items()]
+    lines += [f"| `{name}` | {re.sub('<.*>', '', str(kind))} | {meaning} |" for name, (kind, meaning) in PROVENANCE_COLUMNS.items()]
     return "\n".join(lines)
 
 
@@ -61,7 +61,7 @@ def test_every_command_and_option_is_documented() -> None:
 
 
 def test_every_exit_code_is_documented() -> None:
-    assert all(f"| {int(code)} |" in README.read_text() for code in Exit)
+    assert all(f"| {int(code)} |" in README.read_text() for code in ExitCode)
 
 
 def test_ci_runs_what_readme_says() -> None:

@@ -1,5 +1,1 @@
 """The demonstration: a very small Qwen2.5-VL that reads the synthetic slips it was trained on, and how both are made."""
-
-from pathlib import Path
-
-CHECKPOINT = Path(__file__).parent / "checkpoint"

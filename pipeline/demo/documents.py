@@ -18,16 +18,16 @@ from pipeline.demo.words import (
     SURNAMES,
     Day,
     Money,
-    article,
-    cents,
-    company,
-    grocery,
-    maybe,
-    number,
-    order_number,
-    person,
-    shop,
-    tax_id,
+    draw_article,
+    draw_cents,
+    draw_company,
+    draw_grocery,
+    draw_maybe,
+    draw_number,
+    draw_order_number,
+    draw_person,
+    draw_shop,
+    draw_tax_id,
 )
 
 HELD_OUT = 10**9
@@ -44,44 +44,44 @@ class Sample:
     truth: dict[str, Any]
 
 
-def sample(seed: int, form: Form, pages: int = 1) -> Sample:
+def draw_sample(seed: int, form: Form, pages: int = 1) -> Sample:
     """Return the document of this seed; the same seed always gives the same document."""
     rng = random.Random(f"{form}/{pages}/{seed}")
-    return invoice(rng, pages) if form == "invoice" else receipt(rng)
+    return draw_invoice(rng, pages) if form == "invoice" else draw_receipt(rng)
 
 
-def invoice(rng: random.Random, pages: int = 1) -> Sample:
+def draw_invoice(rng: random.Random, pages: int = 1) -> Sample:
     """Draw an invoice with three to five facts about itself, its line items and its totals."""
     pen, money, day = Pen(rng), Money(rng), Day(rng)
     issued = date(2015, 1, 1) + timedelta(days=rng.randrange(365 * 12))
     due = issued + timedelta(days=rng.choice((7, 10, 14, 21, 30, 45, 60)))
     truth: dict[str, Any] = {
-        "seller_name": company(rng),
-        "seller_tax_id": maybe(rng, 0.5, tax_id),
-        "buyer_name": maybe(rng, 0.85, lambda r: company(r) if r.random() < 0.6 else person(r)),
-        "invoice_number": maybe(rng, 0.95, number),
+        "seller_name": draw_company(rng),
+        "seller_tax_id": draw_maybe(rng, 0.5, draw_tax_id),
+        "buyer_name": draw_maybe(rng, 0.85, lambda r: draw_company(r) if r.random() < 0.6 else draw_person(r)),
+        "invoice_number": draw_maybe(rng, 0.95, draw_number),
         "invoice_date": issued.isoformat(),
-        "due_date": maybe(rng, 0.65, lambda _: due.isoformat()),
-        "purchase_order": maybe(rng, 0.4, order_number),
+        "due_date": draw_maybe(rng, 0.65, lambda _: due.isoformat()),
+        "purchase_order": draw_maybe(rng, 0.4, draw_order_number),
         "currency": money.code,
         "line_items": [],
     }
     printed = {"invoice_date": day.text(issued), "due_date": day.text(due)}
-    heading(pen, truth)
-    facts(pen, truth, printed)
+    write_heading(pen, truth)
+    write_facts(pen, truth, printed)
     count = rng.randint(1, min(5, pen.room() - 4)) if pages == 1 else rng.randint(5, 9)
-    truth["line_items"] = [invoice_item(rng) for _ in range(count)]
-    table(pen, money, truth["line_items"], pages)
+    truth["line_items"] = [draw_invoice_item(rng) for _ in range(count)]
+    write_table(pen, money, truth["line_items"], pages)
     subtotal = sum((item["amount"] for item in truth["line_items"]), Decimal(0))
     taxed = rng.random() < 0.85
     rate = rng.choice((5, 7, 8, 10, 19, 20, 21, 25))
     tax = (subtotal * rate / 100).quantize(Decimal("0.01")) if taxed else None
     truth |= {"subtotal": subtotal if taxed else None, "tax_amount": tax, "total": subtotal + (tax or 0)}
-    totals(pen, money, truth, rate)
+    write_totals(pen, money, truth, rate)
     return Sample("invoice", tuple(pen.sheets), truth)
 
 
-def heading(pen: Pen, truth: dict[str, Any]) -> None:
+def write_heading(pen: Pen, truth: dict[str, Any]) -> None:
     """Write who sells, and the word that names the document."""
     rng, word = pen.rng, pen.rng.choice(("INVOICE", "Invoice", "Tax Invoice", "Rechnung", "FACTURE"))
     scale = rng.uniform(1.0, 1.2)
@@ -99,7 +99,7 @@ def heading(pen: Pen, truth: dict[str, Any]) -> None:
         pen.next_row()
 
 
-def facts(pen: Pen, truth: dict[str, Any], printed: dict[str, str]) -> None:
+def write_facts(pen: Pen, truth: dict[str, Any], printed: dict[str, str]) -> None:
     """Write the labelled facts in one of three layouts, the buyer among them."""
     rng = pen.rng
     names = [n for n in ("invoice_number", "invoice_date", "due_date", "purchase_order") if truth[n]]
@@ -123,14 +123,14 @@ def facts(pen: Pen, truth: dict[str, Any], printed: dict[str, str]) -> None:
         pen.next_row()
 
 
-def invoice_item(rng: random.Random) -> dict[str, Any]:
+def draw_invoice_item(rng: random.Random) -> dict[str, Any]:
     """Draw one position: what, how many, at which price."""
     quantity = rng.choice((1, 1, 2, 3, 4, 5, 6, 8, 10, 12, rng.randint(1, 60)))
-    price = cents(rng, 100, 40_000 if quantity > 5 else 90_000)
-    return {"description": article(rng), "quantity": quantity, "unit_price": price, "amount": price * quantity}
+    price = draw_cents(rng, 100, 40_000 if quantity > 5 else 90_000)
+    return {"description": draw_article(rng), "quantity": quantity, "unit_price": price, "amount": price * quantity}
 
 
-def table(pen: Pen, money: Money, items: list[dict[str, Any]], pages: int) -> None:
+def write_table(pen: Pen, money: Money, items: list[dict[str, Any]], pages: int) -> None:
     """Write the positions under a header, on as many sheets as were asked for."""
     rng = pen.rng
     quantity_px = pen.left_px + (pen.right_px - pen.left_px) * rng.uniform(0.45, 0.48)
@@ -155,7 +155,7 @@ def table(pen: Pen, money: Money, items: list[dict[str, Any]], pages: int) -> No
         pen.next_row()
 
 
-def totals(pen: Pen, money: Money, truth: dict[str, Any], rate: int) -> None:
+def write_totals(pen: Pen, money: Money, truth: dict[str, Any], rate: int) -> None:
     """Write the sums, the currency beside some of them."""
     rng = pen.rng
     x_px = pen.left_px + (pen.right_px - pen.left_px) * rng.choice((0.0, 0.3, 0.4))
@@ -172,39 +172,39 @@ def totals(pen: Pen, money: Money, truth: dict[str, Any], rate: int) -> None:
     pen.next_row()
 
 
-def receipt(rng: random.Random) -> Sample:
+def draw_receipt(rng: random.Random) -> Sample:
     """Draw a till receipt: shop, number, date, articles, sum, how it was paid."""
     pen, money, day = Pen(rng), Money(rng), Day(rng)
     bought = date(2015, 1, 1) + timedelta(days=rng.randrange(365 * 12))
-    items = [receipt_item(rng) for _ in range(rng.randint(1, 6))]
+    items = [draw_receipt_item(rng) for _ in range(rng.randint(1, 6))]
     subtotal = sum((item["amount"] for item in items), Decimal(0))
     rate = rng.choice((5, 7, 10, 19, 20))
     tax = (subtotal * rate / (100 + rate)).quantize(Decimal("0.01")) if rng.random() < 0.6 else None
     truth: dict[str, Any] = {
-        "merchant_name": shop(rng),
-        "receipt_number": maybe(rng, 0.75, lambda r: str(r.randrange(10 ** r.randint(3, 6))).zfill(r.randint(3, 6))),
+        "merchant_name": draw_shop(rng),
+        "receipt_number": draw_maybe(rng, 0.75, lambda r: str(r.randrange(10 ** r.randint(3, 6))).zfill(r.randint(3, 6))),
         "date": bought.isoformat(),
         "currency": money.code,
         "line_items": items,
         "tax_amount": tax,
         "total": subtotal,
-        "payment_method": maybe(rng, 0.85, lambda r: r.choice(("cash", "card", "voucher"))),
+        "payment_method": draw_maybe(rng, 0.85, lambda r: r.choice(("cash", "card", "voucher"))),
     }
     middle_px = (pen.left_px + pen.right_px) / 2
     align, x_px = rng.choice((("middle", middle_px), ("left", pen.left_px)))
     pen.write(truth["merchant_name"], x_px, align, bold=rng.random() < 0.6, scale=rng.uniform(1.0, 1.2), shows="$.merchant_name")
     pen.next_row(1.1)
-    stamps = receipt_stamps(rng, truth, day.text(bought))
+    stamps = draw_receipt_stamps(rng, truth, day.text(bought))
     for stamp, shows in stamps:
         pen.write(stamp, x_px, align, shows=shows)
         pen.next_row()
     if rng.random() < 0.5:
         pen.rule()
-    receipt_table(pen, money, truth, rate)
+    write_receipt_table(pen, money, truth, rate)
     return Sample("receipt", (pen.sheets[0],), truth)
 
 
-def receipt_stamps(rng: random.Random, truth: dict[str, Any], printed: str) -> list[tuple[str, str]]:
+def draw_receipt_stamps(rng: random.Random, truth: dict[str, Any], printed: str) -> list[tuple[str, str]]:
     """Return the lines between the shop's name and the articles, in random order, each with what it shows."""
     clock = f" {rng.randint(7, 22):02}:{rng.randrange(60):02}" if rng.random() < 0.5 else ""
     stamps = [(f"{rng.choice(('Date ', 'Date: ', ''))}{printed}{clock}", "$.date")]
@@ -217,12 +217,12 @@ def receipt_stamps(rng: random.Random, truth: dict[str, Any], printed: str) -> l
     return stamps
 
 
-def receipt_item(rng: random.Random) -> dict[str, Any]:
+def draw_receipt_item(rng: random.Random) -> dict[str, Any]:
     quantity = rng.choice((1, 1, 1, 1, 2, 2, 3, 4))
-    return {"description": grocery(rng), "quantity": quantity, "amount": cents(rng, 50, 4_000) * quantity}
+    return {"description": draw_grocery(rng), "quantity": quantity, "amount": draw_cents(rng, 50, 4_000) * quantity}
 
 
-def receipt_table(pen: Pen, money: Money, truth: dict[str, Any], rate: int) -> None:
+def write_receipt_table(pen: Pen, money: Money, truth: dict[str, Any], rate: int) -> None:
     """Write the articles and what stands under them."""
     rng, style = pen.rng, pen.rng.choice(("2 x Tea", "2x Tea", "2 Tea", "Tea x2"))
     for index, item in enumerate(truth["line_items"]):

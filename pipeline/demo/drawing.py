@@ -19,13 +19,13 @@ from pipeline.records import Pixels
 PT_PER_PX = 72 / DPI
 
 
-def pdf(sheets: Sequence[Sheet]) -> bytes:
+def draw_pdf(sheets: Sequence[Sheet]) -> bytes:
     """Return a PDF with one page per sheet; the same sheets give the same bytes."""
-    document = open_pdf(sheets)
+    document = open_sheets(sheets)
     return bytes(document.tobytes(garbage=3, deflate=True, no_new_id=True))
 
 
-def open_pdf(sheets: Sequence[Sheet]) -> pymupdf.Document:
+def open_sheets(sheets: Sequence[Sheet]) -> pymupdf.Document:
     """Return the drawn document, open."""
     document = pymupdf.open()
     for sheet in sheets:
@@ -34,12 +34,12 @@ def open_pdf(sheets: Sequence[Sheet]) -> pymupdf.Document:
             page.insert_font(fontname=font)
         stream = document.get_new_xref()
         document.update_object(stream, "<<>>")
-        document.update_stream(stream, content(sheet))
+        document.update_stream(stream, build_content_stream(sheet))
         page.set_contents(stream)
     return document
 
 
-def content(sheet: Sheet) -> bytes:
+def build_content_stream(sheet: Sheet) -> bytes:
     """Return the page's content stream (PDF 32000-1, 9.4): one text object per run, one stroke per rule."""
     lines = [f"{PT_PER_PX:.6f} 0 0 {PT_PER_PX:.6f} 0 0 cm".encode()]
     for run in sheet.runs:
@@ -49,14 +49,14 @@ def content(sheet: Sheet) -> bytes:
     return b"\n".join(lines)
 
 
-def pixels(sheet: Sheet) -> Pixels:
+def rasterize_sheet(sheet: Sheet) -> Pixels:
     """Return the page as MuPDF rasterizes it at 200 dpi: (448, 448, 3) uint8."""
-    document = open_pdf([sheet])
+    document = open_sheets([sheet])
     image = document[0].get_pixmap(matrix=pymupdf.Matrix(DPI / 72, DPI / 72), alpha=False)
     return np.frombuffer(image.samples, np.uint8).reshape(image.height, image.width, 3)
 
 
-def scan(page: Pixels, rng: random.Random) -> tuple[Pixels, float]:
+def simulate_scan(page: Pixels, rng: random.Random) -> tuple[Pixels, float]:
     """Return the page as a poor scanner would see it, and the angle it was turned by, in degrees counter-clockwise.
 
     A slight turn, uneven paper, blur, noise and JPEG's own marks; never so much that a person could not read it.
@@ -68,11 +68,11 @@ def scan(page: Pixels, rng: random.Random) -> tuple[Pixels, float]:
     noise = np.random.default_rng(rng.randrange(2**32)).standard_normal(page.shape[:2], np.float32) * rng.uniform(0, 9)
     ink = rng.uniform(0, 60)
     grey = ink + np.asarray(image, np.float32)[..., 1] * ((paper - ink) / 255) + noise
-    encoded = jpeg(np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, 2), rng.randint(55, 92))
+    encoded = encode_scan_jpeg(np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, 2), rng.randint(55, 92))
     return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB")), angle
 
 
-def jpeg(page: Pixels, quality: int) -> bytes:
+def encode_scan_jpeg(page: Pixels, quality: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(page).save(buffer, "JPEG", quality=quality, dpi=(DPI, DPI))
     return buffer.getvalue()

@@ -28,16 +28,18 @@ import pyarrow as pa
 
 from pipeline.demo import samples
 from pipeline.demo.documents import HELD_OUT, Form
-from pipeline.demo.samples import Drawn, Plan
-from pipeline.demo.truth import leaves
+from pipeline.demo.samples import DrawnDocument, SamplePlan
+from pipeline.demo.truth import list_leaves
 from pipeline.job import Job
-from pipeline.sink import Output, read_shards
+from pipeline.output import Output
+from pipeline.output.shards import read_shards
 
 if TYPE_CHECKING:
     from pipeline.report import Report
 
+
 JOBS = Path(__file__).parents[2] / "jobs"
-FIRST_SEED = HELD_OUT + 10**6
+EVALUATION_SEED = HELD_OUT + 10**6
 SHARES: tuple[tuple[Form, int, float], ...] = (("invoice", 1, 0.60), ("receipt", 1, 0.28), ("invoice", 2, 0.12))
 """Form, pages, share of the documents: what the model was trained on."""
 SCANNED_PERCENT = 35
@@ -68,24 +70,26 @@ class Verdict:
         return all(leaf.right for leaf in self.leaves)
 
 
-def plan(count: int) -> list[Plan]:
+def plan_documents(count: int) -> list[SamplePlan]:
     """Return what to draw: fixed shares of each kind, an even share of each scanned, every second scan of one page a TIFF."""
-    plans: list[Plan] = []
+    plans: list[SamplePlan] = []
     for form, pages, share in SHARES:
         scans = 0
         for index in range(round(count * share)):
             scanned = (index + 1) * SCANNED_PERCENT // 100 > scans
             scans += scanned
             picture = "tiff" if pages > 1 or scans % 2 else "jpg"
-            plans.append(Plan(form, picture if scanned else "pdf", pages))
+            plans.append(SamplePlan(form, picture if scanned else "pdf", pages))
     return plans
 
 
-def read(drawn: Sequence[Drawn], model: str, folder: Path, others: Sequence[str] = ()) -> tuple[dict[str, Record], list[Report]]:
+def read_documents(
+    drawn: Sequence[DrawnDocument], model: str, folder: Path, others: Sequence[str] = ()
+) -> tuple[dict[str, Record], list[Report]]:
     """Run both jobs, with other settings if there are any; return the records by their documents' names, and the runs' reports."""
     from pipeline.flow import run  # brings Ray, which comparing does not need
 
-    samples.write(drawn, folder)
+    samples.write_documents(drawn, folder)
     records: dict[str, Record] = {}
     reports = []
     for form in dict.fromkeys(one.form for one in drawn):
@@ -97,24 +101,24 @@ def read(drawn: Sequence[Drawn], model: str, folder: Path, others: Sequence[str]
     return records, reports
 
 
-def judge(one: Drawn, record: Record | None) -> Verdict:
+def judge_record(one: DrawnDocument, record: Record | None) -> Verdict:
     """Compare a document's record with its truth."""
     failure = {"stage": "settle", "kind": "missing"} if record is None else record["_failure"]
     named = f"{failure['stage']}/{failure['kind']}" if failure else ""
-    return Verdict(one.name, named, tuple(compare(one.form, one.truth, None if failure else record)))
+    return Verdict(one.name, named, tuple(compare_values(one.form, one.truth, None if failure else record)))
 
 
-def compare(form: Form, truth: Record, record: Record | None) -> Iterator[Leaf]:
+def compare_values(form: Form, truth: Record, record: Record | None) -> Iterator[Leaf]:
     """Yield every value of the truth and of the record; without a record every one is wrong."""
-    wanted = dict(leaves(dict(truth)))
-    found = dict(leaves({name: record[name] for name in truth})) if record is not None else {}
+    wanted = dict(list_leaves(dict(truth)))
+    found = dict(list_leaves({name: record[name] for name in truth})) if record is not None else {}
     for path in dict.fromkeys([*wanted, *found]):
         field = form + re.sub(r"\[\d+\]", "[]", path.removeprefix("$"))
-        right = path in wanted and path in found and same(wanted[path], found[path])
+        right = path in wanted and path in found and is_same_value(wanted[path], found[path])
         yield Leaf(field, path, wanted.get(path, "nothing"), found.get(path, "nothing"), right)
 
 
-def same(wanted: Any, found: Any) -> bool:
+def is_same_value(wanted: Any, found: Any) -> bool:
     """Say whether two values are equal: numbers as numbers, dates as they are written in JSON, everything else as it is."""
     if isinstance(found, date):
         found = found.isoformat()
@@ -127,15 +131,15 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
 
 
-def summary(verdicts: Sequence[Verdict], pages: int, elapsed_s: float) -> str:
+def summarize_verdicts(verdicts: Sequence[Verdict], pages: int, elapsed_s: float) -> str:
     """Return the figures as text: overall, by field, by failure."""
     every = [leaf for verdict in verdicts for leaf in verdict.leaves]
     failures = Counter(verdict.failure for verdict in verdicts if verdict.failure)
     speed = f"{elapsed_s / max(pages, 1):6.2f}    ({pages} pages in {elapsed_s:.0f} s, with Ray's start and the model's loading)"
     lines = [
-        f"values exactly right        {ratio(sum(leaf.right for leaf in every), len(every))}",
-        f"documents without an error  {ratio(sum(verdict.flawless for verdict in verdicts), len(verdicts))}",
-        f"documents without a record  {ratio(failures.total(), len(verdicts))}",
+        f"values exactly right        {format_ratio(sum(leaf.right for leaf in every), len(every))}",
+        f"documents without an error  {format_ratio(sum(verdict.flawless for verdict in verdicts), len(verdicts))}",
+        f"documents without a record  {format_ratio(failures.total(), len(verdicts))}",
         *(f"    {kind}: {count}" for kind, count in failures.most_common()),
         f"seconds per page            {speed}",
         "",
@@ -145,14 +149,16 @@ def summary(verdicts: Sequence[Verdict], pages: int, elapsed_s: float) -> str:
     for leaf in every:
         fields.setdefault(leaf.field, []).append(leaf.right)
     width = max(map(len, fields), default=0)
-    return "\n".join([*lines, *(f"    {field:{width}}  {ratio(sum(rights), len(rights))}" for field, rights in sorted(fields.items()))])
+    return "\n".join(
+        [*lines, *(f"    {field:{width}}  {format_ratio(sum(rights), len(rights))}" for field, rights in sorted(fields.items()))]
+    )
 
 
-def ratio(part: int, whole: int) -> str:
+def format_ratio(part: int, whole: int) -> str:
     return f"{100 * part / max(whole, 1):6.2f} %  ({part} of {whole})"
 
 
-def mistakes(verdicts: Sequence[Verdict]) -> str:
+def list_mistakes(verdicts: Sequence[Verdict]) -> str:
     """Return a line for every wrong value of the documents that have a record."""
     return "\n".join(
         f"{verdict.name} {leaf.path}: {leaf.wanted} read as {leaf.found}"
@@ -163,24 +169,24 @@ def mistakes(verdicts: Sequence[Verdict]) -> str:
     )
 
 
-def main() -> None:
+def evaluate_main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="hub id or folder of a checkpoint (default: the one in this package)")
     parser.add_argument("--documents", type=int, default=200, help="how many (default: %(default)s)")
-    parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="seed of the first document (default: %(default)s)")
+    parser.add_argument("--first-seed", type=int, default=EVALUATION_SEED, help="seed of the first document (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="change a key of the jobs")
     parser.add_argument("--mistakes", action="store_true", help="list every wrong value as well")
     given = parser.parse_args()
     model = str(Path(given.model).absolute()) if Path(given.model).is_dir() else given.model
-    drawn = samples.draw(plan(given.documents), given.first_seed)
+    drawn = samples.draw_documents(plan_documents(given.documents), given.first_seed)
     with tempfile.TemporaryDirectory() as folder:
-        records, reports = read(drawn, model, Path(folder), given.settings)
-    verdicts = [judge(one, records.get(one.name)) for one in drawn]
+        records, reports = read_documents(drawn, model, Path(folder), given.settings)
+    verdicts = [judge_record(one, records.get(one.name)) for one in drawn]
     if given.mistakes:
-        print(mistakes(verdicts), end="\n\n")
+        print(list_mistakes(verdicts), end="\n\n")
     print(" ".join([f"{given.model}: {len(drawn)} documents of seeds from {given.first_seed}", *given.settings]))
-    print(summary(verdicts, sum(one.pages for one in drawn), sum(report.elapsed_s for report in reports)))
+    print(summarize_verdicts(verdicts, sum(one.pages for one in drawn), sum(report.elapsed_s for report in reports)))
 
 
 if __name__ == "__main__":
-    main()
+    evaluate_main()

@@ -21,15 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from pipeline import prompt
 from pipeline.demo import documents, drawing, model
 from pipeline.demo.documents import HELD_OUT, Form, Sample
-from pipeline.demo.sheets import HEIGHT_PX, WIDTH_PX, Pen, Run, Sheet, char_widths
-from pipeline.demo.truth import answer, pieces
-from pipeline.demo.words import sample_word
-from pipeline.schema import Schema
+from pipeline.demo.sheets import HEIGHT_PX, WIDTH_PX, Pen, Sheet, TextRun, measure_characters
+from pipeline.demo.truth import format_answer, split_json
+from pipeline.demo.words import draw_word
+from pipeline.schema import Schema, prompt
 
-COLUMNS = 8
+CHARACTER_COLUMNS = 8
 LETTERS = {chr(c): i for i, c in enumerate([*range(33, 127), 0x20AC, 0xA3], start=1)}
 ROWS_OF_TOKENS, TOKENS_IN_ROW = HEIGHT_PX // 28, WIDTH_PX // 28
 PAGE_TOKENS = ROWS_OF_TOKENS * TOKENS_IN_ROW
@@ -44,7 +43,7 @@ none does."""
 
 
 @dataclass
-class Batch:
+class LessonBatch:
     """Pages and, unless it is a spelling lesson, the conversations about them.
 
     `pages` (n, 448, 448, 3) uint8, `letters` (n * 256, 8) classes, `ids` and `labels` (documents, length), `places`
@@ -57,87 +56,87 @@ class Batch:
     labels: Tensor | None = None
     places: Tensor | None = None
 
-    def to(self, device: str) -> Batch:
+    def to(self, device: str) -> LessonBatch:
         moved: dict[str, Any] = {name: tensor if tensor is None else tensor.to(device) for name, tensor in vars(self).items()}
-        return Batch(**moved)
+        return LessonBatch(**moved)
 
 
-class Lessons(IterableDataset[Batch]):
+class Lessons(IterableDataset[LessonBatch]):
     """Endless batches; `shares` holds how much of it is spelling and copying now, and may change meanwhile."""
 
     def __init__(self, seed: int, batch_size: int, shares: Any) -> None:
         self.seed, self.batch_size, self.shares = seed, batch_size, shares
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[LessonBatch]:
         torch.set_num_threads(1)
         rng = random.Random(self.seed)
-        known = model.schemas(SCHEMAS)
-        words = model.processor(model.tokenizer(known))
+        known = model.load_demo_schemas(SCHEMAS)
+        words = model.build_processor(model.build_tokenizer(known))
         while True:
             spelling, copying = self.shares
             if rng.random() < spelling:
-                yield drawn([spelling_sheet(rng) for _ in range(self.batch_size)], rng)[0]
+                yield scan_sheets([make_spelling_sheet(rng) for _ in range(self.batch_size)], rng)[0]
             else:
                 yield from self.read(rng, words, known, rng.random() < copying)
 
-    def read(self, rng: random.Random, words: Any, known: dict[str, Schema], copying: bool) -> Iterator[Batch]:
+    def read(self, rng: random.Random, words: Any, known: dict[str, Schema], copying: bool) -> Iterator[LessonBatch]:
         """Yield four batches of one kind of document, sorted by length so that little is padded."""
         kinds: tuple[tuple[Form, int], ...] = (("invoice", 1), ("receipt", 1), ("invoice", 2))
         form, pages = rng.choices(kinds, (60, 28, 0 if copying else 12))[0]
         count = max(1, self.batch_size // pages)
-        samples = [documents.sample(rng.randrange(HELD_OUT), form, pages) for _ in range(4 * count)]
-        samples.sort(key=lambda sample: len(answer(sample.truth)))
+        samples = [documents.draw_sample(rng.randrange(HELD_OUT), form, pages) for _ in range(4 * count)]
+        samples.sort(key=lambda sample: len(format_answer(sample.truth)))
         starts = list(range(0, len(samples), count))
         rng.shuffle(starts)
         for start in starts:
             chosen = samples[start : start + count]
-            batch, angles = drawn([sheet for sample in chosen for sheet in sample.sheets], rng)
+            batch, angles = scan_sheets([sheet for sample in chosen for sheet in sample.sheets], rng)
             turned = [angles[at : at + pages] for at in range(0, len(angles), pages)]
             if copying:
-                told = [transcript(sample.sheets[0], angle[0]) for sample, angle in zip(chosen, turned, strict=True)]
+                told = [transcribe_sheet(sample.sheets[0], angle[0]) for sample, angle in zip(chosen, turned, strict=True)]
             else:
-                told = [record(sample, angle) for sample, angle in zip(chosen, turned, strict=True)]
-            asked = question(words, None if copying else known[form], pages)
-            batch.ids, batch.labels, batch.places = conversations(words.tokenizer, asked, told)
+                told = [write_record(sample, angle) for sample, angle in zip(chosen, turned, strict=True)]
+            asked = build_question(words, None if copying else known[form], pages)
+            batch.ids, batch.labels, batch.places = build_conversations(words.tokenizer, asked, told)
             yield batch
 
 
-def drawn(sheets: list[Sheet], rng: random.Random) -> tuple[Batch, list[float]]:
+def scan_sheets(sheets: list[Sheet], rng: random.Random) -> tuple[LessonBatch, list[float]]:
     """Return pages as a PDF reader or, one time in three, a scanner shows them, and the angles they were turned by."""
     images, classes, angles = [], [], []
     for sheet in sheets:
-        image, angle = drawing.pixels(sheet), 0.0
+        image, angle = drawing.rasterize_sheet(sheet), 0.0
         if rng.random() < 0.35:
-            image, angle = drawing.scan(image, rng)
+            image, angle = drawing.simulate_scan(image, rng)
         images.append(image)
-        classes.append(letters(sheet, angle))
+        classes.append(label_letters(sheet, angle))
         angles.append(angle)
-    return Batch(torch.from_numpy(np.stack(images)), torch.from_numpy(np.concatenate(classes))), angles
+    return LessonBatch(torch.from_numpy(np.stack(images)), torch.from_numpy(np.concatenate(classes))), angles
 
 
-def cells(run: Run, angle_deg: float) -> Iterator[tuple[int, int]]:
+def locate_characters(run: TextRun, angle_deg: float) -> Iterator[tuple[int, int]]:
     """Yield for each character the visual token of its page that shows its centre, and the column in it."""
     sine, cosine = math.sin(math.radians(angle_deg)), math.cos(math.radians(angle_deg))
     x_px = run.x_px
-    for width_px in char_widths(run.text, run.font, run.size_px):
+    for width_px in measure_characters(run.text, run.font, run.size_px):
         dx, dy = x_px + width_px / 2 - WIDTH_PX / 2, run.y_px - 0.3 * run.size_px - HEIGHT_PX / 2
         x = min(max(WIDTH_PX / 2 + dx * cosine + dy * sine, 0.0), WIDTH_PX - 1.0)
         y = min(max(HEIGHT_PX / 2 - dx * sine + dy * cosine, 0.0), HEIGHT_PX - 1.0)
         x_px += width_px
-        yield int(y) // 28 * TOKENS_IN_ROW + int(x) // 28, int(x % 28 / 28 * COLUMNS)
+        yield int(y) // 28 * TOKENS_IN_ROW + int(x) // 28, int(x % 28 / 28 * CHARACTER_COLUMNS)
 
 
-def letters(sheet: Sheet, angle_deg: float) -> NDArray[np.int64]:
+def label_letters(sheet: Sheet, angle_deg: float) -> NDArray[np.int64]:
     """Return the class of the character centred in each column of each visual token, 0 for none: (256, 8)."""
-    found = np.zeros((PAGE_TOKENS, COLUMNS), np.int64)
+    found = np.zeros((PAGE_TOKENS, CHARACTER_COLUMNS), np.int64)
     for run in sheet.runs:
-        for letter, (cell, column) in zip(run.text, cells(run, angle_deg), strict=True):
+        for letter, (cell, column) in zip(run.text, locate_characters(run, angle_deg), strict=True):
             if letter in LETTERS:
                 found[cell, column] = LETTERS[letter]
     return found
 
 
-def spelling_sheet(rng: random.Random) -> Sheet:
+def make_spelling_sheet(rng: random.Random) -> Sheet:
     """Return a page filled with random words, numbers and signs, each row in a font of its own."""
     pen = Pen(rng)
     sheet = pen.sheets[0]
@@ -146,7 +145,7 @@ def spelling_sheet(rng: random.Random) -> Sheet:
         pen.plain, pen.bold, pen.size_px, x_px = fonts.plain, fonts.bold, fonts.size_px, pen.left_px
         while x_px < pen.right_px - 10:
             bold = rng.random() < 0.3
-            word = "".join(rng.choices("".join(LETTERS), k=rng.randint(1, 6))) if rng.random() < 0.25 else sample_word(rng)
+            word = "".join(rng.choices("".join(LETTERS), k=rng.randint(1, 6))) if rng.random() < 0.25 else draw_word(rng)
             width_px = pen.width(word, bold)
             if x_px + width_px > WIDTH_PX - 4:
                 break
@@ -156,45 +155,45 @@ def spelling_sheet(rng: random.Random) -> Sheet:
     return sheet
 
 
-def record(sample: Sample, angles: list[float]) -> tuple[str, Places]:
+def write_record(sample: Sample, angles: list[float]) -> tuple[str, Places]:
     """Return a document's record as the model should write it, and where its characters stand."""
-    runs: dict[str, tuple[Run, list[tuple[int, int]]]] = {}
+    runs: dict[str, tuple[TextRun, list[tuple[int, int]]]] = {}
     for page, (sheet, angle) in enumerate(zip(sample.sheets, angles, strict=True)):
         for run in sheet.runs:
             if run.shows:
-                runs[run.shows] = run, [(page * PAGE_TOKENS + cell, column) for cell, column in cells(run, angle)]
+                runs[run.shows] = run, [(page * PAGE_TOKENS + cell, column) for cell, column in locate_characters(run, angle)]
     text, places = "", Places()
-    for piece, path in pieces(sample.truth):
+    for piece, path in split_json(sample.truth):
         shown = runs.get(path) or runs.get(path.replace("currency", "total")) or runs.get(path.rpartition(".")[0])
         text += piece
         if shown is None or piece == "null":
             places += [None] * len(piece)
         else:
             run, where = shown
-            places += [None if at is None else where[at] for at in aligned(piece, path, run.text)]
+            places += [None if at is None else where[at] for at in align_value(piece, path, run.text)]
     return text, places
 
 
-def aligned(value: str, path: str, printed: str) -> list[int | None]:
+def align_value(value: str, path: str, printed: str) -> list[int | None]:
     """Return for each character of a JSON value the character of the printed text that it is read from."""
     inner = value.strip('"')
     quote: list[int | None] = [None] if value.startswith('"') else []
     if path.endswith("date"):
-        return quote + day_aligned(printed) + quote
+        return quote + align_day(printed) + quote
     if path.endswith("currency") and inner not in printed:
         sign = next((at for at, letter in enumerate(printed) if letter in "\u20ac$\u00a3"), None)
         return quote + [sign] * len(inner) + quote
     if path.endswith("payment_method"):
         return quote + [0] * len(inner) + quote
     if re.fullmatch(r"\d+\.\d\d", inner):
-        return money_aligned(inner, printed)
+        return align_money(inner, printed)
     start = printed.find(inner) if path.endswith("quantity") and printed.startswith(inner) else printed.rfind(inner)
     if start < 0:
         return [None] * len(value)
     return quote + list(range(start, start + len(inner))) + quote
 
 
-def day_aligned(printed: str) -> list[int | None]:
+def align_day(printed: str) -> list[int | None]:
     """Return the places of YYYY-MM-DD in a printed date; a month's name is read from its first two letters."""
     match = NUMBERED_DAY.search(printed) or NAMED_DAY.search(printed)
     if match is None:
@@ -205,7 +204,7 @@ def day_aligned(printed: str) -> list[int | None]:
     return [*range(year, year + 4), month, month, month + 1, days[0], *days]
 
 
-def money_aligned(value: str, printed: str) -> list[int | None]:
+def align_money(value: str, printed: str) -> list[int | None]:
     """Return the places of 1234.56 in 1.234,56: digit by digit, from the right; the point stands before the cents."""
     digits = [at for at, letter in enumerate(printed) if letter.isdigit()]
     count = len(value) - 1
@@ -215,33 +214,33 @@ def money_aligned(value: str, printed: str) -> list[int | None]:
     return [*whole, fraction[0] - 1, *fraction]
 
 
-def transcript(sheet: Sheet, angle_deg: float) -> tuple[str, Places]:
+def transcribe_sheet(sheet: Sheet, angle_deg: float) -> tuple[str, Places]:
     """Return a page's text row by row, and where its characters stand."""
     text, places = "", Places()
-    rows: dict[float, list[Run]] = {}
+    rows: dict[float, list[TextRun]] = {}
     for run in sheet.runs:
         rows.setdefault(run.y_px, []).append(run)
     for y_px in sorted(rows):
         for run in sorted(rows[y_px], key=lambda run: run.x_px):
             text += run.text
-            places += cells(run, angle_deg)
+            places += locate_characters(run, angle_deg)
             text += " "
             places.append(None)
         text = text[:-1] + "\n"
     return text, places
 
 
-def question(words: Any, schema: Schema | None, pages: int) -> str:
+def build_question(words: Any, schema: Schema | None, pages: int) -> str:
     """Return the prompt as the engine will write it, each page's visual tokens spelled out; without a schema, a bare one."""
     turns: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "image"}] * pages}]
     if schema is not None:
         turns[0]["content"] = [*turns[0]["content"], {"type": "text", "text": prompt.ASK}]
-        turns.insert(0, {"role": "system", "content": prompt.system(schema)})
+        turns.insert(0, {"role": "system", "content": prompt.build_system_message(schema)})
     text: str = words.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     return text.replace("<|image_pad|>", "<|image_pad|>" * PAGE_TOKENS)
 
 
-def conversations(tokenizer: Any, asked: str, told: list[tuple[str, Places]]) -> tuple[Tensor, Tensor, Tensor]:
+def build_conversations(tokenizer: Any, asked: str, told: list[tuple[str, Places]]) -> tuple[Tensor, Tensor, Tensor]:
     """Return token ids, padded at the end; the labels, the answers' tokens alone; and the places of these."""
     start = tokenizer(asked)["input_ids"]
     seen = [at for at, token in enumerate(start) if token == tokenizer.convert_tokens_to_ids("<|image_pad|>")]

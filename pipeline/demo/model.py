@@ -23,8 +23,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from pipeline import prompt
-from pipeline.schema import Schema
+from pipeline.schema import Schema, prompt
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 VOCABULARY = 384
@@ -39,26 +38,26 @@ CHAT_TEMPLATE = (
 )
 
 
-def schemas(folder: Path) -> dict[str, Schema]:
+def load_demo_schemas(folder: Path) -> dict[str, Schema]:
     """Return the two schemas the model is trained on."""
     return {form: json.loads((folder / f"{form}.json").read_text()) for form in ("invoice", "receipt")}
 
 
-def keys(schema: Schema) -> Iterator[str]:
+def list_schema_keys(schema: Schema) -> Iterator[str]:
     """Yield each property as it stands in compact JSON: with the brace that opens its object, or the comma before it."""
     for index, (name, part) in enumerate(schema.get("properties", {}).items()):
         yield ("," if index else "{") + json.dumps(name) + ":"
-        yield from keys(part.get("items", {}))
+        yield from list_schema_keys(part.get("items", {}))
 
 
-def tokenizer(known: dict[str, Schema]) -> Qwen2Tokenizer:
+def build_tokenizer(known: dict[str, Schema]) -> Qwen2Tokenizer:
     """Return a byte-level tokenizer without merges whose added tokens are the schemas' keys and prompt lines."""
-    phrases = dict.fromkeys(k for schema in known.values() for k in keys(schema))
-    phrases |= dict.fromkeys(line for schema in known.values() for line in prompt.system(schema).splitlines())
-    return spelling(sorted(pre_tokenizers.ByteLevel.alphabet()), (*phrases, prompt.ASK, "null"))
+    phrases = dict.fromkeys(k for schema in known.values() for k in list_schema_keys(schema))
+    phrases |= dict.fromkeys(line for schema in known.values() for line in prompt.build_system_message(schema).splitlines())
+    return build_spelling_tokenizer(sorted(pre_tokenizers.ByteLevel.alphabet()), (*phrases, prompt.ASK, "null"))
 
 
-def spelling(alphabet: Sequence[str], phrases: Sequence[str]) -> Qwen2Tokenizer:
+def build_spelling_tokenizer(alphabet: Sequence[str], phrases: Sequence[str]) -> Qwen2Tokenizer:
     """Return a tokenizer that spells text out in the letters of an alphabet, but for phrases, which are one token each."""
     core = Tokenizer(BPE({token: index for index, token in enumerate(alphabet)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -69,14 +68,14 @@ def spelling(alphabet: Sequence[str], phrases: Sequence[str]) -> Qwen2Tokenizer:
     return Qwen2Tokenizer(tokenizer_object=core, model_max_length=32768, **special)
 
 
-def processor(words: Qwen2Tokenizer) -> Qwen2_5_VLProcessor:
+def build_processor(words: Qwen2Tokenizer) -> Qwen2_5_VLProcessor:
     """Return the processor: a tokenizer, Qwen's own image processing and a chat template of the usual shape."""
     pixels: dict[str, Any] = {"min_pixels": 4 * 28 * 28, "max_pixels": 16384 * 28 * 28}
     images, videos = Qwen2VLImageProcessor(**pixels), Qwen2VLVideoProcessor(**pixels)
     return Qwen2_5_VLProcessor(images, words, videos, chat_template=CHAT_TEMPLATE)
 
 
-def config(words: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
+def build_config(words: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
     """Return the architecture; every projection's input is a multiple of 128, as AWQ's groups want."""
     ids: dict[str, Any] = {token: words.convert_tokens_to_ids(token) for token in SPECIAL}
     text = {
@@ -116,6 +115,6 @@ def config(words: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
     )
 
 
-def untrained(words: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+def build_untrained_model(words: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     """Return the model with random weights."""
-    return Qwen2_5_VLForConditionalGeneration(config(words))
+    return Qwen2_5_VLForConditionalGeneration(build_config(words))

@@ -26,17 +26,17 @@ from PIL import Image
 from pipeline.demo import documents, drawing
 from pipeline.demo.documents import HELD_OUT, Form
 from pipeline.demo.sheets import DPI, Sheet
-from pipeline.demo.truth import answer
+from pipeline.demo.truth import format_answer
 from pipeline.records import Pixels
 
-FIRST_SEED = HELD_OUT + 1575
+SAMPLES_SEED = HELD_OUT + 1575
 """Chosen of two thousand because many currencies, lengths and missing fields follow it; not by how well anything reads them."""
-JPEG_QUALITY = 92
+SCAN_JPEG_QUALITY = 92
 """Of a file: a scan was compressed once already."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class SamplePlan:
     """What to draw: so many pages, as this kind of file."""
 
     form: Form
@@ -45,7 +45,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnDocument:
     """A document as a file."""
 
     form: Form
@@ -56,39 +56,43 @@ class Drawn:
 
 
 SAMPLES = (
-    *[Plan("invoice", "pdf")] * 5,
-    *[Plan("invoice", "pdf", pages=2)] * 2,
-    *[Plan("invoice", "jpg")] * 3,
-    *[Plan("invoice", "tiff", pages=2)] * 2,
-    *[Plan("receipt", "pdf")] * 3,
-    *[Plan("receipt", "jpg")] * 2,
-    Plan("receipt", "png"),
+    *[SamplePlan("invoice", "pdf")] * 5,
+    *[SamplePlan("invoice", "pdf", pages=2)] * 2,
+    *[SamplePlan("invoice", "jpg")] * 3,
+    *[SamplePlan("invoice", "tiff", pages=2)] * 2,
+    *[SamplePlan("receipt", "pdf")] * 3,
+    *[SamplePlan("receipt", "jpg")] * 2,
+    SamplePlan("receipt", "png"),
 )
 
 
-def draw(plans: Iterable[Plan], first_seed: int) -> list[Drawn]:
+def draw_documents(plans: Iterable[SamplePlan], first_seed: int) -> list[DrawnDocument]:
     """Return a document for each plan, of consecutive seeds; names are numbered within a form."""
-    drawn: list[Drawn] = []
+    drawn: list[DrawnDocument] = []
     for seed, plan in enumerate(plans, first_seed):
-        sample = documents.sample(seed, plan.form, plan.pages)
+        sample = documents.draw_sample(seed, plan.form, plan.pages)
         number = 1 + sum(one.form == plan.form for one in drawn)
-        data = encode(sample.sheets, plan.ending, random.Random(f"scan/{seed}"))
-        drawn.append(Drawn(plan.form, f"{plan.form}-{number:02}.{plan.ending}", plan.pages, data, sample.truth))
+        data = encode_sheets(sample.sheets, plan.ending, random.Random(f"scan/{seed}"))
+        drawn.append(DrawnDocument(plan.form, f"{plan.form}-{number:02}.{plan.ending}", plan.pages, data, sample.truth))
     return drawn
 
 
-def encode(sheets: tuple[Sheet, ...], ending: str, rng: random.Random) -> bytes:
+def encode_sheets(sheets: tuple[Sheet, ...], ending: str, rng: random.Random) -> bytes:
     """Return the sheets as a file: a PDF or a PNG as clean as they were drawn, a JPEG or a TIFF as a scanner saw them."""
     if ending == "pdf":
-        return drawing.pdf(sheets)
-    pages = [drawing.pixels(sheet) for sheet in sheets]
+        return drawing.draw_pdf(sheets)
+    pages = [drawing.rasterize_sheet(sheet) for sheet in sheets]
     if ending == "png":
-        return lossless(pages, "PNG")
-    scans = [drawing.scan(page, rng)[0] for page in pages]
-    return drawing.jpeg(scans[0], JPEG_QUALITY) if ending == "jpg" else lossless(scans, "TIFF", compression="tiff_adobe_deflate")
+        return encode_lossless(pages, "PNG")
+    scans = [drawing.simulate_scan(page, rng)[0] for page in pages]
+    return (
+        drawing.encode_scan_jpeg(scans[0], SCAN_JPEG_QUALITY)
+        if ending == "jpg"
+        else encode_lossless(scans, "TIFF", compression="tiff_adobe_deflate")
+    )
 
 
-def lossless(pages: list[Pixels], kind: str, **options: Any) -> bytes:
+def encode_lossless(pages: list[Pixels], kind: str, **options: Any) -> bytes:
     """Return the pages, which hold no colour, as one grey image."""
     first, *rest = [Image.fromarray(page[..., 1]) for page in pages]
     more = {"save_all": True, "append_images": rest} if rest else {}
@@ -97,7 +101,7 @@ def lossless(pages: list[Pixels], kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def write(drawn: Iterable[Drawn], folder: Path) -> None:
+def write_documents(drawn: Iterable[DrawnDocument], folder: Path) -> None:
     """Write the documents into `invoices` and `receipts` below a folder, and nothing of their truth."""
     for one in drawn:
         place = folder / f"{one.form}s"
@@ -105,11 +109,11 @@ def write(drawn: Iterable[Drawn], folder: Path) -> None:
         (place / one.name).write_bytes(one.data)
 
 
-def write_truth(drawn: Iterable[Drawn], folder: Path) -> None:
+def write_truth(drawn: Iterable[DrawnDocument], folder: Path) -> None:
     """Write one JSON line per document: its file's name, then the record in the schema's order."""
     lines: dict[Form, list[str]] = {}
     for one in drawn:
-        lines.setdefault(one.form, []).append(answer({"source": one.name, **one.truth}) + "\n")
+        lines.setdefault(one.form, []).append(format_answer({"source": one.name, **one.truth}) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
     for form, texts in lines.items():
         (folder / f"{form}s.jsonl").write_text("".join(texts), encoding="utf-8")
@@ -121,16 +125,16 @@ def read_truth(file: Path) -> dict[str, dict[str, Any]]:
     return {record.pop("source"): record for record in records}
 
 
-def main() -> None:
+def samples_main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to write, for example jobs/samples")
-    parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="seed of the first document (default: %(default)s)")
+    parser.add_argument("--first-seed", type=int, default=SAMPLES_SEED, help="seed of the first document (default: %(default)s)")
     given = parser.parse_args()
-    drawn = draw(SAMPLES, given.first_seed)
-    write(drawn, given.folder)
+    drawn = draw_documents(SAMPLES, given.first_seed)
+    write_documents(drawn, given.folder)
     write_truth(drawn, given.folder / "truth")
     print(f"{len(drawn)} documents in {given.folder}, {sum(len(one.data) for one in drawn):,} bytes")
 
 
 if __name__ == "__main__":
-    main()
+    samples_main()

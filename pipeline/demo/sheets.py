@@ -14,11 +14,11 @@ import pymupdf
 
 DPI = 200
 WIDTH_PX, HEIGHT_PX = 448, 448
-FAMILIES = (("helv", "hebo"), ("tiro", "tibo"), ("cour", "cobo"), ("helv", "heit"), ("tiro", "tiit"))
+FONT_FAMILIES = (("helv", "hebo"), ("tiro", "tibo"), ("cour", "cobo"), ("helv", "heit"), ("tiro", "tiit"))
 
 
 @dataclass(frozen=True)
-class Run:
+class TextRun:
     """A piece of text in one font. Units: pixels at 200 dpi; `y_px` is the baseline."""
 
     text: str
@@ -44,20 +44,20 @@ class Rule:
 class Sheet:
     """One page: its texts and lines."""
 
-    runs: list[Run] = field(default_factory=list)
+    runs: list[TextRun] = field(default_factory=list)
     rules: list[Rule] = field(default_factory=list)
 
 
 @cache
-def advances(font: str) -> tuple[float, ...]:
+def read_advances(font: str) -> tuple[float, ...]:
     """Return each Latin-1 character's advance width in ems (and the Euro's, at its WinAnsi place 128)."""
     metrics = pymupdf.Font(font)
     return tuple(metrics.glyph_advance(0x20AC if code == 128 else code) for code in range(256))
 
 
-def char_widths(text: str, font: str, size_px: float) -> list[float]:
+def measure_characters(text: str, font: str, size_px: float) -> list[float]:
     """Return the advance of each character in pixels."""
-    widths = advances(font)
+    widths = read_advances(font)
     return [widths[128 if c == "\u20ac" else ord(c)] * size_px for c in text]
 
 
@@ -66,7 +66,7 @@ class Pen:
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
-        self.plain, self.bold = rng.choice(FAMILIES)
+        self.plain, self.bold = rng.choice(FONT_FAMILIES)
         self.size_px = rng.uniform(13.5, 15.0) if self.plain == "cour" else rng.uniform(14.0, 17.0)
         self.pitch_px = rng.uniform(26.5, 28.5)
         self.left_px = rng.uniform(12, 30)
@@ -76,14 +76,14 @@ class Pen:
         self.y_px = self.first_px
 
     def width(self, text: str, bold: bool = False, scale: float = 1.0) -> float:
-        return sum(char_widths(text, self.bold if bold else self.plain, self.size_px * scale))
+        return sum(measure_characters(text, self.bold if bold else self.plain, self.size_px * scale))
 
     def write(self, text: str, x_px: float, align: str = "left", bold: bool = False, scale: float = 1.0, shows: str = "") -> None:
         """Place a text on the current row; `x_px` is its left end, middle or right end."""
         width_px = self.width(text, bold, scale)
         start_px = x_px - {"left": 0.0, "middle": width_px / 2, "right": width_px}[align]
         font = self.bold if bold else self.plain
-        self.sheets[-1].runs.append(Run(text, start_px, self.y_px, font, self.size_px * scale, shows))
+        self.sheets[-1].runs.append(TextRun(text, start_px, self.y_px, font, self.size_px * scale, shows))
 
     def rule(self) -> None:
         """Draw a line under the current row."""

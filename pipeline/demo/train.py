@@ -34,11 +34,11 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
-from pipeline import awq
-from pipeline.demo import model
-from pipeline.demo.lessons import COLUMNS, IGNORED, LETTERS, SCHEMAS, Batch, Lessons
+from pipeline.demo import model, quantize
+from pipeline.demo.lessons import CHARACTER_COLUMNS, IGNORED, LETTERS, SCHEMAS, LessonBatch, Lessons
 from pipeline.demo.sheets import HEIGHT_PX, WIDTH_PX
-from pipeline.engines.vision import batch_windows
+from pipeline.engines.transformers import awq
+from pipeline.engines.transformers.vision import batch_windows
 
 POINTERS = ((1, 0), (2, 0), (2, 2))
 """(layer, head) of the attention heads that are taught to look at the visual token that shows the next character."""
@@ -49,7 +49,7 @@ CALIBRATION_SEED, CALIBRATION_BATCHES = 7, 32
 """What is read to learn how inputs of the layers that are rounded look: 256 pages."""
 
 
-def patches(pages: Tensor) -> Tensor:
+def make_patches(pages: Tensor) -> Tensor:
     """Return normalised pages as Qwen's processor lays them out: (n * 1024, 1176), merge groups of 2×2 patches together."""
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], device=pages.device)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711], device=pages.device)
@@ -64,24 +64,24 @@ class Pupil(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        words = model.tokenizer(model.schemas(SCHEMAS))
+        words = model.build_tokenizer(model.load_demo_schemas(SCHEMAS))
         self.first_key = cast(int, words.convert_tokens_to_ids("<|video_pad|>")) + 1
-        self.reader = model.untrained(words)
+        self.reader = model.build_untrained_model(words)
         batch_windows(self.reader)
         self.attended: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
         for layer in {*COLUMN_LAYERS, *(layer for layer, _ in POINTERS)}:
             attention = self.reader.model.language_model.layers[layer].self_attn
             attention.register_forward_pre_hook(partial(self.note, layer), with_kwargs=True)
         width = cast(Any, self.reader.config.text_config).hidden_size
-        self.speller = nn.Linear(width, COLUMNS * (len(LETTERS) + 1))
-        self.columns = nn.Linear(width, COLUMNS)
+        self.speller = nn.Linear(width, CHARACTER_COLUMNS * (len(LETTERS) + 1))
+        self.columns = nn.Linear(width, CHARACTER_COLUMNS)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: LessonBatch) -> tuple[Tensor, dict[str, float]]:
         """Return the loss of one batch and what to log of it."""
         core, n = self.reader.model, len(batch.pages)
         grid = torch.tensor([[1, HEIGHT_PX // 14, WIDTH_PX // 14]], device=batch.pages.device).expand(n, 3)
-        seen = torch.cat(list(core.get_image_features(patches(batch.pages), grid, return_dict=True).pooler_output))
-        spelled = self.speller(seen.float()).unflatten(-1, (COLUMNS, -1))
+        seen = torch.cat(list(core.get_image_features(make_patches(batch.pages), grid, return_dict=True).pooler_output))
+        spelled = self.speller(seen.float()).unflatten(-1, (CHARACTER_COLUMNS, -1))
         weight = torch.ones(len(LETTERS) + 1, device=spelled.device).index_fill(0, torch.tensor([0], device=spelled.device), 0.1)
         loss = cross_entropy(spelled.flatten(0, 1), batch.letters.flatten(), weight=weight)
         marked = batch.letters > 0
@@ -146,7 +146,7 @@ class Pupil(nn.Module):
         return right / max(total, 1)
 
 
-def optimizers(pupil: Pupil) -> list[torch.optim.Optimizer]:
+def make_optimizers(pupil: Pupil) -> list[torch.optim.Optimizer]:
     """Return Muon for the layers' matrices and AdamW for everything else (embeddings, norms, biases, heads)."""
     inner = [p for n, p in pupil.reader.model.named_parameters() if p.ndim == 2 and "embed" not in n]
     chosen = {id(p) for p in inner}
@@ -157,19 +157,19 @@ def optimizers(pupil: Pupil) -> list[torch.optim.Optimizer]:
     ]
 
 
-def curriculum(done: float) -> tuple[float, float]:
+def compute_shares(done: float) -> tuple[float, float]:
     """Return the shares of spelling and, in the rest, of copying: letters first, then where they stand, then what they mean."""
     if done < 0.15:
         return 1.0, 0.0
     return (0.0, 0.5) if done < 0.5 else (0.0, 0.1)
 
 
-def learning_rate(step: int, done: float, peak: float) -> float:
+def compute_learning_rate(step: int, done: float, peak: float) -> float:
     """Return 40 warm-up steps, then a cosine that reaches nearly zero when the time is up."""
     return peak * min(1.0, (step + 1) / 40) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
-def share(pupil: Pupil, elapsed_s: float) -> float:
+def average_gradients(pupil: Pupil, elapsed_s: float) -> float:
     """Average gradients over all processes; return their mean elapsed time, so that all keep one schedule."""
     if not dist.is_initialized():
         return elapsed_s
@@ -182,7 +182,7 @@ def share(pupil: Pupil, elapsed_s: float) -> float:
     return float(flat[-1])
 
 
-def train(work: Path, minutes: float, batch_size: int, peak: float, start: Path | None = None) -> None:
+def train_model(work: Path, minutes: float, batch_size: int, peak: float, start: Path | None = None) -> None:
     """Train for so many minutes, saving every few; a folder with a state in it is trained on, an empty one from `start`."""
     rank, device = int(os.environ.get("RANK", 0)), "cuda" if torch.cuda.is_available() else "cpu"
     if "WORLD_SIZE" in os.environ and device == "cpu":
@@ -191,15 +191,15 @@ def train(work: Path, minutes: float, batch_size: int, peak: float, start: Path 
     torch.manual_seed(0)
     work.mkdir(parents=True, exist_ok=True)
     pupil = Pupil().to(device)
-    steppers = optimizers(pupil)
-    step, before_s = restore(work, pupil, steppers)
+    steppers = make_optimizers(pupil)
+    step, before_s = restore_state(work, pupil, steppers)
     if start and not step:
-        weights = awq.load(
+        weights = awq.load_awq_model(
             start, AutoConfig.from_pretrained(start, trust_remote_code=False), torch.float32, torch.device("cpu")
         ).state_dict()
         pupil.reader.load_state_dict(weights)
     shares = torch.multiprocessing.get_context("fork").Array("d", 2)
-    shares[:] = curriculum(before_s / (minutes * 60))
+    shares[:] = compute_shares(before_s / (minutes * 60))
     lessons = Lessons(step * 1000 + rank, batch_size, shares)
     loader = iter(DataLoader(lessons, batch_size=None, num_workers=1 if device == "cpu" else 8, prefetch_factor=4))
     started, logged, saved = time.monotonic(), time.monotonic(), time.monotonic()
@@ -210,8 +210,8 @@ def train(work: Path, minutes: float, batch_size: int, peak: float, start: Path 
         with torch.autocast(device, torch.bfloat16):
             loss, log = pupil(batch)
         loss.backward()
-        elapsed_s = share(pupil, before_s + time.monotonic() - started)
-        rate = learning_rate(step, elapsed_s / (minutes * 60), peak)
+        elapsed_s = average_gradients(pupil, before_s + time.monotonic() - started)
+        rate = compute_learning_rate(step, elapsed_s / (minutes * 60), peak)
         nn.utils.clip_grad_norm_(pupil.parameters(), 1.0)
         for stepper in steppers:
             for group in stepper.param_groups:
@@ -219,36 +219,36 @@ def train(work: Path, minutes: float, batch_size: int, peak: float, start: Path 
             stepper.step()
             stepper.zero_grad(set_to_none=True)
         step += 1
-        shares[:] = curriculum(elapsed_s / (minutes * 60))
+        shares[:] = compute_shares(elapsed_s / (minutes * 60))
         window.append(log)
         if rank == 0 and time.monotonic() - logged > 20:
-            print(line(step, elapsed_s, rate, window), flush=True)
+            print(format_log_line(step, elapsed_s, rate, window), flush=True)
             logged, window = time.monotonic(), []
         if rank == 0 and time.monotonic() - saved > 240:
-            save(work, pupil, steppers, step, elapsed_s)
+            save_state(work, pupil, steppers, step, elapsed_s)
             saved = time.monotonic()
     if rank == 0:
-        print(line(step, elapsed_s, 0.0, window or [{}]), flush=True)
-        save(work, pupil, steppers, step, elapsed_s)
+        print(format_log_line(step, elapsed_s, 0.0, window or [{}]), flush=True)
+        save_state(work, pupil, steppers, step, elapsed_s)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
-def line(step: int, elapsed_s: float, rate: float, window: list[dict[str, float]]) -> str:
+def format_log_line(step: int, elapsed_s: float, rate: float, window: list[dict[str, float]]) -> str:
     """Return one log line: the means since the last one."""
     names = dict.fromkeys(name for log in window for name in log)
     means = {n: np.mean([log[n] for log in window if n in log]) for n in names}
     return f"{elapsed_s / 60:6.1f} min  step {step:6}  lr {rate:.1e}  " + "  ".join(f"{n} {m:.4f}" for n, m in means.items())
 
 
-def save(work: Path, pupil: Pupil, steppers: list[torch.optim.Optimizer], step: int, elapsed_s: float) -> None:
+def save_state(work: Path, pupil: Pupil, steppers: list[torch.optim.Optimizer], step: int, elapsed_s: float) -> None:
     state = {"pupil": pupil.state_dict(), "steppers": [s.state_dict() for s in steppers], "step": step, "elapsed_s": elapsed_s}
     torch.save(state, work / "state.tmp")
     (work / "state.tmp").replace(work / "state.pt")
 
 
-def restore(work: Path, pupil: Pupil, steppers: list[torch.optim.Optimizer]) -> tuple[int, float]:
+def restore_state(work: Path, pupil: Pupil, steppers: list[torch.optim.Optimizer]) -> tuple[int, float]:
     """Load a saved state, if there is one; return its step and the time it was trained for."""
     if not (work / "state.pt").exists():
         return 0, 0.0
@@ -259,14 +259,14 @@ def restore(work: Path, pupil: Pupil, steppers: list[torch.optim.Optimizer]) -> 
     return state["step"], state["elapsed_s"]
 
 
-def averaged(states: Sequence[Path]) -> dict[str, Tensor]:
+def average_weights(states: Sequence[Path]) -> dict[str, Tensor]:
     """Return the mean of the weights in some training states: of the ends of several cycles of the learning rate it lies in a wider
     valley than each of them, and errs less (Izmailov et al., arXiv:1803.05407)."""
     found = [torch.load(state, map_location="cpu", weights_only=True)["pupil"] for state in states]
     return {name: torch.stack([weights[name] for weights in found]).mean(0) for name in found[0]}
 
 
-def export(work: Path, folder: Path, others: Sequence[Path]) -> None:
+def export_checkpoint(work: Path, folder: Path, others: Sequence[Path]) -> None:
     """Write the trained model as a plain checkpoint to `work`/plain and, rounded to 4 bits in AWQ layout, to `folder`.
 
     Its weights are the mean of those in `work` and in `others`, training states kept from earlier.
@@ -274,16 +274,16 @@ def export(work: Path, folder: Path, others: Sequence[Path]) -> None:
     if not (work / "state.pt").exists():
         raise SystemExit(f"{work} holds no training state")
     pupil = Pupil()
-    pupil.load_state_dict(averaged([work / "state.pt", *others]))
-    plain, moments = work / "plain", second_moments(pupil)
+    pupil.load_state_dict(average_weights([work / "state.pt", *others]))
+    plain, moments = work / "plain", collect_second_moments(pupil)
     cast(nn.Module, pupil.reader).half()
     pupil.reader.save_pretrained(plain)
-    model.processor(model.tokenizer(model.schemas(SCHEMAS))).save_pretrained(plain)
-    awq.quantize(plain, folder, moments=moments)
+    model.build_processor(model.build_tokenizer(model.load_demo_schemas(SCHEMAS))).save_pretrained(plain)
+    quantize.quantize_checkpoint(plain, folder, moments=moments)
 
 
 @torch.inference_mode()
-def second_moments(pupil: Pupil) -> dict[str, Tensor]:
+def collect_second_moments(pupil: Pupil) -> dict[str, Tensor]:
     """Return the sum of x xᵀ over the inputs x of each layer that is rounded, seen while it reads some pages, by its published name."""
     found: dict[str, Tensor] = {}
 
@@ -292,7 +292,7 @@ def second_moments(pupil: Pupil) -> dict[str, Tensor]:
         found[name] = found.get(name, 0) + x.T @ x
 
     for name, layer in pupil.reader.named_modules():
-        published = awq.published_name(f"{name}.weight")
+        published = quantize.make_published_name(f"{name}.weight")
         if awq.QUANTIZED.fullmatch(published):
             layer.register_forward_pre_hook(partial(note, published))
     for batch in islice(Lessons(CALIBRATION_SEED, 8, (0.0, 0.0)), CALIBRATION_BATCHES):
@@ -300,7 +300,7 @@ def second_moments(pupil: Pupil) -> dict[str, Tensor]:
     return found
 
 
-def main() -> None:
+def train_main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the training state")
     parser.add_argument("--minutes", type=float, default=90, help="training time in all, earlier runs in the same folder included")
@@ -313,10 +313,10 @@ def main() -> None:
     )
     given = parser.parse_args()
     if given.export:
-        export(given.work, given.export, given.average)
+        export_checkpoint(given.work, given.export, given.average)
     else:
-        train(given.work, given.minutes, given.batch_size, given.peak, given.start)
+        train_model(given.work, given.minutes, given.batch_size, given.peak, given.start)
 
 
 if __name__ == "__main__":
-    main()
+    train_main()

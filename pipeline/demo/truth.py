@@ -8,36 +8,36 @@ from decimal import Decimal
 from typing import Any
 
 
-def leaves(value: Any, path: str = "$") -> Iterator[tuple[str, Any]]:
+def list_leaves(value: Any, path: str = "$") -> Iterator[tuple[str, Any]]:
     """Yield every leaf value of a record with its path; an empty array is one leaf."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from leaves(inner, f"{path}.{key}")
+            yield from list_leaves(inner, f"{path}.{key}")
     elif isinstance(value, list) and value:
         for index, inner in enumerate(value):
-            yield from leaves(inner, f"{path}[{index}]")
+            yield from list_leaves(inner, f"{path}[{index}]")
     else:
         yield path, None if value == [] else value
 
 
-def answer(value: Any) -> str:
+def format_answer(value: Any) -> str:
     """Return a record as the model should write it: compact JSON, sums of money with two decimals."""
-    return "".join(text for text, _ in pieces(value))
+    return "".join(text for text, _ in split_json(value))
 
 
-def pieces(value: Any, path: str = "$") -> Iterator[tuple[str, str]]:
+def split_json(value: Any, path: str = "$") -> Iterator[tuple[str, str]]:
     """Yield a record's JSON in pieces: each value with its path, and what stands between values with none."""
     if isinstance(value, dict):
         for at, (key, inner) in enumerate(value.items()):
             yield ("," if at else "{") + json.dumps(key) + ":", ""
-            yield from pieces(inner, f"{path}.{key}")
+            yield from split_json(inner, f"{path}.{key}")
         yield "}", ""
     elif isinstance(value, list):
         yield "[", ""
         for at, inner in enumerate(value):
             if at:
                 yield ",", ""
-            yield from pieces(inner, f"{path}[{at}]")
+            yield from split_json(inner, f"{path}[{at}]")
         yield "]", ""
     else:
         yield f"{value:.2f}" if isinstance(value, Decimal) else json.dumps(value, ensure_ascii=False), path

@@ -85,58 +85,58 @@ class Day:
         }[self.style]
 
 
-def maybe(rng: random.Random, chance: float, draw: Callable[[random.Random], Any]) -> Any:
+def draw_maybe(rng: random.Random, chance: float, draw: Callable[[random.Random], Any]) -> Any:
     """Return a drawn value, or None: real documents lack fields."""
     return draw(rng) if rng.random() < chance else None
 
 
-def cents(rng: random.Random, low: int, high: int) -> Decimal:
+def draw_cents(rng: random.Random, low: int, high: int) -> Decimal:
     """Return a price of `low` to `high` cents, small ones oftener, round ones sometimes."""
     value = int(low * (high / low) ** rng.random())
     return Decimal(value - value % 100 if value > 100 and rng.random() < 0.15 else value) / 100
 
 
-def invented(rng: random.Random) -> str:
+def draw_invented_name(rng: random.Random) -> str:
     """Return a name no list holds, so that the model must read letters rather than recall words."""
     return "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 3))).capitalize()
 
 
-def company(rng: random.Random) -> str:
-    first = invented(rng) if rng.random() < 0.5 else rng.choice(SURNAMES)
+def draw_company(rng: random.Random) -> str:
+    first = draw_invented_name(rng) if rng.random() < 0.5 else rng.choice(SURNAMES)
     return " ".join(p for p in (first, rng.choice(TRADES) if rng.random() < 0.6 else "", rng.choice(ENDINGS)) if p)
 
 
-def person(rng: random.Random) -> str:
+def draw_person(rng: random.Random) -> str:
     first = (
-        invented(rng)
+        draw_invented_name(rng)
         if rng.random() < 0.5
         else rng.choice("Anna Ben Clara David Eva Frank Greta Hugo Ida Jonas Karin Leo Mia Nils".split())
     )
     return f"{first} {rng.choice(SURNAMES)}"
 
 
-def shop(rng: random.Random) -> str:
-    first = invented(rng) if rng.random() < 0.5 else rng.choice(SURNAMES)
+def draw_shop(rng: random.Random) -> str:
+    first = draw_invented_name(rng) if rng.random() < 0.5 else rng.choice(SURNAMES)
     return f"{first} {rng.choice(SHOPS)}"
 
 
-def article(rng: random.Random) -> str:
+def draw_article(rng: random.Random) -> str:
     """Return a short description; some carry a type number."""
     if rng.random() < 0.15:
         return rng.choice(SERVICES)
     words = [rng.choice(QUALITIES)] if rng.random() < 0.4 else []
-    words.append(invented(rng) if rng.random() < 0.2 else rng.choice(ARTICLES))
+    words.append(draw_invented_name(rng) if rng.random() < 0.2 else rng.choice(ARTICLES))
     if len(words) == 1 and rng.random() < 0.4:
         words.append(rng.choice(ALNUM[:23]) + str(rng.randint(1, 99)))
     return " ".join(words)
 
 
-def grocery(rng: random.Random) -> str:
-    first = invented(rng) if rng.random() < 0.15 else rng.choice(GROCERIES)
+def draw_grocery(rng: random.Random) -> str:
+    first = draw_invented_name(rng) if rng.random() < 0.15 else rng.choice(GROCERIES)
     return first if rng.random() < 0.6 else f"{rng.choice(QUALITIES)} {first}"
 
 
-def number(rng: random.Random) -> str:
+def draw_number(rng: random.Random) -> str:
     year = rng.randint(2015, 2026)
     return rng.choice(
         (
@@ -150,24 +150,36 @@ def number(rng: random.Random) -> str:
     )
 
 
-def order_number(rng: random.Random) -> str:
+def draw_order_number(rng: random.Random) -> str:
     return rng.choice((f"PO-{rng.randrange(10**5):05}", f"45{rng.randrange(10**6):06}", f"B{rng.randrange(10**4):04}"))
 
 
-def tax_id(rng: random.Random) -> str:
+def draw_tax_id(rng: random.Random) -> str:
     digits = "".join(rng.choice("0123456789") for _ in range(11))
     return rng.choice(
         (f"DE{digits[:9]}", f"FR{digits}", f"ATU{digits[:8]}", f"GB{digits[:9]}", f"{digits[:2]}-{digits[2:9]}", f"IT{digits}")
     )
 
 
-def sample_word(rng: random.Random) -> str:
+def draw_word(rng: random.Random) -> str:
     """Return a word as documents have them: a label, a name, a code, a number or a date."""
     money = Money(rng)
-    draw = rng.choice((company, person, article, grocery, number, order_number, tax_id, lambda r: money.amount(cents(r, 1, 10**6)), label))
+    draw = rng.choice(
+        (
+            draw_company,
+            draw_person,
+            draw_article,
+            draw_grocery,
+            draw_number,
+            draw_order_number,
+            draw_tax_id,
+            lambda r: money.amount(draw_cents(r, 1, 10**6)),
+            draw_label,
+        )
+    )
     return rng.choice(draw(rng).split())
 
 
-def label(rng: random.Random) -> str:
+def draw_label(rng: random.Random) -> str:
     day = date(2000, 1, 1) + timedelta(days=rng.randrange(10**4))
     return rng.choice((*rng.choice(list(LABELS.values())), Day(rng).text(day), "Subtotal Total Amount Qty Price Description VAT Tax"))

@@ -7,15 +7,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-from pipeline import decoding, schema
-from pipeline.demo import CHECKPOINT
-from pipeline.engines import copies, files
+from pipeline import schema
+from pipeline.engines import checkpoint_files, model_cache
 from pipeline.errors import JobError, PipelineError, RunError
 from pipeline.job import Job
-from pipeline.place import is_store
 from pipeline.records import Completion, Request
+from pipeline.schema import grammar
+from pipeline.storage.location import is_store_url
 
-EXTRAS = {"openai": "httpx2", "vllm": "vllm"}
+DEMO_CHECKPOINT = Path(__file__).parents[1] / "demo" / "checkpoint"
+"""The folder of the demonstration model in this package."""
+ENGINE_PACKAGES = {"openai": "httpx2", "vllm": "vllm"}
 """What some engines need beside this package; its extras are called as they are."""
 
 
@@ -43,17 +45,17 @@ class Engine(Protocol):
         ...
 
 
-def choose(job: Job, gpus: float) -> Job:
+def choose_model(job: Job, gpus: float) -> Job:
     """Return the job as it can run here: without a GPU, as `model.without_gpu` says. The demonstration model says its revision.
 
     A server needs no GPU here: it is asked which model it has and how it keeps to the schema, and the job says so from then on.
     """
     model = job.sections.model
-    need(job)
+    check_package(job)
     if model.engine == "openai":
         from pipeline.engines import openai
 
-        return openai.resolve(job)
+        return openai.resolve_server(job)
     if job.uses_demo or (not gpus and model.without_gpu == "demo"):
         return job.with_demo()
     if gpus or model.without_gpu == "cpu":
@@ -64,61 +66,61 @@ def choose(job: Job, gpus: float) -> Job:
     )
 
 
-def need(job: Job) -> None:
+def check_package(job: Job) -> None:
     """Raise JobError where the library that the job's engine is made of is missing."""
     engine = job.sections.model.engine
-    if engine in EXTRAS and find_spec(EXTRAS[engine]) is None:
-        package = EXTRAS[engine]
+    if engine in ENGINE_PACKAGES and find_spec(ENGINE_PACKAGES[engine]) is None:
+        package = ENGINE_PACKAGES[engine]
         raise JobError(f"{job.file}: model.engine is {engine}, which needs the package {package}: pip install 'pipeline[{engine}]'")
 
 
-def gpu_count() -> int:
+def count_gpus() -> int:
     """Return how many GPUs this machine has."""
     import torch
 
     return torch.cuda.device_count()
 
 
-def check(job: Job) -> tuple[str, ...]:
+def check_engine(job: Job) -> tuple[str, ...]:
     """Return what the grammar leaves to the validator; raise JobError when model or schema cannot be used at all.
 
     Loads no model. A server is asked whether it is there and takes the key; what it makes of a schema, `choose` finds out.
     """
-    need(job)
+    check_package(job)
     if job.sections.model.engine == "openai":
         from pipeline.engines import openai
 
-        openai.check(job)
+        openai.check_server(job)
         return ()
     uses_vllm = job.sections.model.engine == "vllm"
     if uses_vllm and job.sections.model.engine_args:  # only then is vLLM's own import, many seconds, of use
-        from pipeline.engines import launch
+        from pipeline.engines.vllm import launch
 
-        launch.check(job)
+        launch.check_vllm_arguments(job)
     name, lora = job.sections.model.name, job.sections.model.lora
-    if is_store(name):
-        copies.revision(name, job.sections.model.revision)
-    elif job.uses_demo or is_place(job, name):
-        if not (folder(job) / "config.json").is_file():
-            raise JobError(f"{job.file}: model.name is {name!r}, but {folder(job)} holds no checkpoint (no config.json)")
-        files.check(folder(job), any_quantization=uses_vllm)
-    if lora and is_place(job, lora):
-        if not (place(job, lora) / "adapter_model.safetensors").is_file():
-            raise JobError(f"{job.file}: model.lora is {lora!r}, but {place(job, lora)} holds no adapter_model.safetensors")
-        files.header(place(job, lora) / "adapter_model.safetensors")
-    return decoding.check(schema.compact(job.schema))
+    if is_store_url(name):
+        model_cache.resolve_store_revision(name, job.sections.model.revision)
+    elif job.uses_demo or is_local_path(job, name):
+        if not (find_model_folder(job) / "config.json").is_file():
+            raise JobError(f"{job.file}: model.name is {name!r}, but {find_model_folder(job)} holds no checkpoint (no config.json)")
+        checkpoint_files.check_checkpoint_files(find_model_folder(job), any_quantization=uses_vllm)
+    if lora and is_local_path(job, lora):
+        if not (resolve_local_path(job, lora) / "adapter_model.safetensors").is_file():
+            raise JobError(f"{job.file}: model.lora is {lora!r}, but {resolve_local_path(job, lora)} holds no adapter_model.safetensors")
+        checkpoint_files.read_safetensors_header(resolve_local_path(job, lora) / "adapter_model.safetensors")
+    return grammar.check_grammar(schema.dump_compact_schema(job.schema))
 
 
-def locate(job: Job) -> Job:
+def locate_model(job: Job) -> Job:
     """Return the job with a model that can be had, before any page is drawn for it; one in an object store says its revision.
 
     Raises JobError when a hub id is not known, or not in the cache where the hub cannot be reached.
     """
     model = job.sections.model
-    if model.engine == "openai" or job.uses_demo or (not is_store(model.name) and is_place(job, model.name)):
+    if model.engine == "openai" or job.uses_demo or (not is_store_url(model.name) and is_local_path(job, model.name)):
         return job
-    if is_store(model.name):
-        return job.with_model(revision=copies.revision(model.name, model.revision))
+    if is_store_url(model.name):
+        return job.with_model(revision=model_cache.resolve_store_revision(model.name, model.revision))
     from huggingface_hub import hf_hub_download
 
     try:
@@ -129,33 +131,33 @@ def locate(job: Job) -> Job:
     return job
 
 
-def folder(job: Job) -> Path:
+def find_model_folder(job: Job) -> Path:
     """Return where the job's model lies, if it is a folder: relative to the job file, or in this package."""
-    return CHECKPOINT if job.uses_demo else place(job, job.sections.model.name)
+    return DEMO_CHECKPOINT if job.uses_demo else resolve_local_path(job, job.sections.model.name)
 
 
-def place(job: Job, name: str) -> Path:
+def resolve_local_path(job: Job, name: str) -> Path:
     """Return where something that the job names lies, if it is a folder."""
     return job.file.parent / os.path.expanduser(name)  # pathlib's own raises for the home of nobody
 
 
-def is_place(job: Job, name: str) -> bool:
+def is_local_path(job: Job, name: str) -> bool:
     """Say whether a name means a folder, there or not, and no hub id."""
-    return name.startswith((".", "/", "~")) or place(job, name).is_dir()
+    return name.startswith((".", "/", "~")) or resolve_local_path(job, name).is_dir()
 
 
-def load(job: Job, threads: int | None = None) -> Engine:
+def load_engine(job: Job, threads: int | None = None) -> Engine:
     """Load the job's engine; minutes for a large model.
 
     Raises JobError for a checkpoint that cannot be used, RunError when it does not load for any other reason.
     """
-    need(job)
+    check_package(job)
     model = job.sections.model
     if model.engine == "openai":
         from pipeline.engines import openai
 
-        return openai.load(openai.resolve(job))
-    loads = load_vllm if model.engine == "vllm" else load_transformers
+        return openai.load_openai_engine(openai.resolve_server(job))
+    loads = load_vllm_engine if model.engine == "vllm" else load_transformers_engine
     try:
         engine = loads(job, threads)
     except PipelineError:
@@ -167,50 +169,50 @@ def load(job: Job, threads: int | None = None) -> Engine:
     return engine
 
 
-def load_transformers(job: Job, threads: int | None) -> Engine:
+def load_transformers_engine(job: Job, threads: int | None) -> Engine:
     """Load a model into this process."""
     from pipeline.engines.transformers import TransformersEngine
 
     model = job.sections.model
     return TransformersEngine(
-        weights(job),
-        revision=None if job.uses_demo or is_store(model.name) else model.revision,
+        find_weights(job),
+        revision=None if job.uses_demo or is_store_url(model.name) else model.revision,
         dtype=model.dtype,
         batch_size=model.batch_size,
         threads=threads,
         max_model_len=model.max_model_len,
         max_request_tokens=job.sections.limits.max_request_tokens,
         rope_scaling=model.rope_scaling,
-        lora=adapter(job),
+        lora=find_adapter(job),
     )
 
 
-def load_vllm(job: Job, threads: int | None) -> Engine:
+def load_vllm_engine(job: Job, threads: int | None) -> Engine:
     """Load a model into processes of vLLM's own."""
-    from pipeline.engines.launch import arguments
     from pipeline.engines.vllm import VLLMEngine
+    from pipeline.engines.vllm.launch import collect_arguments
 
     model = job.sections.model
     return VLLMEngine(
-        weights(job),
-        arguments(job),
-        revision=None if job.uses_demo or is_store(model.name) else model.revision,
+        find_weights(job),
+        collect_arguments(job),
+        revision=None if job.uses_demo or is_store_url(model.name) else model.revision,
         threads=threads,
         max_request_tokens=job.sections.limits.max_request_tokens,
         rope_scaling=model.rope_scaling,
-        lora=adapter(job),
+        lora=find_adapter(job),
     )
 
 
-def weights(job: Job) -> str:
+def find_weights(job: Job) -> str:
     """Return the folder of the job's model, or its hub id. One in an object store is copied to this machine, if it is not yet."""
     model = job.sections.model
-    if is_store(model.name):
-        return str(copies.copied(model.name, copies.revision(model.name, model.revision)))
-    return str(folder(job)) if folder(job).is_dir() else job.sections.model.name
+    if is_store_url(model.name):
+        return str(model_cache.copy_checkpoint(model.name, model_cache.resolve_store_revision(model.name, model.revision)))
+    return str(find_model_folder(job)) if find_model_folder(job).is_dir() else job.sections.model.name
 
 
-def adapter(job: Job) -> str | None:
+def find_adapter(job: Job) -> str | None:
     """Return the folder of the job's LoRA adapter, or its hub id."""
     lora = job.sections.model.lora
-    return str(place(job, lora)) if lora and is_place(job, lora) else lora
+    return str(resolve_local_path(job, lora)) if lora and is_local_path(job, lora) else lora

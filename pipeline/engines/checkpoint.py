@@ -6,98 +6,61 @@ it with random numbers behind a warning.
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import logging
+from transformers import AutoConfig, AutoProcessor
 
-from pipeline import awq
-from pipeline.decoding import Vocabulary
-from pipeline.engines import files
 from pipeline.engines.encoding import Encoder
-from pipeline.engines.generate import Model
-from pipeline.engines.vision import batch_windows
 from pipeline.errors import JobError, PipelineError
 
-FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
-BROKEN = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, StrictDataclassError, TypeError, ValueError)
+CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
+BROKEN_FILE_ERRORS = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, StrictDataclassError, TypeError, ValueError)
 """What transformers raises about files whose content makes no sense."""
 TRAINED_TOKENS = 32_768
 """Qwen2.5-VL's own context; its config.json names 128,000, which needs YaRN."""
 
 
-def load(
-    name: str, revision: str | None, dtype: str, device: torch.device, threads: int,
-    rope_scaling: dict[str, Any] | None, lora: str | None, keep_int4: bool,
-) -> Model:  # fmt: skip
-    """Return a checkpoint ready to answer. Raises JobError for one that cannot be used."""
-    quiet: Any = logging  # what happened is said by values and errors; transformers' bars and notes are for notebooks
-    quiet.set_verbosity_error()
-    quiet.disable_progress_bar()
-    folder = located(name, revision)
-    files.check(folder)
-    config = configured(folder, rope_scaling)
-    quantized = awq.is_awq(config)
-    check_shapes(folder, config, quantized)
-    chosen = weights_dtype(dtype, config, device, quantized, keep_int4)
-    network: Any = awq.load(folder, config, chosen, device, keep_int4) if quantized else plain(folder, config, chosen, device)
-    if lora:
-        network = with_lora(network, lora, keep_int4)
-    batch_windows(network)
-    processor = own_processor(folder)
-    tokenizer = processor.tokenizer
-    vocabulary = Vocabulary(
-        tokenizer.backend_tokenizer.to_str(), size=network.lm_head.out_features, eos_ids=end_tokens(network, tokenizer), threads=threads
-    )
-    encoder = Encoder(processor, config.image_token_id, device)
-    try_out(encoder, folder)
-    return Model(network, encoder, vocabulary, device, tokenizer.pad_token_id or 0)
-
-
-def said(error: Exception) -> str:
+def format_error_line(error: Exception) -> str:
     """Return an exception in one line."""
     name = "" if isinstance(error, OSError | ValueError | PipelineError) else f"{type(error).__name__}: "
     return " ".join(f"{name}{error}".split())[:300]
 
 
-def try_out(encoder: Encoder, folder: Path) -> None:
+def check_chat_template(encoder: Encoder, folder: Path) -> None:
     """Refuse a chat template that cannot ask about a page, before every request finds that out."""
     try:
         encoder.trial()
     except Exception as error:  # any: a template runs what its author wrote
-        raise JobError(f"{folder}: its chat template cannot ask about a page: {said(error)}") from None
+        raise JobError(f"{folder}: its chat template cannot ask about a page: {format_error_line(error)}") from None
 
 
-def own_processor(folder: Path) -> Any:
+def load_processor(folder: Path) -> Any:
     """Return the checkpoint's tokenizer, chat template and image processor."""
     try:
         return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    except BROKEN as error:
-        raise JobError(f"{folder}: tokenizer or image processor cannot be read: {said(error)}") from None
+    except BROKEN_FILE_ERRORS as error:
+        raise JobError(f"{folder}: tokenizer or image processor cannot be read: {format_error_line(error)}") from None
 
 
-def located(name: str, revision: str | None) -> Path:
+def locate_checkpoint(name: str, revision: str | None) -> Path:
     """Return the folder of a checkpoint, fetching it from the hub when it is not one already."""
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=CHECKPOINT_FILES))
     except (OSError, ValueError) as error:  # the hub's errors are OSErrors, a malformed id is a ValueError
-        raise JobError(f"model {name!r}: neither a folder here nor a checkpoint that the hub gave: {said(error)}") from None
+        raise JobError(f"model {name!r}: neither a folder here nor a checkpoint that the hub gave: {format_error_line(error)}") from None
 
 
-def configured(folder: Path, rope_scaling: dict[str, Any] | None) -> Any:
+def load_config(folder: Path, rope_scaling: dict[str, Any] | None) -> Any:
     """Return the checkpoint's config with the job's rotary scaling, refusing what this engine cannot run."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except BROKEN as error:
-        raise JobError(f"{folder}: config.json cannot be used: {said(error)}") from None
+    except BROKEN_FILE_ERRORS as error:
+        raise JobError(f"{folder}: config.json cannot be used: {format_error_line(error)}") from None
     text = config.get_text_config()
     if "sliding_attention" in (text.layer_types or ()):
         raise JobError(f"{folder}: use_sliding_window is true, which this engine does not know")
@@ -107,100 +70,10 @@ def configured(folder: Path, rope_scaling: dict[str, Any] | None) -> Any:
     return config
 
 
-def check_shapes(folder: Path, config: Any, quantized: bool) -> None:
-    """Hold the shapes of the stored weights against what the config asks for, before gigabytes of either are in memory.
-
-    Raises JobError. What the folder lacks shows when it is loaded, and what the model does not have is not looked at.
-    """
-    loader: Any = AutoModelForImageTextToText
-    try:
-        with torch.device("meta"):
-            network = loader.from_config(config)
-    except BROKEN as error:
-        raise JobError(f"{folder}: config.json describes no model that can be built: {said(error)}") from None
-    wanted = {name: tuple(parameter.shape) for name, parameter in network.named_parameters(remove_duplicate=False)}
-    group_size = config.quantization_config.get("group_size") if quantized else 0
-    if not isinstance(group_size, int) or group_size < quantized:
-        raise JobError(f"{folder}: config.json says group_size {group_size!r}; allowed are whole numbers from 1")
-    for name, shape in files.shapes(folder).items():
-        expected = stored_shape(name, wanted, group_size)
-        if expected not in (None, shape):
-            raise JobError(f"{folder}: the weight {name} is {shape}, config.json asks for {expected}")
-
-
-def stored_shape(name: str, wanted: dict[str, tuple[int, ...]], group_size: int) -> tuple[int, ...] | None:
-    """Return the shape in which a folder holds a tensor of this name; None for one that the model does not have."""
-    layer, _, kind = name.rpartition(".")
-    packed = group_size and kind in ("qweight", "qzeros", "scales")
-    try:
-        shape = wanted[awq.own_name(f"{layer}.weight" if packed else name, set(wanted))]
-    except JobError:
-        return None
-    if not packed:
-        return shape
-    outputs, inputs = shape
-    rows = inputs if kind == "qweight" else inputs // group_size
-    return (rows, outputs if kind == "scales" else outputs // awq.PACKED)
-
-
-def context_tokens(config: Any) -> int:
+def count_context_tokens(config: Any) -> int:
     """Return how many tokens prompt and answer may have together: what the model was trained for, times a YaRN factor."""
     text = config.get_text_config()
     rope = text.rope_parameters
     if "factor" in rope:
         return int(rope["factor"] * rope.get("original_max_position_embeddings", TRAINED_TOKENS))
     return min(TRAINED_TOKENS, int(text.max_position_embeddings))
-
-
-def weights_dtype(wanted: str, config: Any, device: torch.device, quantized: bool, keep_int4: bool) -> torch.dtype:
-    """Return the type of the weights: by default float32 on a CPU, else the checkpoint's own.
-
-    AWQ folders store float16, whose range these models were not trained in: their weights become bfloat16 where the GPU has it.
-    """
-    if keep_int4 and (not quantized or device.type != "cuda" or wanted not in ("auto", "float16")):
-        raise JobError(f"model: int4 weights need an AWQ checkpoint, an NVIDIA GPU and float16; found {device.type}, dtype {wanted}")
-    if keep_int4:
-        return torch.float16
-    if wanted != "auto":
-        return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[wanted]
-    if device.type == "cpu":
-        return torch.float32
-    if quantized:
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-
-
-def plain(folder: Path, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """Return an unquantized checkpoint's model."""
-    loader: Any = AutoModelForImageTextToText
-    try:
-        network, report = loader.from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise JobError(f"{folder}: the checkpoint cannot be read: {said(error)}") from None
-    if wrong := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
-        raise JobError(f"{folder}: the checkpoint lacks weights: {', '.join(wrong[:5])} (of {len(wrong)})")
-    return network.to(device).eval()
-
-
-def with_lora(network: Any, lora: str, keep_int4: bool) -> Any:
-    """Return the model with an adapter merged into its weights."""
-    if importlib.util.find_spec("peft") is None:
-        raise JobError("model.lora: adapters are applied by the package peft, which is not installed: pip install peft")
-    if keep_int4:
-        raise JobError("model.lora: an adapter cannot be merged into int4 weights")
-    folder = located(lora, None)
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise JobError(f"model.lora: {folder} holds no adapter_model.safetensors; adapters in other formats are not read")
-    from peft import PeftModel  # type: ignore[import-not-found]  # optional
-
-    return PeftModel.from_pretrained(network, folder).merge_and_unload().eval()
-
-
-def end_tokens(network: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end an answer: the generation config's and the tokenizer's."""
-    given = network.generation_config.eos_token_id
-    listed = given if isinstance(given, list) else [given]
-    size = len(tokenizer)
-    return sorted({token for token in [*listed, tokenizer.eos_token_id] if token is not None and token < size})

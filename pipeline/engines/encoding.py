@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.errors import DocumentError
-from pipeline.prompt import CONTROL_TOKEN
 from pipeline.records import Message, Pixels
+from pipeline.schema.prompt import CONTROL_TOKEN
 
 CUT = "\x00"
 """Where the text is cut before it is tokenized. No printed text holds it."""
@@ -31,7 +31,7 @@ Grid = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
-class Prompt:
+class EncodedPrompt:
     """One request as the model takes it."""
 
     ids: list[int]
@@ -56,7 +56,7 @@ class Encoder:
         self._control = re.compile("|".join([*specials, CONTROL_TOKEN.pattern]))
         self._one_at_a_time = Lock()
 
-    def encode(self, messages: Sequence[Message]) -> Prompt:
+    def encode(self, messages: Sequence[Message]) -> EncodedPrompt:
         """Return the prompt that asks for an answer to these messages.
 
         Raises DocumentError for an image that is not RGB of whole visual tokens.
@@ -69,15 +69,15 @@ class Encoder:
         short = [token for piece in pieces for token in piece]
         if short.count(self._image_token) != len(images):
             raise DocumentError("prompt", f"the chat template shows {short.count(self._image_token)} of {len(images)} images")
-        places = positions(short, grids, self._image_token)
-        return Prompt(list(spread(short, grids, self._image_token)), short, places, images)
+        places = compute_positions(short, grids, self._image_token)
+        return EncodedPrompt(list(expand_image_tokens(short, grids, self._image_token)), short, places, images)
 
-    def trial(self) -> Prompt:
+    def trial(self) -> EncodedPrompt:
         """Return a prompt about a page of one visual token: what a template must be able to ask at least."""
         page = np.zeros((self._unit_px, self._unit_px, 3), np.uint8)
         return self.encode([Message("system", ("Read.",)), Message("user", (page, "What does it say?"))])
 
-    def pixel_values(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+    def pixel_values(self, prompts: Sequence[EncodedPrompt]) -> dict[str, torch.Tensor]:
         """Return the images of a batch as the vision tower takes them, on the model's device; empty without images."""
         images = [image for prompt in prompts for image in prompt.images]
         if not images:
@@ -113,7 +113,7 @@ class Encoder:
         return image.shape[0] // unit, image.shape[1] // unit
 
 
-def spread(ids: Sequence[int], grids: Sequence[Grid], image_token: int) -> Iterator[int]:
+def expand_image_tokens(ids: Sequence[int], grids: Sequence[Grid], image_token: int) -> Iterator[int]:
     """Yield the ids with each image's placeholder repeated for each of its visual tokens."""
     left = iter(grids)
     for token in ids:
@@ -124,7 +124,7 @@ def spread(ids: Sequence[int], grids: Sequence[Grid], image_token: int) -> Itera
             yield token
 
 
-def positions(ids: Sequence[int], grids: Sequence[Grid], image_token: int) -> NDArray[np.int64]:
+def compute_positions(ids: Sequence[int], grids: Sequence[Grid], image_token: int) -> NDArray[np.int64]:
     """Return the 3-D positions of a prompt whose images are still one placeholder each.
 
     Text counts up in all three; an image stands still in time and counts rows and columns from where the text stopped; the

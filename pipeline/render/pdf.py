@@ -16,18 +16,18 @@ import numpy as np
 import pymupdf
 from pymupdf import mupdf
 
-from pipeline.budget import RenderSettings, Size, fit, place, visual_tokens
+from pipeline.budget import ImageSize, RenderSettings, count_visual_tokens, fit_content, fit_page
 from pipeline.errors import DocumentError
 from pipeline.records import Page, Pixels, Word
-from pipeline.render.foreign import ALLOCATION, MAX_WARNINGS, foreign, plain
-from pipeline.render.images import on_white
+from pipeline.render.errors import ALLOCATION, MAX_WARNINGS, clean_text, convert_library_errors
+from pipeline.render.images import pad_with_white
 
 MAX_WORDS = 20_000
 MAX_TEXT_CHARS = 200_000
 INHERITED = ("Resources", "MediaBox", "CropBox", "Rotate")
 
 
-class Complaints:
+class WarningCollector:
     """What MuPDF complains of: the first twenty different lines, and the first that speaks of memory, however many there are."""
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Complaints:
 
     def hear(self, text: str) -> None:
         try:
-            line = plain(text)
+            line = clean_text(text)
             if len(self.lines) < MAX_WARNINGS:
                 self.lines[line] = None
             if not self.lacking and ALLOCATION.search(line):
@@ -59,10 +59,10 @@ class Complaints:
 
 def open_pdf(data: bytes, settings: RenderSettings) -> tuple[int, Callable[[int], Page]]:
     """Return a PDF's page count and what draws a page. Only MuPDF's PDF parser is asked, whatever else the bytes look like."""
-    complaints = Complaints()
+    complaints = WarningCollector()
     complaints.listen()
-    pdf = parse(data)
-    unlock(pdf, settings.password)
+    pdf = parse_pdf(data)
+    unlock_pdf(pdf, settings.password)
     page_count, unreadable = count_pages(pdf, settings.max_pages)
     if not page_count:
         said = "; ".join(("the PDF opens but has no pages", *complaints.take()[0][-2:]))
@@ -82,17 +82,17 @@ def open_pdf(data: bytes, settings: RenderSettings) -> tuple[int, Callable[[int]
     return page_count, draw
 
 
-def parse(data: bytes) -> Any:
+def parse_pdf(data: bytes) -> Any:
     """Return MuPDF's document of these bytes, which must outlive it."""
     try:
         return mupdf.pdf_open_document_with_stream(mupdf.fz_open_memory(mupdf.python_buffer_data(data), len(data)))
     except mupdf.FzErrorBase as error:
         if "encryption" in str(error):
-            raise DocumentError("encrypted", f"the PDF is encrypted in a way that no password opens: {plain(str(error))}") from None
+            raise DocumentError("encrypted", f"the PDF is encrypted in a way that no password opens: {clean_text(str(error))}") from None
         raise
 
 
-def unlock(pdf: Any, password: str | None) -> None:
+def unlock_pdf(pdf: Any, password: str | None) -> None:
     """Give an encrypted PDF its password; the empty one is tried by itself."""
     if not mupdf.pdf_needs_password(pdf) or mupdf.pdf_authenticate_password(pdf, password or ""):
         return
@@ -111,11 +111,11 @@ def count_pages(pdf: Any, most: int) -> tuple[int, set[int]]:
     MuPDF believes the tree's /Count: where that lies, pages would be missing without a word, or the document refused.
     What the tree holds is counted here; a tree that MuPDF would read otherwise is replaced by a flat one.
     """
-    leaves = list(islice(walk(pdf), most + 1))
+    leaves = list(islice(walk_page_tree(pdf), most + 1))
     if not leaves or not all(mupdf.pdf_is_dict(page) for page, _ in leaves):
         with suppress(mupdf.FzErrorBase):  # MuPDF finds lost objects once per document, and so far had no reason to look
             mupdf.pdf_repair_xref(pdf)
-        leaves = list(islice(walk(pdf), most + 1))
+        leaves = list(islice(walk_page_tree(pdf), most + 1))
     try:
         stated = mupdf.pdf_count_pages(pdf)
     except mupdf.FzErrorBase:
@@ -124,11 +124,11 @@ def count_pages(pdf: Any, most: int) -> tuple[int, set[int]]:
         return max(stated, len(leaves)), set()
     unreadable = {page_no for page_no, (page, _) in enumerate(leaves, 1) if not mupdf.pdf_is_dict(page)}
     if leaves and (stated != len(leaves) or unreadable):
-        flatten(pdf, leaves)
+        flatten_page_tree(pdf, leaves)
     return len(leaves), unreadable
 
 
-def walk(pdf: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+def walk_page_tree(pdf: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yield the page tree's leaves in order, each with what it inherits. A branch that comes again, in a circle too, is left out."""
     root = mupdf.pdf_dict_gets(mupdf.pdf_dict_gets(mupdf.pdf_trailer(pdf), "Root"), "Pages")
     if not mupdf.pdf_is_dict(root):
@@ -147,14 +147,14 @@ def walk(pdf: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
         elif (number := mupdf.pdf_to_num(node)) not in entered:
             entered |= {number} - {0}
             own = {name: value for name in INHERITED if not mupdf.pdf_is_null(value := mupdf.pdf_dict_gets(node, name))}
-            trail.append((children(kids), inherited | own))
+            trail.append((list_page_children(kids), inherited | own))
 
 
-def children(kids: Any) -> Iterator[Any]:
+def list_page_children(kids: Any) -> Iterator[Any]:
     return (mupdf.pdf_array_get(kids, index) for index in range(mupdf.pdf_array_len(kids)))
 
 
-def flatten(pdf: Any, leaves: list[tuple[Any, dict[str, Any]]]) -> None:
+def flatten_page_tree(pdf: Any, leaves: list[tuple[Any, dict[str, Any]]]) -> None:
     """Put a tree of one level, made of these leaves, in the place of the document's."""
     tree, kids = mupdf.pdf_add_new_dict(pdf, 3), mupdf.pdf_new_array(pdf, len(leaves))
     for page, inherited in leaves:
@@ -174,27 +174,27 @@ def flatten(pdf: Any, leaves: list[tuple[Any, dict[str, Any]]]) -> None:
 # ---- A page -------------------------------------------------------------------------------------------------------
 
 
-def draw_pdf_page(pdf: Any, page_no: int, settings: RenderSettings, complaints: Complaints) -> Page:
+def draw_pdf_page(pdf: Any, page_no: int, settings: RenderSettings, complaints: WarningCollector) -> Page:
     """Return a page as it would be printed: crop box and rotation applied, annotations and form fields drawn."""
     page = mupdf.pdf_load_page(pdf, page_no - 1).super()
     box = mupdf.fz_bound_page(page)
     width_pt, height_pt = box.x1 - box.x0, box.y1 - box.y0
     if not (0 < width_pt < math.inf and 0 < height_pt < math.inf):
         raise DocumentError("broken", f"page {page_no} measures {width_pt} x {height_pt} pt")
-    canvas = fit(width_pt, height_pt, settings.dpi, settings.budget)
-    inner = place(width_pt, height_pt, canvas)
+    canvas = fit_page(width_pt, height_pt, settings.dpi, settings.budget)
+    inner = fit_content(width_pt, height_pt, canvas)
     drawing = mupdf.fz_new_display_list_from_page(page)
-    pixels = on_white(paint(drawing, box, inner), canvas)
+    pixels = pad_with_white(paint_page(drawing, box, inner), canvas)
     words, notes = read_text(drawing, box)
     warnings, lacking = complaints.take()
     if lacking:
         # MuPDF leaves out what it has no memory for and goes on: the page would lack its scan without a word.
         raise DocumentError("memory", f"page {page_no} cannot be drawn within `limits.memory_mib`: {lacking}")
     dpi = 72 * math.sqrt(inner.width_px * inner.height_px / (width_pt * height_pt))
-    return Page(page_no, pixels, dpi, width_pt, height_pt, visual_tokens(canvas), words, (*notes, *warnings)[:MAX_WARNINGS])
+    return Page(page_no, pixels, dpi, width_pt, height_pt, count_visual_tokens(canvas), words, (*notes, *warnings)[:MAX_WARNINGS])
 
 
-def paint(drawing: Any, box: Any, size: Size) -> Pixels:
+def paint_page(drawing: Any, box: Any, size: ImageSize) -> Pixels:
     """Return what a display list draws inside `box`, at exactly this size.
 
     `get_pixmap` would round the scaled box and may come out one pixel larger; a pixmap made first cannot.
@@ -215,7 +215,7 @@ def paint(drawing: Any, box: Any, size: Size) -> Pixels:
 def read_text(drawing: Any, box: Any) -> tuple[tuple[Word, ...], tuple[str, ...]]:
     """Return the words of the visible page, and notes. A text layer that cannot be read costs no page: the model sees pixels."""
     try:
-        with foreign("the text layer cannot be read"):
+        with convert_library_errors("the text layer cannot be read"):
             return read_words(drawing, box)
     except DocumentError as error:
         return (), (error.message,)
@@ -234,5 +234,5 @@ def read_words(drawing: Any, box: Any) -> tuple[tuple[Word, ...], tuple[str, ...
         chars += len(text)
         if len(words) >= MAX_WORDS or chars > MAX_TEXT_CHARS:
             return tuple(words), (f"of the text layer only the first {len(words)} words are kept",)
-        words.append(Word(plain(text, MAX_TEXT_CHARS), x0 - box.x0, y0 - box.y0, x1 - box.x0, y1 - box.y0))
+        words.append(Word(clean_text(text, MAX_TEXT_CHARS), x0 - box.x0, y0 - box.y0, x1 - box.x0, y1 - box.y0))
     return tuple(words), ()

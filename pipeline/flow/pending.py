@@ -1,0 +1,82 @@
+"""A job's sources, as found now and as earlier runs came to know them -> which documents have something unasked.
+
+Knows neither Ray nor an engine; what is in a document, only a renderer finds out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import sources
+from pipeline.errors import SourceError
+from pipeline.job import Job
+from pipeline.output import Output
+from pipeline.output.ledger import LedgerState
+from pipeline.output.sources import SOURCE_SCHEMA, read_sources
+from pipeline.sources import local
+from pipeline.stages.requests import Row, compute_document_keys
+
+
+def list_documents(job: Job) -> pa.Table:
+    """Return the job's documents; what an earlier run wrote into an output folder among them is none.
+
+    Raises JobError, and SourceError when there is none at all.
+    """
+    listing = sources.find_documents(job.sections.source.paths, job.file.parent, allow_outside=job.sections.source.allow_outside)
+    own = f"{job.output}/"
+    if isinstance(job.output, Path):
+        own = local.format_source(os.path.realpath(job.output), os.path.realpath(job.file.parent)) + "/"
+    listing = listing.filter(pc.invert(pc.starts_with(listing["source"], own)))
+    if not listing.num_rows:
+        raise SourceError(f"{job.file}: source.paths names nothing but the output folder {job.output}")
+    return listing
+
+
+def select_extra_columns(listing: pa.Table) -> pa.Schema:
+    """Return the manifest's own columns."""
+    return pa.schema([field for field in listing.schema if field.name not in SOURCE_SCHEMA.names])
+
+
+def limit_documents(listing: pa.Table, limit: int, output: Output) -> pa.Table:
+    """Return the first so many documents, and those that an earlier run has taken on already."""
+    known = set(read_sources(output)["source"].to_pylist())
+    keep = [index < limit or name in known for index, name in enumerate(listing["source"].to_pylist())]
+    return listing.filter(pa.array(keep, pa.bool_()))
+
+
+def identify_documents(output: Output, listing: pa.Table) -> pa.Table:
+    """Return the listing with what earlier reads found out about the sources that have not changed since."""
+    known = {
+        (row["source"], row["size_bytes"], row["version"]): row for row in read_sources(output).select(SOURCE_SCHEMA.names).to_pylist()
+    }
+    keys = zip(*(listing[name].to_pylist() for name in ("source", "size_bytes", "version")), strict=True)
+    found = [known.get(key, {}) for key in keys]
+    for field in (SOURCE_SCHEMA.field("doc_id"), SOURCE_SCHEMA.field("page_count")):
+        listing = listing.append_column(field, pa.array([row.get(field.name) for row in found], field.type))
+    return listing
+
+
+def forget_unopened(job: Job, documents: pa.Table, asked: LedgerState) -> pa.Table:
+    """Return the documents without the page counts of those that could not be opened and shall be tried once more."""
+    rows = documents.select(SOURCE_SCHEMA.names).to_pylist()
+    again = [row["page_count"] == 0 and not asked.done.issuperset(list_document_keys(job, row)) for row in rows]
+    counts = [None if shut else row["page_count"] for shut, row in zip(again, rows, strict=True)]
+    place = documents.schema.get_field_index("page_count")
+    return documents.set_column(place, SOURCE_SCHEMA.field("page_count"), pa.array(counts, pa.int32()))
+
+
+def select_unasked(job: Job, documents: pa.Table, asked: LedgerState) -> pa.Table:
+    """Return the documents that have a request to be asked: one that the ledger does not know, or that is wanted again."""
+    rows = documents.select(SOURCE_SCHEMA.names).to_pylist()
+    return documents.filter(
+        pa.array([row["page_count"] is None or not asked.done.issuperset(list_document_keys(job, row)) for row in rows], pa.bool_())
+    )
+
+
+def list_document_keys(job: Job, document: Row) -> Iterable[str]:
+    return compute_document_keys(document, job.pages_per_request, job.fingerprint)

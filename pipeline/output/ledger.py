@@ -1,0 +1,181 @@
+"""What became of the requests so far -> those that are done, and those that are to be asked once more.
+
+Knows neither files nor documents: an outcome is a row with `key`, `attempt`, `status` and `failure`.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import DamagedShard, JobError
+from pipeline.events import emit_event
+from pipeline.output import Output
+from pipeline.output.shards import read_each_shard, read_shards, set_aside_shard, write_shard
+from pipeline.output.sources import SOURCE_SCHEMA, write_sources
+from pipeline.records import Status
+
+Outcome = Mapping[str, Any]
+RETRY_PATTERN = re.compile(r"failed(?::(?:(?P<stage>\w+)/)?(?P<kind>\w+))?")
+
+
+@dataclass(frozen=True)
+class LedgerState:
+    """What the ledger says: requests that are not to be asked, and how often those were that are to be asked once more."""
+
+    done: frozenset[str]
+    attempts: Mapping[str, int]
+
+    def with_done(self, keys: Set[str]) -> LedgerState:
+        """Return this after some more requests were answered."""
+        return replace(self, done=self.done | keys)
+
+
+@dataclass(frozen=True)
+class RetryFilter:
+    """Which failures are to be asked once more: those of a stage, of a kind, or all of them."""
+
+    stage: str | None = None
+    kind: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> RetryFilter:
+        """Return what `failed`, `failed:KIND` or `failed:STAGE/KIND` says. Raises JobError."""
+        found = RETRY_PATTERN.fullmatch(text)
+        if not found:
+            raise JobError(f"retry is {text!r}; allowed are failed, failed:KIND and failed:STAGE/KIND, as in failed:timeout")
+        return cls(**found.groupdict())
+
+    def wants(self, outcome: Outcome) -> bool:
+        failure = outcome["failure"]
+        if outcome["status"] != Status.FAILED:
+            return False
+        return self.stage in (None, failure["stage"]) and self.kind in (None, failure["kind"])
+
+
+def select_newest_attempt(attempts: Iterable[Outcome]) -> Outcome:
+    """Return the newest successful attempt of a request, or else the newest."""
+    return max(attempts, key=lambda row: (row["status"] != Status.FAILED, row["attempt"]))
+
+
+def build_ledger_state(outcomes: Iterable[Outcome], retry: RetryFilter | None = None) -> LedgerState:
+    """Return what is done when these failures are to be asked once more."""
+    requests: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        requests.setdefault(outcome["key"], []).append(outcome)
+    again = {
+        key: max(row["attempt"] for row in attempts)
+        for key, attempts in requests.items()
+        if retry and retry.wants(select_newest_attempt(attempts))
+    }
+    return LedgerState(frozenset(requests.keys() - again.keys()), again)
+
+
+FAILURE_TYPE = pa.struct([("stage", pa.string()), ("kind", pa.string()), ("message", pa.string())])
+PAGE_TYPE = pa.struct(
+    [
+        ("page_no", pa.int32()),
+        ("width_px", pa.int32()),
+        ("height_px", pa.int32()),
+        ("dpi", pa.float64()),
+        ("visual_tokens", pa.int32()),
+        ("warnings", pa.list_(pa.string())),
+    ]
+)
+TOKEN_TYPE = pa.struct([("text", pa.string()), ("logprob", pa.float32())])
+LEDGER_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("attempt", pa.int32()),
+        ("source", pa.string()),
+        ("doc_id", pa.string()),
+        ("page_count", pa.int32()),
+        ("first_page", pa.int32()),
+        ("last_page", pa.int32()),
+        ("status", pa.string()),
+        ("failure", FAILURE_TYPE),
+        ("answer", pa.string()),
+        ("finish_reason", pa.string()),
+        ("errors", pa.list_(pa.string())),
+        ("asks", pa.int32()),
+        ("prompt_tokens", pa.int64()),
+        ("completion_tokens", pa.int64()),
+        ("tokens", pa.list_(TOKEN_TYPE)),
+        ("pages", pa.list_(PAGE_TYPE)),
+        ("model", pa.string()),
+        ("engine", pa.string()),
+        ("fingerprint", pa.string()),
+        ("started_at", pa.timestamp("us", "UTC")),
+        ("elapsed_s", pa.float64()),
+    ]
+)
+"""One row per request. `answer` is the model's last text as it came; `errors` is why it was not valid."""
+OUTCOME_COLUMNS = ["key", "attempt", "status", "failure"]
+
+
+def set_aside_damaged_shards(output: Output) -> list[str]:
+    """Set aside the shards of listing and ledger that do not say which requests they hold; return their places."""
+    found = [*read_each_shard(output.sources, None, SOURCE_SCHEMA), *read_each_shard(output.requests, OUTCOME_COLUMNS, LEDGER_SCHEMA)]
+    return [set_aside_shard(output, damage) for damage in found if isinstance(damage, DamagedShard)]
+
+
+def read_outcomes(output: Output) -> Iterator[dict[str, Any]]:
+    """Yield what became of every request in the ledger: its key, attempt, status and failure."""
+    for batch in read_shards(output.requests, OUTCOME_COLUMNS, LEDGER_SCHEMA).to_batches(max_chunksize=65_536):
+        yield from batch.to_pylist()
+
+
+def read_requests(output: Output, doc_ids: pa.ChunkedArray) -> pa.Table:
+    """Return the ledger's rows of these documents, and of those that have no doc_id if one of these has none.
+
+    Reads the row groups whose range of doc_ids overlaps; the tokens stay on the disk.
+    """
+    low, high = (pc.min_max(doc_ids)[end].as_py() for end in ("min", "max"))
+    place = pc.field("doc_id")
+    wanted = (place >= (low or "")) & (place <= (high or ""))
+    if doc_ids.null_count:
+        wanted |= place.is_null()
+    columns = [name for name in LEDGER_SCHEMA.names if name != "tokens"]
+    return read_shards(output.requests, columns, LEDGER_SCHEMA, wanted)
+
+
+class LedgerWriter:
+    """Gathers the rows that come back and writes them in shards, some every few seconds so that a kill costs little."""
+
+    ROWS, SECONDS = 512, 5.0
+
+    def __init__(self, output: Output) -> None:
+        self.output, self.rows, self.written_at = output, list[dict[str, Any]](), time.monotonic()
+        self.seen: set[str] = set()
+
+    def add(self, row: dict[str, Any]) -> bool:
+        """Take a row; say whether it is new: work that was done again because a machine was lost brings some twice."""
+        if row["key"] in self.seen:
+            return False
+        if row["key"]:
+            self.seen.add(row["key"])
+        self.rows.append(row)
+        if len(self.rows) >= self.ROWS or time.monotonic() - self.written_at > self.SECONDS:
+            self.flush()
+        return True
+
+    def flush(self) -> None:
+        asked = [row for row in self.rows if row["key"]]
+        if asked:
+            keys = [f"{row['key']}/{row['attempt']}" for row in asked]
+            shard = write_shard(self.output.requests, pa.Table.from_pylist(asked, LEDGER_SCHEMA), keys)
+            emit_event("shard_written", shard=shard, requests=len(asked))
+        write_sources(self.output, pa.Table.from_pylist(self.rows, SOURCE_SCHEMA))
+        self.rows, self.written_at = [], time.monotonic()
+
+    def __enter__(self) -> LedgerWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()

@@ -1,0 +1,79 @@
+"""A document's bytes and a pixel budget -> pages as the model sees them. Knows no path, no job and no model.
+
+The only door to MuPDF (`pdf.py`) and Pillow (`images.py`). What kind a document is, its content says, never its name. A
+PDF page is rasterized once, by MuPDF, at its final size; an image is resampled once. Everything that cannot be read is a
+DocumentError of a stable kind. It parses strangers' bytes in C libraries: `pipeline.sandbox` runs it in a process of its
+own, with limits that nothing in here could enforce.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from pipeline.budget import RenderSettings
+from pipeline.errors import DocumentError
+from pipeline.records import Page
+from pipeline.render.errors import convert_library_errors
+from pipeline.render.images import DocumentKind, open_image
+from pipeline.render.pdf import open_pdf
+
+FILE_SIGNATURES = {
+    DocumentKind.PNG: re.compile(rb"\x89PNG\r\n\x1a\n"),
+    DocumentKind.JPEG: re.compile(rb"\xff\xd8\xff"),
+    DocumentKind.TIFF: re.compile(rb"II[*+]\0|MM\0[*+]"),
+    DocumentKind.WEBP: re.compile(rb"RIFF....WEBP", re.DOTALL),
+    DocumentKind.GIF: re.compile(rb"GIF8[79]a"),
+    DocumentKind.BMP: re.compile(rb"BM.{12}[\x0c\x10\x28\x34\x38\x40\x6c\x7c]\0\0\0", re.DOTALL),
+    DocumentKind.PDF: re.compile(rb".{0,8192}?(%PDF-|\b\d+ \d+ obj\b)", re.DOTALL),
+}
+ARCHIVE_SIGNATURES = (b"PK\3\4", b"\x1f\x8b", b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
+"""Archives and compressed files, DOCX and EPUB among them. A PDF may lie in one uncompressed, and is not what the file is."""
+
+
+@dataclass(frozen=True, eq=False)
+class OpenDocument:
+    """A document that opened without an error."""
+
+    kind: DocumentKind
+    page_count: int
+    draw: Callable[[int], Page]
+    """Draws the page of this 1-based number."""
+
+
+def render_pages(data: bytes, settings: RenderSettings, first_page: int = 1, last_page: int | None = None) -> Iterator[Page]:
+    """Yield a document's pages, drawn one by one. Raises DocumentError."""
+    opened = open_document(data, settings)
+    for page_no in range(first_page, min(last_page or opened.page_count, opened.page_count) + 1):
+        yield opened.draw(page_no)
+
+
+def open_document(data: bytes, settings: RenderSettings) -> OpenDocument:
+    """Return the document, opened and within the job's limits, or raise DocumentError."""
+    if not data:
+        raise DocumentError("empty", "the file is empty (0 bytes)")
+    if len(data) > settings.max_file_bytes:
+        allowed = f"`limits.max_file_mib` allows {settings.max_file_bytes / 2**20:g} MiB"
+        raise DocumentError("too_large", f"the file has {len(data)} bytes; {allowed}")
+    kind = detect_kind(data)
+    with convert_library_errors(f"the {kind} file cannot be opened"):
+        page_count, draw = open_pdf(data, settings) if kind is DocumentKind.PDF else open_image(data, kind, settings)
+    if page_count > settings.max_pages:
+        raise DocumentError("too_many_pages", f"the document has {page_count} pages or more; `limits.max_pages` is {settings.max_pages}")
+
+    def draw_page(page_no: int) -> Page:
+        with convert_library_errors(f"page {page_no} of the {kind} file cannot be drawn"):
+            return draw(page_no)
+
+    return OpenDocument(kind, page_count, draw_page)
+
+
+def detect_kind(data: bytes) -> DocumentKind:
+    """Return the kind that the content begins like; in a PDF the marker may come later, or an object without one."""
+    if data.startswith(ARCHIVE_SIGNATURES):
+        raise DocumentError("unrecognised", f"the file is an archive or compressed: unpack it; it begins with {data[:16]!r}")
+    for kind, magic in FILE_SIGNATURES.items():
+        if magic.match(data):
+            return kind
+    raise DocumentError("unrecognised", f"the content is none of {', '.join(DocumentKind)}: it begins with {data[:16]!r}")

@@ -1,0 +1,99 @@
+"""What parent and child say to each other: a JSON header and raw bytes behind their lengths. Knows no process and no format.
+
+Nothing is ever unpickled, and nothing that comes out of the child is believed: a page that is not one is a ValueError.
+Bounds of what the child can make the parent hold: `MAX_HEADER_BYTES` for words, warnings and messages together (some
+hundred MiB as Python objects at the very worst, for the moment of parsing), `MAX_PAGE_BYTES` for pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import struct
+from typing import Any
+
+import numpy as np
+
+from pipeline.budget import CELL_AREA, CELL_PX, MAX_TOKENS, ImageSize, count_visual_tokens
+from pipeline.deadline import compute_time_left
+from pipeline.errors import DocumentError
+from pipeline.records import Page, Word
+
+MAX_PAGE_BYTES = 3 * CELL_AREA * MAX_TOKENS
+MAX_HEADER_BYTES = 4 * 2**20
+MAX_MESSAGE_CHARS = 1000
+LENGTHS = struct.Struct(">IQ")
+KIND = re.compile("[a-z_]{1,32}")
+
+Header = dict[str, Any]
+
+
+def send_message(connection: socket.socket, header: Header, body: bytes | memoryview = b"", deadline: float | None = None) -> None:
+    """Write one message. Raises TimeoutError, OSError when the other side is gone."""
+    text = json.dumps(header, ensure_ascii=False).encode()
+    for part in (LENGTHS.pack(len(text), len(body)) + text, body):
+        connection.settimeout(None if deadline is None else compute_time_left(deadline))
+        connection.sendall(part)
+
+
+def receive_message(connection: socket.socket, most_bytes: int, deadline: float | None = None) -> tuple[Header, bytearray]:
+    """Read one message. Raises TimeoutError, OSError when the other side is gone, ValueError for nonsense."""
+    header_bytes, body_bytes = LENGTHS.unpack(read_exactly(connection, LENGTHS.size, deadline))
+    if header_bytes > MAX_HEADER_BYTES or body_bytes > most_bytes:
+        raise ValueError(f"a message of {header_bytes} + {body_bytes} bytes")
+    try:
+        header = json.loads(read_exactly(connection, header_bytes, deadline))
+    except RecursionError:
+        raise ValueError("a header that is too deep") from None
+    if not isinstance(header, dict):
+        raise ValueError("a header that is no object")
+    return header, read_exactly(connection, body_bytes, deadline)
+
+
+def read_exactly(connection: socket.socket, count: int, deadline: float | None) -> bytearray:
+    """Return so many bytes."""
+    buffer = bytearray(count)
+    rest = memoryview(buffer)
+    while rest:
+        connection.settimeout(None if deadline is None else compute_time_left(deadline))
+        got = connection.recv_into(rest)
+        if not got:
+            raise ConnectionResetError("the other side hung up")
+        rest = rest[got:]
+    return buffer
+
+
+def pack_page(page: Page) -> Header:
+    """Return what there is to say of a page beside its pixels."""
+    words = [(word.text, word.x0_pt, word.y0_pt, word.x1_pt, word.y1_pt) for word in page.words]
+    scalars = {name: getattr(page, name) for name in ("page_no", "dpi", "width_pt", "height_pt", "warnings")}
+    return scalars | {"shape": page.pixels.shape, "words": words}
+
+
+def unpack_page(header: Header, body: bytearray, page_no: int) -> Page:
+    """Return the page that was packed. Raises KeyError, TypeError or ValueError when the child sent something else."""
+    height_px, width_px, colours = header["shape"]
+    if header["page_no"] != page_no or colours != 3 or height_px % CELL_PX or width_px % CELL_PX or min(height_px, width_px) < 1:
+        raise ValueError(f"page {header['page_no']} of {width_px}x{height_px}x{colours} in place of page {page_no}")
+    pixels = np.frombuffer(body, np.uint8).reshape(height_px, width_px, 3)
+    words = tuple(Word(str(text), *map(float, corners)) for text, *corners in header["words"])
+    measures = {name: float(header[name]) for name in ("dpi", "width_pt", "height_pt")}
+    tokens = count_visual_tokens(ImageSize(width_px, height_px))
+    return Page(page_no, pixels, visual_tokens=tokens, words=words, warnings=tuple(map(str, header["warnings"])), **measures)
+
+
+def parse_page_count(header: Header, most: int) -> int:
+    """Return the page count in an answer. Raises KeyError or ValueError when there is none that is allowed."""
+    count = header["page_count"]
+    if not isinstance(count, int) or not 1 <= count <= most:
+        raise ValueError(f"a document of {count!r} pages")
+    return count
+
+
+def parse_failure(header: Header) -> DocumentError:
+    """Return the failure in an answer. Raises KeyError or ValueError when there is none."""
+    kind, message = str(header["kind"]), str(header["message"])
+    if not KIND.fullmatch(kind):
+        raise ValueError(f"a failure of the kind {kind[:50]!r}")
+    return DocumentError(kind, message[:MAX_MESSAGE_CHARS])

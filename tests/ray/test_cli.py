@@ -1,0 +1,336 @@
+"""Commands become text and exit codes: words on stderr, data on stdout, one sentence for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from pipeline import cli, engines
+from pipeline.cli import exit_codes
+from pipeline.errors import DocumentError, EngineDead, JobError, RunError, SourceError
+from pipeline.output import Output
+from pipeline.output.ledger import LedgerWriter
+from pipeline.report import ExitCode, Report
+from tests.support.engines import CUT, INVALID, VALID, ScriptedEngine, make_completion
+from tests.support.workspace import JOB, SCHEMA, Workspace
+
+COMMANDS = ("run", "settle", "submit", "check", "preview", "status")
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def shell(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run Python as a process of its own, where nothing can hide what it writes."""
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+
+
+def refusal(*arguments: str | Path) -> str:
+    """Return the one sentence with which a command is refused."""
+    result = invoke(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    said, end = result.stderr.split("\n")
+    assert (said.startswith("error: "), end) == (True, "")
+    return said
+
+
+# --- help
+
+
+def test_help_names_the_commands() -> None:
+    said = invoke("--help").stdout
+    assert [name for name in COMMANDS if re.search(rf"^  {name} ", said, re.MULTILINE)] == list(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    result = invoke(command, "--help")
+    assert (result.exit_code, result.stdout.startswith(f"Usage: main {command} ")) == (0, True)
+
+
+WRONG_LINES = ["", "jump", "run", "run job.yaml --limit 0", "preview job.yaml a.pdf --page 0", "status", "submit job.yaml"]
+WRONG_LINES += [f"submit --address http://127.0.0.1:1 {rest}" for rest in ("", "job.yaml --stop a", "--attach a --stop a")]
+
+
+@pytest.mark.parametrize("line", WRONG_LINES)
+def test_a_wrong_command_line_is_exit_code_2(line: str) -> None:
+    result = invoke(*line.split())
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Usage: " in result.stderr
+
+
+# --- what is refused before anything starts
+
+
+WRONG: dict[str, tuple[Callable[[Workspace], Any], list[str], str]] = {
+    "no job": (lambda workspace: workspace.file.unlink(), [], r"cannot read the job file .*job\.yaml: No such file"),
+    "no YAML": (lambda workspace: workspace.file.write_text("name: ["), [], r"job\.yaml is not valid YAML"),
+    "unknown key": (
+        lambda workspace: workspace.file.write_text(JOB + "modle: {}\n"),
+        [],
+        r"job\.yaml:7: unknown key modle; did you mean model\?",
+    ),
+    "unknown key set": (lambda workspace: None, ["--set", "model.engin=x"], r"unknown key model\.engin; did you mean engine\?"),
+    "wrong engine": (lambda workspace: None, ["--set", "model.engine=nope"], r"model\.engine: should be 'auto', .*, found 'nope'"),
+    "no schema": (lambda workspace: (workspace.folder / "schema.json").unlink(), [], r"schema\.json cannot be read: No such file"),
+    "misspelt keyword": (lambda workspace: spoil(workspace, {"minimun": 0}), [], r"minimun"),
+    "impossible keyword": (lambda workspace: spoil(workspace, {"$dynamicRef": "#x"}), [], r"'\$dynamicRef' .* not supported"),
+    "no source": (lambda workspace: None, ["--set", "source.paths=[gone]"], r"source 'gone' does not exist"),
+    "no files": (lambda workspace: (workspace.inputs / "a.pdf").unlink(), [], r"source 'in' holds no files"),
+    "no password": (lambda workspace: None, ["--set", "source.password_env=NOT_SET_HERE"], r"variable NOT_SET_HERE, which is not set"),
+    "a job server": (
+        lambda workspace: None,
+        ["--address", "http://head:8265"],
+        r"ray\.address: an http\(s\) address is a cluster's job server",
+    ),
+    "no checkpoint": (lambda workspace: None, ["--set", "model.name=./gone"], r"holds no checkpoint"),
+}
+
+
+def spoil(workspace: Workspace, keyword: dict[str, Any]) -> None:
+    """Give a property of the schema one more keyword."""
+    (workspace.folder / "schema.json").write_text(
+        json.dumps(SCHEMA | {"properties": {"total": {"type": "number"} | keyword}, "required": []})
+    )
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_job_is_refused_and_nothing_is_started(workspace: Workspace, case: str) -> None:
+    spoiled, arguments, sentence = WRONG[case]
+    workspace.put("a.pdf")
+    spoiled(workspace)
+    assert re.search(sentence, refusal("run", workspace.file, *arguments))
+    assert not (workspace.folder / "out").exists()
+
+
+ALONE = {
+    "no source": (["--set", "source.paths=[gone]"], "source 'gone' does not exist (looked for {0}/gone)"),
+    "no cluster": (["--address", "127.0.0.1:1"], "nobody answers at 127.0.0.1:1: Connection refused"),
+}
+"""What is refused in a process of its own, in which no other test has started Ray: option and sentence."""
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), ALONE.values(), ids=ALONE)
+def test_a_refusal_is_one_line_for_the_shell_too(workspace: Workspace, arguments: list[str], sentence: str) -> None:
+    workspace.put("a.pdf")
+    ended = shell("-m", "pipeline.cli", "run", workspace.file, *arguments)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"error: {sentence.format(workspace.folder)}\n"
+
+
+def test_settling_a_job_that_never_ran_is_refused(workspace: Workspace) -> None:
+    assert "there is nothing to settle in" in refusal("settle", workspace.file)
+    assert not (workspace.folder / "out").exists()
+
+
+# --- check
+
+
+def test_check_shows_prompt_and_columns(workspace: Workspace) -> None:
+    result = invoke("check", workspace.file)
+    assert (result.exit_code, result.stderr) == (0, "")
+    for line in ("  name: slips", "  - total (number or null)", "  total: decimal128(18, 2)", "  _status: string"):
+        assert f"\n{line}\n" in result.stdout
+    assert f"\nfingerprint: {workspace.job().fingerprint}\n" in result.stdout
+
+
+def test_check_says_what_is_narrowed_and_what_the_grammar_leaves_out(workspace: Workspace) -> None:
+    spoil(workspace, {"not": {"const": 7}})
+    said = invoke("check", workspace.file).stdout
+    assert "left to the validator by the grammar:\n  not enforced while decoding: /properties/total/not" in said
+
+
+def test_check_prints_json_alone(workspace: Workspace) -> None:
+    result = invoke("check", workspace.file, "--set", "pages.dpi=150", "--json")
+    found = json.loads(result.stdout)
+    assert (result.stderr, found["job"]["pages"]["dpi"], found["prompt"]) == ("", 150, workspace.job().system_message)
+    assert found["columns"]["currency"].startswith("dictionary")
+
+
+def test_check_starts_nothing(workspace: Workspace) -> None:
+    code = "import sys; from pipeline import cli\ntry: cli.main(['check', sys.argv[1]])\nfinally: print(*sys.modules, file=sys.stderr)"
+    ended = shell("-c", code, workspace.file)
+    assert not {"ray", "torch", "transformers", "pymupdf"} & set(ended.stderr.split())
+    assert ended.returncode == 0
+    assert not (workspace.folder / "out").exists()
+
+
+# --- preview
+
+
+def test_preview_says_the_size_of_the_png_it_writes(workspace: Workspace) -> None:
+    png = workspace.folder / "seen.png"
+    result = invoke("preview", workspace.file, workspace.put("a.pdf"), "--no-answer", "--png", png)
+    with Image.open(png) as image:
+        assert f"{image.width}×{image.height} px, 200.0 dpi, 256 visual tokens" in result.stdout
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_preview_shows_the_prompt(workspace: Workspace) -> None:
+    said = invoke("preview", workspace.file, workspace.put("a.pdf"), "--no-answer").stdout
+    assert said.endswith(f"\nprompt:\n{workspace.job().system_message}\n\n[page image]\nReturn the JSON object for this document.\n\n")
+
+
+def test_preview_prints_json_alone(workspace: Workspace) -> None:
+    result = invoke("preview", workspace.file, workspace.put("a.pdf"), "--no-answer", "--json")
+    found = json.loads(result.stdout)
+    assert (found["page_count"], found["width_px"], found["visual_tokens"], result.stderr) == (1, 448, 256, "")
+
+
+@pytest.mark.parametrize(
+    ("say", "code", "line"),
+    [
+        (make_completion(VALID), 0, f"answer (300 + 20 tokens, stop):\n{VALID}\n"),
+        (make_completion(INVALID), 1, f"{INVALID}\ninvalid: $.total: -1 is less than 0\n"),
+        (CUT, 1, "failed: the answer was cut after 20 tokens; raise sampling.max_tokens or lower pages.per_request\n"),
+    ],
+)
+def test_preview_shows_the_answer(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, say: Any, code: int, line: str) -> None:
+    monkeypatch.setattr(engines, "load_engine", lambda job: ScriptedEngine(say))
+    monkeypatch.setattr(engines, "count_gpus", lambda: 0)
+    result = invoke("preview", workspace.file, workspace.put("a.pdf"))
+    assert (result.exit_code, result.stderr) == (code, "")
+    assert result.stdout.endswith(line)
+
+
+def test_preview_says_aloud_that_the_demonstration_answers(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "load_engine", lambda job: ScriptedEngine())
+    monkeypatch.setattr(engines, "count_gpus", lambda: 0)
+    settings = ("--set", "model.name=Qwen/Qwen2.5-VL-7B-Instruct-AWQ", "--set", "model.without_gpu=demo")
+    result = invoke("preview", workspace.file, workspace.put("a.pdf"), *settings)
+    assert "the DEMONSTRATION MODEL of this package answers instead of Qwen/Qwen2.5-VL-7B-Instruct-AWQ" in result.stderr
+
+
+def test_preview_of_what_is_no_document_is_exit_code_1(workspace: Workspace) -> None:
+    result = invoke("preview", workspace.file, workspace.put("a.pdf", b"Dear Sir"), "--no-answer")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("failed: the content is none of PDF")
+
+
+def test_the_demonstration_answers_without_a_warning(workspace: Workspace) -> None:
+    ended = shell("-m", "pipeline.cli", "preview", workspace.file, workspace.put("a.pdf"), "--json", "--set", "sampling.max_tokens=200")
+    found = json.loads(ended.stdout)
+    assert (found["status"], found["model"], found["engine"], found["errors"]) == ("extracted", "demo", "transformers", [])
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+# --- status
+
+
+@pytest.fixture
+def output(workspace: Workspace) -> Output:
+    made = Output(workspace.folder / "out")
+    made.create()
+    made.write_job({"job": {"name": "slips"}, "fingerprint": "f", "asked": {}})
+    failure = {"stage": "render", "kind": "empty", "message": "no bytes\x1b[2J"}
+    row = {"source": "in/[red]a\x1b[31m.pdf", "size_bytes": 0, "version": "1", "page_count": 0}
+    with LedgerWriter(made) as ledger:
+        ledger.add(row | {"key": "k1", "attempt": 1, "status": "failed", "failure": failure})
+    return made
+
+
+def test_status_is_words(output: Output) -> None:
+    result = invoke("status", output.path)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert re.search(r"request failures: render/empty +│ 1", result.stderr)
+    assert re.search(r"in/\[red\]a\\x1b\[31m\.pdf +│ 1 +│ 0 +│ 1 +│ render/empty", result.stderr)
+
+
+def test_status_prints_json_alone(output: Output) -> None:
+    result = invoke("status", output.path, "--json")
+    assert (result.stderr, json.loads(result.stdout)["request_failures"]) == ("", {"render/empty": 1})
+
+
+def test_status_of_something_else_is_refused(workspace: Workspace) -> None:
+    assert "was not written by a run" in refusal("status", workspace.folder)
+
+
+# --- what ends a command
+
+
+def test_the_end_of_a_run_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report("slips", "/tmp/out", "demo", True, documents=2, records=2, failures={"render/empty": 1})
+    assert cli.show_end(report, as_json=True) is ExitCode.DOCUMENTS_FAILED
+    said = capsys.readouterr()
+    assert (json.loads(said.out), said.err) == (report.as_dict(), "")
+
+
+def ended(act: Callable[[], Any]) -> int:
+    """Return the exit code of a command that does this."""
+    with pytest.raises(SystemExit) as error:
+        exit_codes.convert_to_exit_code(act)()
+    return int(error.value.code or 0)
+
+
+def fail(error: BaseException) -> Callable[[], Any]:
+    def act() -> None:
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (JobError("bad job"), 2, "error: bad job"),
+        (SourceError("no files"), 2, "error: no files"),
+        (DocumentError("empty", "no bytes"), 1, "failed: no bytes"),
+        (RunError("full disk"), 3, "error: full disk"),
+        (EngineDead("no GPU"), 3, "error: no GPU"),
+        (
+            ModuleNotFoundError(name="ray"),
+            2,
+            "error: the package ray is not installed here: pip install -c constraints.txt . in a copy of this repository",
+        ),
+        (KeyboardInterrupt(), 130, "stopped; what was answered is kept: run the same command again to go on"),
+    ],
+)
+def test_every_end_has_its_code_and_its_sentence(capsys: pytest.CaptureFixture[str], error: BaseException, code: int, said: str) -> None:
+    assert ended(fail(error)) == code
+    assert capsys.readouterr().err == said + "\n"
+
+
+@pytest.mark.parametrize("code", [None, ExitCode.OK, ExitCode.DOCUMENTS_FAILED])
+def test_what_a_command_returns_is_its_code(code: ExitCode | None) -> None:
+    assert ended(lambda: code) == (code or 0)
+
+
+def test_a_terminated_command_says_so_though_ray_makes_another_exception_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    def wait() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None
+
+    assert ended(wait) == 143
+    assert capsys.readouterr().err == "stopped; what was answered is kept: run the same command again to go on\n"
+
+
+def test_a_second_signal_to_the_same_end_does_not_disturb_it(capsys: pytest.CaptureFixture[str]) -> None:
+    def write_what_there_is() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            cli.say("written")
+
+    assert ended(write_what_there_is) == 143
+    assert capsys.readouterr().err.startswith("written\n")
+
+
+def test_a_terminated_command_stops_like_an_interrupted_one() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert ended(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 143
+    assert signal.getsignal(signal.SIGTERM) is before

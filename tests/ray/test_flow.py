@@ -1,0 +1,540 @@
+"""A folder of documents becomes a folder of results, and stays right whatever is done to it meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pymupdf
+import pytest
+import ray
+from PIL import Image
+from ray.exceptions import RayError
+
+from pipeline import cluster, engines, flow
+from pipeline.engines import Engine
+from pipeline.errors import DamagedShard, DocumentError, EngineDead, JobError, RunError
+from pipeline.flow import ask_pass, pending
+from pipeline.job import Job
+from pipeline.output import Output
+from pipeline.output.ledger import build_ledger_state, read_outcomes
+from pipeline.output.sources import read_sources
+from pipeline.records import Completion, Request
+from pipeline.report import ExitCode, Progress, Report
+from pipeline.stages.settle import SettleStage
+from tests.support.engines import InkEngine
+from tests.support.ray_actors import InkActor, pickle_by_value
+from tests.support.workspace import SCHEMA, Workspace, draw_slip
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+PASSWORD = "open sesame"
+MANIFEST = "path,customer\nin/a.pdf,0042\nin/b.pdf,\nin/c.pdf,ACME\n"
+
+
+class Frail(InkEngine):
+    """Fails at every request as long as it is ill: a file called `well` beside the job heals it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    async def complete(self, request: Request) -> Completion:
+        if not (self.folder / "well").exists():
+            self.suffer(request)
+        return await super().complete(request)
+
+    def suffer(self, request: Request) -> None:
+        raise DocumentError("engine", "the kernel returned nonsense")
+
+
+class Mortal(Frail):
+    """Answers once in its life; the second request kills it, as a fault of CUDA does."""
+
+    def suffer(self, request: Request) -> None:
+        self.asked.append(request)
+        if len(self.asked) > 1:
+            raise EngineDead("the GPU has fallen off the bus")
+
+
+class WithoutModel(InkActor):
+    def load(self, job: Job, threads: int) -> Engine:
+        raise RunError("there is no memory for the weights")
+
+
+class FrailAsker(InkActor):
+    def load(self, job: Job, threads: int) -> Engine:
+        return Frail(job.file.parent)
+
+
+class MortalAsker(InkActor):
+    def load(self, job: Job, threads: int) -> Engine:
+        return Mortal(job.file.parent)
+
+
+class Patient(InkEngine):
+    """Takes its time, and signs that it was here."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        (folder / f"{os.getpid()}.actor").touch()
+
+    async def complete(self, request: Request) -> Completion:
+        await asyncio.sleep(0.5)
+        return await super().complete(request)
+
+
+class PatientAsker(InkActor):
+    def load(self, job: Job, threads: int) -> Engine:
+        return Patient(job.file.parent)
+
+
+class Deaf(InkEngine):
+    """Never answers."""
+
+    async def complete(self, request: Request) -> Completion:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+class DeafAsker(InkActor):
+    def load(self, job: Job, threads: int) -> Engine:
+        return Deaf()
+
+
+pickle_by_value(__name__)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answer without a model, where a test does not say otherwise."""
+    monkeypatch.setattr(ask_pass, "EngineActor", InkActor)
+
+
+# --- what a test looks at
+
+
+def records(workspace: Workspace) -> dict[str, dict[str, Any]]:
+    """Return the records by file name, which each must have one of."""
+    rows = pq.read_table(workspace.folder / "out" / "records").to_pylist()
+    found = {Path(row["_source"]).name: row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def ledger(workspace: Workspace) -> list[dict[str, Any]]:
+    """Return the rows of the requests, whose attempts must differ, in the order of source, page and attempt."""
+    folder = workspace.folder / "out" / "requests"
+    rows: list[dict[str, Any]] = pq.read_table(folder).to_pylist() if list(folder.glob("*")) else []
+    assert len({(row["key"], row["attempt"]) for row in rows}) == len(rows)
+    return sorted(rows, key=lambda row: (row["source"], row["first_page"], row["attempt"]))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def picture(kind: str, *pages: int) -> bytes:
+    """Return slips as an image file; more than one page is a TIFF."""
+    drawn = [pymupdf.open(stream=draw_slip(page), filetype="pdf")[0].get_pixmap(dpi=200) for page in pages]
+    images = [Image.frombytes("RGB", (image.width, image.height), image.samples) for image in drawn]
+    file = io.BytesIO()
+    images[0].save(file, kind, **({"save_all": True, "append_images": images[1:]} if kind == "TIFF" else {}))
+    return file.getvalue()
+
+
+def locked(password: str) -> bytes:
+    document = pymupdf.open(stream=draw_slip(7), filetype="pdf")
+    return bytes(document.tobytes(encryption=pymupdf.PDF_ENCRYPT_AES_256, owner_pw="owner", user_pw=password))
+
+
+# --- one run over files of all kinds
+
+
+@pytest.fixture(scope="module")
+def mixed(ray_session: cluster.Resources, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Workspace, Job, Report]]:
+    """A run over ten files, three of which cannot be read."""
+    workspace = Workspace(tmp_path_factory.mktemp("mixed"))
+    files = {"good.pdf": draw_slip(1), "twin.pdf": draw_slip(1), "photo.jpg": picture("JPEG", 2), "fax.tif": picture("TIFF", 3, 4)}
+    files |= {"long.pdf": draw_slip(1, 2, 3, 4, 5), "name with\nä newline.pdf": draw_slip(6), "known.pdf": locked(PASSWORD)}
+    files |= {"unknown.pdf": locked("another"), "empty.pdf": b"", "letter.pdf": b"Dear Sir or Madam"}
+    for name, data in files.items():
+        workspace.put(name, data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ask_pass, "EngineActor", InkActor)
+        patch.setenv("SLIP_PASSWORD", PASSWORD)
+        job = workspace.job("pages.per_request=2", "source.password_env=SLIP_PASSWORD")
+        yield workspace, job, flow.run(job)
+
+
+@pytest.fixture
+def copied(mixed: tuple[Workspace, Job, Report], tmp_path: Path) -> tuple[Workspace, Job]:
+    """A copy of that run's folder, to be spoilt."""
+    shutil.copytree(mixed[0].folder, tmp_path / "copy", copy_function=shutil.copy2)
+    workspace = object.__new__(Workspace)
+    workspace.folder, workspace.file, workspace.inputs = tmp_path / "copy", tmp_path / "copy" / "job.yaml", tmp_path / "copy" / "in"
+    return workspace, workspace.job("pages.per_request=2", "source.password_env=SLIP_PASSWORD")
+
+
+def test_every_file_has_its_record(mixed: tuple[Workspace, Job, Report]) -> None:
+    workspace, _, report = mixed
+    assert {name: row["_status"] for name, row in records(workspace).items()} == {
+        name: "failed" if name in ("unknown.pdf", "empty.pdf", "letter.pdf") else "extracted" for name in os.listdir(workspace.inputs)
+    }
+    assert (report.documents, report.records, report.statuses) == (10, 10, {"extracted": 7, "failed": 3})
+
+
+def test_what_cannot_be_read_says_why(mixed: tuple[Workspace, Job, Report]) -> None:
+    workspace, _, report = mixed
+    kinds = {name: row["_failure"]["kind"] for name, row in records(workspace).items() if row["_failure"]}
+    assert kinds == {"unknown.pdf": "encrypted", "empty.pdf": "empty", "letter.pdf": "unrecognised"}
+    assert report.failures == {"render/empty": 1, "render/encrypted": 1, "render/unrecognised": 1}
+
+
+def test_some_failures_are_exit_code_1(mixed: tuple[Workspace, Job, Report]) -> None:
+    assert (mixed[2].exit_code, mixed[2].missing) == (ExitCode.DOCUMENTS_FAILED, [])
+
+
+def test_the_report_is_written(mixed: tuple[Workspace, Job, Report]) -> None:
+    _, job, report = mixed
+    assert json.loads((job.output / "report.json").read_text()) == report.as_dict()
+    assert (report.requests_asked, report.pages_asked, report.prompt_tokens) == (8, 11, 8 * 300)
+
+
+def test_two_files_of_the_same_bytes_are_asked_once(mixed: tuple[Workspace, Job, Report]) -> None:
+    good, twin = (records(mixed[0])[name] for name in ("good.pdf", "twin.pdf"))
+    assert good["_doc_id"] == twin["_doc_id"]
+    assert {**good, "_source": ""} == {**twin, "_source": ""}
+    assert sum(row["doc_id"] == good["_doc_id"] for row in ledger(mixed[0])) == 1
+
+
+def test_a_long_document_is_split_and_merged(mixed: tuple[Workspace, Job, Report]) -> None:
+    row = records(mixed[0])["long.pdf"]
+    assert (row["_pages"], row["_requests"], row["_visual_tokens"]) == (5, 3, 5 * 256)
+    assert sorted((r["first_page"], r["last_page"]) for r in ledger(mixed[0]) if r["doc_id"] == row["_doc_id"]) == [(1, 2), (3, 4), (5, 5)]
+    assert row["total"] == records(mixed[0])["good.pdf"]["total"]
+    assert [(d["kept_page"], d["other_page"]) for d in row["_disagreements"]] == [(1, 3), (1, 5)]
+
+
+def test_a_fax_has_pages(mixed: tuple[Workspace, Job, Report]) -> None:
+    row = records(mixed[0])["fax.tif"]
+    assert (row["_pages"], row["_requests"]) == (2, 1)
+
+
+def test_the_job_is_kept_without_the_password(mixed: tuple[Workspace, Job, Report]) -> None:
+    workspace, job, _ = mixed
+    kept = Output(job.output).read_job()
+    assert kept is not None
+    assert (kept["job"]["source"]["password_env"], kept["fingerprint"]) == ("SLIP_PASSWORD", ledger(workspace)[0]["fingerprint"])
+    assert not [name for name, data in contents(job.output).items() if PASSWORD.encode() in data]
+
+
+def test_the_columns_are_what_check_says(mixed: tuple[Workspace, Job, Report]) -> None:
+    _, job, _ = mixed
+    (file,) = (job.output / "records").iterdir()
+    assert pq.read_schema(file).equals(SettleStage(job, pa.schema([])).schema)
+
+
+def test_a_second_run_asks_nothing_and_changes_nothing(copied: tuple[Workspace, Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, job = copied
+    monkeypatch.setenv("SLIP_PASSWORD", PASSWORD)
+    monkeypatch.setattr(flow, "ask", None)  # whoever calls it, fails
+    before = contents(job.output)
+    report = flow.run(job)
+    after = contents(job.output)
+    assert (report.requests_asked, report.pages_asked, report.statuses) == (0, 0, {"extracted": 7, "failed": 3})
+    assert {name for name in after if after[name] != before.get(name)} == {"report.json"}
+    assert before.keys() == after.keys()
+
+
+def test_settling_again_restores_the_records(copied: tuple[Workspace, Job]) -> None:
+    _, job = copied
+    before = contents(job.output / "records")
+    shutil.rmtree(job.output / "records")
+    report = flow.settle(job)
+    assert contents(job.output / "records") == before
+    assert (report.documents, report.records, report.requests_asked, report.exit_code) == (10, 10, 0, ExitCode.DOCUMENTS_FAILED)
+
+
+def test_settling_follows_a_schema_that_has_changed(copied: tuple[Workspace, Job]) -> None:
+    workspace, _ = copied
+    strict = SCHEMA["properties"] | {"currency": {"enum": ["USD", None]}}  # type: ignore[operator]
+    (workspace.folder / "schema.json").write_text(json.dumps(SCHEMA | {"properties": strict}))
+    report = flow.settle(workspace.job("pages.per_request=2", "source.password_env=SLIP_PASSWORD"))
+    assert report.statuses == {"failed": 3, "invalid": 7}
+
+
+def test_what_a_killed_run_left_is_cleared_away(copied: tuple[Workspace, Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, job = copied
+    monkeypatch.setenv("SLIP_PASSWORD", PASSWORD)
+    left = [job.output / name for name in (".job.yaml.1.tmp", "requests/.x.parquet.1.tmp", "records/.x.parquet.1.tmp")]
+    for file in left:
+        file.write_bytes(b"PAR1")
+    flow.run(job)
+    assert not [file for file in left if file.exists()]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [("sampling.seed=32", "sampling.seed"), ("pages.per_request=3", "pages.per_request"), ("extract.instructions=Go", "prompt")],
+)
+def test_another_job_into_the_same_folder_is_refused(copied: tuple[Workspace, Job], setting: str, said: str) -> None:
+    workspace, job = copied
+    before = contents(job.output)
+    with pytest.raises(JobError, match=f"holds answers to another job: {said} changed since"):
+        flow.run(workspace.job("pages.per_request=2", setting))
+    assert contents(job.output) == before
+
+
+def test_settling_another_job_is_refused(copied: tuple[Workspace, Job]) -> None:
+    with pytest.raises(JobError, match=r"has changed since .* was asked: sampling\.max_tokens"):
+        flow.settle(copied[0].job("pages.per_request=2", "sampling.max_tokens=32"))
+
+
+@pytest.mark.parametrize("folder", ["requests", "sources", "records"])
+def test_a_damaged_shard_is_made_anew(copied: tuple[Workspace, Job], monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    """In the ledger it costs asking again what it held; the listing and the records cost nothing."""
+    workspace, job = copied
+    monkeypatch.setenv("SLIP_PASSWORD", PASSWORD)
+    before, shard = contents(job.output / "records"), next((job.output / folder).iterdir())
+    lost = [row for row in pq.read_table(shard).to_pylist() if row.get("asks")]
+    shard.write_bytes(shard.read_bytes()[:-40])
+    report = flow.run(job)
+    assert (report.damaged, report.requests_asked) == ([str(shard)] if folder != "records" else [], len(lost))
+    assert contents(job.output / "records") == before
+    assert len(ledger(workspace)) == 11
+
+
+def test_a_shard_whose_answers_are_damaged_is_found_when_it_is_settled(
+    copied: tuple[Workspace, Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its keys can be read, so that nothing is amiss before."""
+    workspace, job = copied
+    monkeypatch.setenv("SLIP_PASSWORD", PASSWORD)
+    before, shard = contents(job.output / "records"), next((job.output / "requests").iterdir())
+    group = pq.ParquetFile(shard).metadata.row_group(0)
+    column = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == "answer")
+    data = bytearray(shard.read_bytes())
+    data[column.data_page_offset + column.total_compressed_size // 2] ^= 0x01
+    shard.write_bytes(data)
+    with pytest.raises(DamagedShard, match=f"{shard.name} is damaged"):
+        flow.settle(job)
+    assert flow.run(job).damaged == [str(shard)]
+    assert contents(job.output / "records") == before
+    assert len(ledger(workspace)) == 11
+
+
+# --- before anything has started
+
+
+@pytest.mark.parametrize("by_link", [False, True])
+def test_what_a_run_wrote_is_no_source_of_the_next(workspace: Workspace, tmp_path: Path, by_link: bool) -> None:
+    workspace.put("a.pdf")
+    (workspace.folder / "out" / "records").mkdir(parents=True)
+    (workspace.folder / "out" / "records" / "shard.parquet").write_bytes(b"PAR1")
+    (tmp_path / "link").symlink_to(workspace.folder)
+    job = Job.load(tmp_path / "link" / "job.yaml" if by_link else workspace.file, ["source.paths=['**/*.p*']"])
+    assert pending.list_documents(job)["source"].to_pylist() == ["in/a.pdf"]
+
+
+def test_there_is_nothing_to_settle_in_a_fresh_folder(workspace: Workspace) -> None:
+    with pytest.raises(JobError, match="there is nothing to settle in"):
+        flow.settle(workspace.job())
+
+
+def test_a_run_killed_before_it_listed_anything_settles_to_nothing(workspace: Workspace) -> None:
+    workspace.put("a.pdf")
+    flow.begin_output(job := engines.choose_model(workspace.job(), 0), output := Output(job.output))
+    output.write_job(flow.describe_run(job))
+    report = flow.settle(workspace.job())
+    assert (report.documents, report.records, report.exit_code) == (0, 0, ExitCode.OK)
+
+
+def test_actors_that_will_never_fit_are_refused(workspace: Workspace) -> None:
+    workspace.put("a.pdf")
+    with pytest.raises(JobError, match=r"ray\.actors is 3, each with 99 CPUs and .* for rendering; there are"):
+        flow.run(workspace.job("ray.actors=3", "ray.cpus_per_actor=99"))
+    assert not (workspace.folder / "out").exists()
+
+
+def test_a_pool_grows_while_all_its_actors_are_busy(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    for page in range(40):
+        workspace.put(f"{page}.pdf", draw_slip(page))
+    monkeypatch.setattr(ask_pass, "EngineActor", PatientAsker)
+    report = flow.run(workspace.job("ray.actors=[1, 2]", "ray.cpus_per_actor=0.5", "model.batch_size=1"))
+    assert report.statuses == {"extracted": 40}
+    assert len(list(workspace.folder.glob("*.actor"))) == 2
+
+
+def test_a_long_listing_goes_through_the_engines_in_parts(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twins in two parts are asked once, and what fails again when it is retried in the first part is not asked in the others, too."""
+    for number, name in enumerate(("a.pdf", "b.pdf", "c.pdf")):
+        workspace.put(name, draw_slip(number))
+    workspace.put("d.pdf", draw_slip(0))
+    workspace.put("e.pdf", b"")
+    workspace.put("0.pdf", b"")
+    monkeypatch.setattr(flow, "DOCUMENTS_AT_ONCE", 2)
+    seen: list[Progress] = []
+    report = flow.run(workspace.job(), on_progress=seen.append)
+    assert (report.requests_asked, report.statuses) == (3, {"extracted": 4, "failed": 2})
+    assert (seen[-1].documents, seen[-1].documents_done) == (6, 6)
+    assert flow.run(workspace.job(), retry="failed").requests == {"failed": 1}
+    assert len(ledger(workspace)) == 3 + 2
+
+
+# --- a folder over time
+
+
+def test_a_folder_is_kept_up_to_date(workspace: Workspace) -> None:
+    """Three files of a manifest: the first alone at first, then one changes unseen, one visibly, and one goes."""
+    for name in ("a.pdf", "b.pdf", "c.pdf"):
+        workspace.put(name)
+    (workspace.folder / "list.csv").write_text(MANIFEST)
+    job = workspace.job("source.paths=[list.csv]")
+    assert flow.run(job, limit=1).statuses == {"extracted": 1}
+    assert list(records(workspace)) == ["a.pdf"]
+    assert flow.run(job, limit=3).requests_asked == 2
+    before = records(workspace)
+    assert [row["customer"] for row in before.values()] == ["0042", None, "ACME"]
+
+    seen = (workspace.inputs / "a.pdf").stat()
+    (workspace.inputs / "a.pdf").write_bytes(b"x" * seen.st_size)
+    os.utime(workspace.inputs / "a.pdf", ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    workspace.put("b.pdf", draw_slip(77))
+    (workspace.folder / "list.csv").write_text(MANIFEST.replace("in/c.pdf,ACME\n", ""))
+    assert flow.run(job).requests_asked == 1
+    after = records(workspace)
+    assert after.keys() == {"a.pdf", "b.pdf"}
+    assert after["a.pdf"] == before["a.pdf"]
+    assert after["b.pdf"]["_doc_id"] != before["b.pdf"]["_doc_id"]
+    assert after["b.pdf"]["total"] != before["b.pdf"]["total"]
+
+
+def test_a_stopped_run_keeps_its_answers_and_goes_on_later(workspace: Workspace) -> None:
+    """Five pages, a record each; stopped when two have come back."""
+    workspace.put("a.pdf", draw_slip(1, 2, 3, 4, 5))
+    job = workspace.job("extract.per=page", "model.batch_size=1")
+
+    def stop(now: Progress) -> None:
+        if now.requests_done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        flow.run(job, on_progress=stop)
+    assert len(ledger(workspace)) == 2
+    flow.settle(job)
+    assert sorted(pq.read_table(job.output / "records")["_status"].to_pylist()) == ["extracted"] * 2 + ["failed"] * 3
+
+    report = flow.run(job)
+    rows = pq.read_table(job.output / "records").to_pylist()
+    assert (report.requests_asked, len(ledger(workspace))) == (3, 5)
+    assert [(row["_page"], row["_status"]) for row in rows] == [(page, "extracted") for page in range(1, 6)]
+    assert len({row["total"] for row in rows}) == 5
+
+
+def test_failures_alone_have_the_columns_of_any_run(workspace: Workspace, mixed: tuple[Workspace, Job, Report]) -> None:
+    workspace.put("empty.pdf", b"")
+    (workspace.folder / "list.txt").write_text("in/empty.pdf\nin/gone.pdf\n")
+    job = engines.choose_model(workspace.job("source.paths=[list.txt]"), 0)
+    report = flow.run(job)
+    assert (report.statuses, report.requests_asked) == ({"failed": 2}, 0)
+    schemas = [pq.read_schema(next((output / "records").iterdir())) for output in (job.output, mixed[1].output)]
+    assert schemas[0].equals(schemas[1])
+    done = build_ledger_state(read_outcomes(Output(job.output)))
+    assert pending.select_unasked(job, read_sources(Output(job.output)), done).num_rows == 0
+
+
+# --- an engine that fails
+
+
+def test_a_run_whose_engine_does_not_load_goes_on_later(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace.put("a.pdf", draw_slip(1, 2, 3))
+    monkeypatch.setattr(ask_pass, "EngineActor", WithoutModel)
+    with pytest.raises(RunError, match=r"^there is no memory for the weights$"):
+        flow.run(workspace.job())
+    monkeypatch.setattr(ask_pass, "EngineActor", InkActor)
+    assert flow.run(workspace.job()).statuses == {"extracted": 1}
+
+
+def test_an_engine_that_dies_is_replaced_and_dies_once_too_often(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its lives answers at most one page of nine, in batches of one, and dies of the next; three lives do not see all."""
+    workspace.put("a.pdf", draw_slip(*range(9)))
+    job = workspace.job("pages.per_request=1", "model.batch_size=1", "ray.max_restarts=2")
+    monkeypatch.setattr(ask_pass, "EngineActor", MortalAsker)
+    with pytest.raises(RunError, match=r"died for the 3\. time, `ray.max_restarts` is 2: the GPU has fallen off the bus; the same command"):
+        flow.run(job)
+    asked_before = len(ledger(workspace))
+    assert asked_before <= 3
+    (workspace.folder / "well").touch()
+    report = flow.run(job)
+    assert (report.statuses, report.requests_asked) == ({"extracted": 1}, 9 - asked_before)
+    assert [row["first_page"] for row in ledger(workspace)] == list(range(1, 10))
+
+
+def test_a_run_in_which_nothing_moves_any_more_breaks_off(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace.put("a.pdf")
+    monkeypatch.setattr(ask_pass, "EngineActor", DeafAsker)
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "execution_no_progress_timeout_s", 2.0)  # of 30 minutes
+    with pytest.raises(RunError, match=r"^the run stopped: .* no progress for at least 2s .*; run the same command again to resume it$"):
+        flow.run(workspace.job())
+
+
+def test_a_run_that_fails_wholesale_is_stopped_and_its_failures_are_asked_again(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for page in range(12):
+        workspace.put(f"{page}.pdf", draw_slip(page))
+    monkeypatch.setattr(ask_pass, "EngineActor", FrailAsker)
+    job = workspace.job("limits.max_failure_ratio=0.5", "limits.min_requests=4", "model.batch_size=1")
+    with pytest.raises(RunError, match=r"4 of the last 4 requests failed.* generate/engine: the kernel returned nonsense"):
+        flow.run(job)
+    assert 4 <= len(ledger(workspace)) < 12
+    (workspace.folder / "well").touch()
+    report = flow.run(job, retry="failed:engine")
+    assert (report.requests_asked, report.statuses) == (12, {"extracted": 12})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("ray::x()\n  File\npipeline.errors.JobError: no weights\n\nThe above exception was the direct cause\nX: b", "no weights"),
+        ("ray::x()\ntorch.OutOfMemoryError: 3 GiB are free\n", "stopped: OutOfMemoryError: 3 GiB are free"),
+        ("The actor died.\n\tclass_name: Asker", "stopped: The actor died."),
+    ],
+)
+def test_what_a_worker_raised_is_said_in_a_sentence(text: str, said: str) -> None:
+    assert str(cluster.convert_worker_error(RayError(text), "stopped: {}")) == said
+
+
+# --- asking once more
+
+
+def test_what_failed_is_asked_once_more_and_nothing_else(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.pdf", "b.pdf", "c.pdf"):
+        workspace.put(name)
+    workspace.put("locked.pdf", locked(PASSWORD))
+    workspace.put("empty.pdf", b"")
+    assert flow.run(workspace.job()).failures == {"render/empty": 1, "render/encrypted": 1}
+    monkeypatch.setenv("SLIP_PASSWORD", PASSWORD)
+    job = workspace.job("source.password_env=SLIP_PASSWORD")
+    assert flow.run(job).requests_asked == 0
+    report = flow.run(job, retry="failed:encrypted")
+    assert (report.requests_asked, report.failures) == (1, {"render/empty": 1})
+    assert records(workspace)["locked.pdf"]["_status"] == "extracted"
+    assert flow.run(job, retry="failed").requests_asked == 0
+    tried = [(Path(row["source"]).name, row["attempt"], row["status"]) for row in ledger(workspace) if "empty" in row["source"]]
+    assert tried == [("empty.pdf", 1, "failed"), ("empty.pdf", 2, "failed")]
+
+
+def test_a_retry_of_nothing_known_is_refused(workspace: Workspace) -> None:
+    workspace.put("a.pdf")
+    with pytest.raises(JobError, match="retry is 'invalid'; allowed are failed"):
+        flow.run(workspace.job(), retry="invalid")
+    assert not (workspace.folder / "out").exists()

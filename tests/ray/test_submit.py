@@ -1,0 +1,336 @@
+"""A job goes to a cluster by its job server, is followed to its exit code, stopped and resumed; and a cluster is joined.
+
+The cluster is a real one, of this machine alone; its start takes most of the time, so that all tests share it and one story.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import io
+import json
+import logging
+import re
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import events
+from pipeline.cluster import ray_client, submit
+from pipeline.errors import JobError
+from pipeline.report import ExitCode, Report
+from tests.support.ray_actors import pickle_by_value
+from tests.support.ray_head import RayHead, start_head
+from tests.support.workspace import Workspace, draw_slip
+
+PAGES = 6
+PATIENCE_S = 300
+SHARED = "--shared-filesystem"
+
+pickle_by_value(__name__)
+
+
+# --- a run's log and its end, without a cluster
+
+
+async def spoken(*chunks: str) -> AsyncIterator[str]:
+    for chunk in chunks:
+        yield chunk
+
+
+def test_a_log_that_is_read_again_from_its_beginning_is_written_once() -> None:
+    written: list[str] = []
+    log = submit.LogReader(written.append)
+    for chunks in (["one\n", "tw"], ["one\nt", "wo\n"], ["one\ntwo\nthree\n"]):
+        asyncio.run(log.read(spoken(*chunks)))
+    assert "".join(written) == "one\ntwo\nthree\n"
+
+
+def test_a_log_that_is_silent_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def silent() -> AsyncIterator[str]:
+        yield "one\n"
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(submit, "LOG_SILENT_S", 0.01)
+    written: list[str] = []
+    asyncio.run(submit.LogReader(written.append).read(silent()))
+    assert written == ["one\n"]
+
+
+def test_the_events_in_a_log_go_to_a_file_and_its_words_to_who_reads() -> None:
+    words, file = list[str](), io.StringIO()
+    for log in (submit.LogSplitter(words.append, file), submit.LogSplitter(words.append, None)):
+        for text in ("starting\n{", '"at": "2026", "event": "request"}\n3 of 12', ' documents\n{"documents": 12}\n'):
+            log.write(text)
+    assert words == ["starting\n", "3 of 12 documents\n", '{"documents": 12}\n'] * 2
+    assert file.getvalue() == '{"at": "2026", "event": "request"}\n'
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message", "ends", "says"),
+    [
+        ("SUCCEEDED", 0, None, ExitCode.OK, ""),
+        ("FAILED", 1, "…", ExitCode.DOCUMENTS_FAILED, ""),
+        ("FAILED", 2, "…", ExitCode.JOB_WRONG, ""),
+        ("FAILED", 3, "…", ExitCode.RUN_BROKEN, ""),
+        ("FAILED", 143, "…", ExitCode.TERMINATED, ""),
+        ("FAILED", -9, "…", ExitCode.RUN_BROKEN, "its process ended with status -9"),
+        ("FAILED", 127, "…", ExitCode.RUN_BROKEN, "its process ended with status 127"),
+        ("FAILED", None, "no\nimage", ExitCode.RUN_BROKEN, "broke off: no image;"),
+        ("STOPPED", None, None, ExitCode.TERMINATED, "the run was stopped; what was answered is kept"),
+    ],
+)
+def test_the_end_of_a_run_is_its_exit_code(status: str, code: int | None, message: str | None, ends: ExitCode, says: str) -> None:
+    found: Any = SimpleNamespace(status=submit.JobStatus(status), driver_exit_code=code, message=message)
+    exit_code, word = submit.read_exit_code(found)
+    assert exit_code is ends
+    assert says in word if says else word == ""
+
+
+# --- what is no job server
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:8265", "ray://127.0.0.1:10001", "http://user@head:8265", "http://head:8265/x"])
+def test_what_is_no_address_of_a_job_server_is_refused(address: str) -> None:
+    with pytest.raises(JobError, match="expected a cluster's job server, such as http://HEAD:8265"):
+        submit.JobServer(address)
+
+
+def test_where_no_job_server_is_is_said_at_once() -> None:
+    with pytest.raises(JobError, match=r"nobody answers at http://127\.0\.0\.1:1: Connection refused"):
+        submit.JobServer("http://127.0.0.1:1")
+
+
+def test_without_the_clients_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "find_spec", lambda name: None)
+    with pytest.raises(JobError, match=r"pip install 'pipeline\[cluster\]'"):
+        submit.JobServer("http://127.0.0.1:1")
+
+
+class Elsewhere(http.server.BaseHTTPRequestHandler):
+    """A server of something else, which answers when its time has come."""
+
+    asked, due = threading.Event(), threading.Event()
+    content = b"<html>"
+
+    def do_GET(self) -> None:
+        self.asked.set()
+        self.due.wait(PATIENCE_S)
+        with suppress(OSError):  # who asked is gone
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(self.content)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def serving(handler: type[Elsewhere]) -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        handler.due.set()
+        server.shutdown()
+
+
+def test_another_server_is_none() -> None:
+    Elsewhere.due.set()
+    with serving(Elsewhere) as address, pytest.raises(JobError, match=f"{address}: "):
+        submit.JobServer(address)
+
+
+# --- a real cluster
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayHead]:
+    with start_head() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    made = Workspace(tmp_path_factory.mktemp("workspace"))
+    for page in range(PAGES):
+        made.put(f"{page}.pdf", draw_slip(page))
+    return made
+
+
+def answered(workspace: Workspace) -> list[str]:
+    """Return the keys in the ledger."""
+    shards = (workspace.folder / "out" / "requests").glob("*.parquet")
+    return [key for shard in shards for key in pq.read_table(shard, columns=["key"])["key"].to_pylist()]
+
+
+def patiently(done: Any) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not done() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert done()
+
+
+class Last(Elsewhere):
+    """Has the last page, so that a run cannot be over before it shall be."""
+
+    asked, due = threading.Event(), threading.Event()
+    content = draw_slip(PAGES)
+
+
+@pytest.fixture(scope="module")
+def story(cluster: RayHead, workspace: Workspace) -> Iterator[SimpleNamespace]:
+    """Submit; let go of it; stop it when it has answered something; follow what is left; submit again, to the end; and once more."""
+    told = SimpleNamespace()
+    with serving(Last) as address:
+        paths = f"source.paths=[in, '{address}/last.pdf']"
+        settings = (paths, "source.allow_private=true", "limits.download_s=1000", "model.batch_size=1")
+        submission = ["submit", workspace.file, "--address", cluster.jobs, SHARED, *(word for one in settings for word in ("--set", one))]
+        submitted = cluster.start(*submission, "--follow")
+        assert submitted.stdout is not None
+        told.run = submitted.stdout.readline().strip()
+        patiently(lambda: answered(workspace) and Last.asked.is_set())
+        submitted.send_signal(signal.SIGINT)
+        told.left = submitted.communicate()[1], submitted.returncode
+        told.stopped = cluster.pipeline("submit", "--stop", told.run, "--address", cluster.jobs)
+        told.answered = answered(workspace)
+        told.attached = cluster.pipeline("submit", "--attach", told.run, "--address", cluster.jobs, "--json")
+        Last.due.set()
+        told.resumed = cluster.pipeline(*submission, "--follow", "--json", "--log", workspace.folder / "events.jsonl")
+        told.all = answered(workspace)
+        workspace.put("empty.pdf", b"")
+        told.worse = cluster.pipeline(*submission, "--follow")
+        yield told
+
+
+def test_a_submission_has_an_id(story: SimpleNamespace) -> None:
+    assert re.fullmatch(r"raysubmit_\w+", story.run)
+
+
+def test_who_follows_may_let_go(story: SimpleNamespace, cluster: RayHead) -> None:
+    said, code = story.left
+    assert code == 130
+    assert f"the run goes on: `pipeline submit --address {cluster.jobs} --attach {story.run}` follows it again" in said
+
+
+def test_a_run_that_is_stopped_keeps_what_it_has(story: SimpleNamespace) -> None:
+    assert (story.stopped.returncode, story.stopped.stdout) == (0, "")
+    assert story.stopped.stderr.startswith(f"{story.run} has ended: STOPPED; what was answered is kept")
+    assert 0 < len(story.answered) <= PAGES
+
+
+def test_a_run_that_is_stopped_ends_by_itself_and_says_so(story: SimpleNamespace) -> None:
+    assert "\nstopped; what was answered is kept: run the same command again to go on\n" in story.attached.stderr
+    assert json.loads(story.attached.stdout) == {"submission_id": story.run, "exit_code": 143}
+    assert story.attached.returncode == 143
+
+
+def test_a_run_that_is_submitted_again_goes_on_to_its_end(story: SimpleNamespace) -> None:
+    assert (story.resumed.returncode, json.loads(story.resumed.stdout)["exit_code"]) == (0, 0)
+    assert re.search(rf"requests asked +│ {PAGES + 1 - len(story.answered)} ", story.resumed.stderr)
+    assert len(story.all) == len(set(story.all)) == PAGES + 1
+
+
+def test_the_words_of_a_run_arrive(story: SimpleNamespace) -> None:
+    assert re.search(rf"slips: {PAGES + 1} documents, {PAGES + 1} records", story.resumed.stderr)
+    assert "packaging.py" not in story.resumed.stderr
+
+
+def test_the_events_of_a_run_arrive(story: SimpleNamespace, workspace: Workspace) -> None:
+    found = [json.loads(line) for line in (workspace.folder / "events.jsonl").read_text().splitlines()]
+    assert {line["key"] for line in found if line["event"] == "request"} == set(story.all) - set(story.answered)
+    assert (found[0]["event"], found[-1]["event"]) == ("run_started", "run_ended")
+    assert '"event"' not in story.resumed.stderr
+
+
+def test_failed_documents_are_exit_code_1(story: SimpleNamespace) -> None:
+    assert story.worse.returncode == 1
+    assert re.search(r"render/empty +│ 1 ", story.worse.stderr)
+
+
+def test_a_wrong_job_is_exit_code_2(cluster: RayHead, workspace: Workspace) -> None:
+    wrong = ("--set", "source.paths=[gone]")
+    ended = cluster.pipeline("submit", workspace.file, "--address", cluster.jobs, SHARED, "--follow", *wrong)
+    assert ended.returncode == 2
+    assert f"error: source '{workspace.folder}/gone' does not exist" in ended.stderr
+
+
+def test_a_local_path_is_not_sent(cluster: RayHead, workspace: Workspace) -> None:
+    ended = cluster.pipeline("submit", workspace.file, "--address", cluster.jobs)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "source.paths is 'in', a place on this machine that the cluster does not see" in ended.stderr
+
+
+def test_secrets_are_not_sent_and_that_is_said(cluster: RayHead, workspace: Workspace) -> None:
+    secret = ("--set", "source.password_env=PDF_PASSWORD", "--set", "source.paths=[gone]")
+    ended = cluster.pipeline("submit", workspace.file, "--address", cluster.jobs, SHARED, "--follow", *secret, PDF_PASSWORD="hunter2")
+    assert "not sent: PDF_PASSWORD; the cluster's own environment" in ended.stderr
+    assert "hunter2" not in ended.stderr + ended.stdout
+
+
+def test_a_run_that_was_never_submitted_is_not_found(cluster: RayHead) -> None:
+    for option in ("--attach", "--stop"):
+        ended = cluster.pipeline("submit", option, "raysubmit_nobody", "--address", cluster.jobs)
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert "raysubmit_nobody does not exist" in ended.stderr
+
+
+def test_without_the_token_nothing_is_done(cluster: RayHead) -> None:
+    ended = cluster.pipeline("submit", "--stop", "any", "--address", cluster.jobs, RAY_AUTH_MODE="disabled")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"error: {cluster.jobs} wants the cluster's token: set RAY_AUTH_MODE=token")
+
+
+@pytest.mark.usefixtures("story")
+def test_a_cluster_is_joined_from_its_own_machines(cluster: RayHead, workspace: Workspace) -> None:
+    ended = cluster.pipeline("settle", workspace.file, "--json", RAY_ADDRESS=cluster.address)
+    assert (ended.returncode, json.loads(ended.stdout)["records"]) == (1, PAGES + 2)
+
+
+@pytest.mark.usefixtures("story")
+def test_a_cluster_is_joined_from_outside(cluster: RayHead, workspace: Workspace) -> None:
+    ended = cluster.pipeline("settle", workspace.file, "--address", cluster.client, SHARED, "--json")
+    assert ended.returncode == 1, ended.stderr
+    assert json.loads(ended.stdout)["records"] == PAGES + 2
+
+
+def test_what_is_wrong_within_a_cluster_is_wrong_outside(cluster: RayHead, workspace: Workspace) -> None:
+    ended = cluster.pipeline("run", workspace.file, "--address", cluster.client, SHARED, "--set", "source.paths=[gone]")
+    assert ended.returncode == 2
+    assert ended.stderr.endswith(f"error: source 'gone' does not exist (looked for {workspace.folder}/gone)\n")
+
+
+# --- what is heard outside of what happens within, here on a Ray of this machine
+
+
+def counting(name: str, on_progress: Callable[[int], None] | None = None) -> Report:
+    """Count to three, aloud."""
+    for number in range(1, 4):
+        events.emit_event("counted", number=number)
+        if on_progress:
+            on_progress(number)
+    if name == "wrong":
+        raise JobError("there is no such job")
+    return Report(name, "out", "demo", True)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_what_happens_there_is_heard_here(caplog: pytest.LogCaptureFixture) -> None:
+    heard: list[int] = []
+    with caplog.at_level(logging.INFO, logger="pipeline.events"):
+        assert ray_client.run_remotely(counting, {"name": "right"}, {"on_progress": heard.append}).job == "right"
+    assert heard[-1] == 3
+    assert [(record.msg, vars(record)["facts"]) for record in caplog.records] == [("counted", {"number": number}) for number in (1, 2, 3)]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_what_is_wrong_there_is_wrong_here() -> None:
+    with pytest.raises(JobError, match="there is no such job"):
+        ray_client.run_remotely(counting, {"name": "wrong"}, {"on_progress": None})

@@ -1,0 +1,146 @@
+"""Ray starts, on a busy machine at the second try, or is joined, and leaves the signals to whoever listened before.
+
+`test_submit.py` joins a real cluster.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from pipeline import cluster
+from pipeline.errors import JobError, RunError
+
+LATE = Exception("The current node timed out during startup. This could happen because some of the raylet failed to startup")
+
+
+class Starts:
+    """Ray's start, as it goes on machines of several kinds; the real one takes seconds and starts eight processes."""
+
+    def __init__(self, *outcomes: BaseException | None) -> None:
+        self.outcomes, self.calls = list(outcomes), list[dict[str, Any]]()
+
+    def __call__(self, address: str, **arguments: Any) -> None:
+        self.calls.append(arguments | {"address": address, "RAY_ADDRESS": os.environ.get("RAY_ADDRESS")})
+        signal.signal(signal.SIGTERM, lambda *_: None)  # so does Ray, to end the process where it stands
+        if outcome := self.outcomes.pop(0):
+            raise outcome
+
+
+@pytest.fixture(autouse=True)
+def listener() -> Iterator[Any]:
+    before = signal.signal(signal.SIGTERM, heard := lambda *_: None)
+    yield heard
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_the_dashboard_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "init", starts := Starts(None))
+    cluster.start_ray()
+    assert starts.calls[0]["include_dashboard"] is False
+
+
+def test_a_late_start_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "init", starts := Starts(LATE, LATE, None))
+    cluster.start_ray()
+    assert len(starts.calls) == 3
+
+
+@pytest.mark.parametrize(("outcomes", "said"), [([LATE] * 3, "timed out"), ([ConnectionError("no such cluster")], "no such cluster")])
+def test_ray_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch, outcomes: list[Exception | None], said: str) -> None:
+    monkeypatch.setattr(ray, "init", Starts(*outcomes))
+    with pytest.raises(RunError, match=f"Ray does not start on this machine: .*{said}"):
+        cluster.start_ray()
+
+
+def test_who_listened_to_signals_goes_on_to(monkeypatch: pytest.MonkeyPatch, listener: Any) -> None:
+    monkeypatch.setattr(ray, "init", Starts(None))
+    cluster.start_ray()
+    assert signal.getsignal(signal.SIGTERM) is listener
+
+
+@pytest.fixture
+def door() -> Iterator[str]:
+    """Return the address of somebody who takes a call and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_cluster_is_joined_and_given_this_package(monkeypatch: pytest.MonkeyPatch, door: str) -> None:
+    monkeypatch.setattr(ray, "init", starts := Starts(None))
+    cluster.join_cluster(door)
+    assert starts.calls[0]["address"] == door
+    assert [module.rpartition("/")[2] for module in starts.calls[0]["runtime_env"]["py_modules"]] == ["pipeline"]
+
+
+def test_a_busy_cluster_is_asked_again(monkeypatch: pytest.MonkeyPatch, door: str) -> None:
+    late = ConnectionAbortedError("Initialization failure from server: RuntimeError: Starting Ray client server failed. See …")
+    monkeypatch.setattr(ray, "init", starts := Starts(late, late, None))
+    cluster.join_cluster(f"ray://{door}")
+    assert len(starts.calls) == 3
+
+
+def test_what_a_job_server_started_has_the_package_already(monkeypatch: pytest.MonkeyPatch, door: str) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.setattr(ray, "init", starts := Starts(None))
+    cluster.join_cluster(door)
+    assert starts.calls[0]["runtime_env"] == {}
+
+
+@pytest.mark.parametrize("act", [cluster.start_ray, lambda: cluster.join_cluster("auto")])
+def test_the_environments_address_does_not_overrule_the_one_given(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
+    monkeypatch.setattr(ray, "init", starts := Starts(None))
+    act()
+    assert (starts.calls[0]["RAY_ADDRESS"], os.environ["RAY_ADDRESS"]) == (None, "elsewhere:6379")
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "chosen"),
+    [
+        (None, None, "start"),
+        (None, "", "start"),
+        (None, "local", "start"),
+        (None, "head:6379", "join head:6379"),
+        ("auto", "head:6379", "join auto"),
+        ("local", "head:6379", "start"),
+    ],
+)
+def test_the_job_comes_before_the_environment(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, environment: str | None, chosen: str
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setattr(ray, "nodes", list)
+    monkeypatch.setattr(cluster, "start_ray", lambda: said.append("start"))
+    monkeypatch.setattr(cluster, "join_cluster", lambda address: said.append(f"join {address}"))
+    monkeypatch.setenv("RAY_ADDRESS", environment) if environment is not None else monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    cluster.connect_ray(given)
+    assert said == [chosen]
+
+
+def test_an_address_in_the_environment_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    with pytest.raises(JobError, match=r"RAY_ADDRESS is 'http://head:8265': an http\(s\) address is a cluster's job server"):
+        cluster.read_ray_address()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "http://127.0.0.1:1", "no-such-host.invalid:6379"])
+def test_where_nobody_listens_is_said_at_once(address: str) -> None:
+    with pytest.raises(JobError, match=f"nobody answers at {address}: "):
+        cluster.check_reachable(address)
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no raylet"), RuntimeError("no raylet"), SystemExit(15)])
+def test_a_cluster_that_cannot_be_joined_is_an_error(monkeypatch: pytest.MonkeyPatch, door: str, error: BaseException) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setattr(ray, "init", Starts(error))
+    with pytest.raises(JobError, match=f"no Ray cluster to join at {door}: (no raylet|it does not answer as Ray does); one with a token"):
+        cluster.join_cluster(door)

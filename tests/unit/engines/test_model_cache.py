@@ -1,0 +1,157 @@
+"""A checkpoint in an object store is copied to a machine once, whole, and is missed before anything starts."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from pipeline import engines
+from pipeline.engines import model_cache
+from pipeline.errors import JobError, RunError
+from pipeline.job import Job
+from pipeline.stages.ask import AskStage
+from pipeline.storage import object_store
+from tests.support import s3, tiny_checkpoint
+from tests.support.workspace import Workspace
+from tests.unit.engines.test_resolve import PAGE
+
+FILES = {"config.json": b"{}", "model.safetensors": b"weights", "pytorch_model.bin": b"pickled", "sub/config.json": b"another's"}
+
+
+@pytest.fixture
+def uri(bucket: s3.Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A place in S3 for a checkpoint, and a cache of this test's own."""
+    monkeypatch.setenv(model_cache.CACHE_ENV, str(tmp_path / "cache"))
+    monkeypatch.delenv(model_cache.OFFLINE_ENV, raising=False)
+    for name, data in FILES.items():
+        bucket.put(f"{tmp_path.name}/model/{name}", data)
+    return bucket.url(f"{tmp_path.name}/model")
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is fetched, in this order."""
+    fetched: list[str] = []
+    download = object_store.download_object
+
+    def counted(url: str, file: Path) -> None:
+        fetched.append(file.name)
+        download(url, file)
+
+    monkeypatch.setattr(object_store, "download_object", counted)
+    return fetched
+
+
+def left(tmp_path: Path) -> list[str]:
+    """Return what lies in the cache, the locks left out."""
+    return sorted(name for name in os.listdir(tmp_path / "cache" / "models") if not name.endswith(".lock"))
+
+
+def test_only_what_is_used_is_copied(uri: str) -> None:
+    copy = model_cache.copy_checkpoint(uri, model_cache.resolve_store_revision(uri))
+    assert {file.name: file.read_bytes() for file in copy.iterdir()} == {n: FILES[n] for n in ("config.json", "model.safetensors")}
+
+
+def test_actors_that_start_together_copy_once(uri: str, downloads: list[str], tmp_path: Path) -> None:
+    revision, found = model_cache.resolve_store_revision(uri), list[Path]()
+    threads = [threading.Thread(target=lambda: found.append(model_cache.copy_checkpoint(uri, revision))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [model_cache.find_copy_folder(uri, revision)] * 4
+    assert (sorted(downloads), left(tmp_path)) == (["config.json", "model.safetensors"], [found[0].name])
+
+
+def test_a_copy_that_breaks_off_is_none(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it leaves is cleared away by the next."""
+    download, revision = object_store.download_object, model_cache.resolve_store_revision(uri)
+
+    def cut(url: str, file: Path) -> None:
+        file.write_bytes(b"wei")
+        raise object_store.StoreUnreachable("the connection is gone")
+
+    monkeypatch.setattr(object_store, "download_object", cut)
+    with pytest.raises(RunError, match=r"cannot copy the model s3://.* to .*: the connection is gone; put that right"):
+        model_cache.copy_checkpoint(uri, revision)
+    assert not model_cache.find_copy_folder(uri, revision).exists()
+    monkeypatch.setattr(object_store, "download_object", download)
+    assert left(tmp_path) != [model_cache.copy_checkpoint(uri, revision).name] == left(tmp_path)
+
+
+def test_a_file_that_comes_short_is_noticed(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_store, "download_object", lambda url, file: file.write_bytes(b""))
+    with pytest.raises(RunError, match=r"config\.json has 2 bytes, and 0 came"):
+        model_cache.copy_checkpoint(uri, model_cache.resolve_store_revision(uri))
+
+
+def test_another_checkpoint_has_another_revision_and_place(uri: str, bucket: s3.Bucket, tmp_path: Path) -> None:
+    before = model_cache.resolve_store_revision(uri)
+    first = model_cache.copy_checkpoint(uri, before)
+    bucket.put(f"{tmp_path.name}/model/model.safetensors", b"WEIGHTS")
+    after = model_cache.resolve_store_revision(uri)
+    assert model_cache.copy_checkpoint(uri, after).joinpath("model.safetensors").read_bytes() == b"WEIGHTS"
+    assert (after != before, first.joinpath("model.safetensors").read_bytes()) == (True, b"weights")
+    assert model_cache.resolve_store_revision(uri, before) == before  # its copy is here
+    shutil.rmtree(first)
+    with pytest.raises(JobError, match=rf"model\.revision is '{before}', s3://.* has the revision {after} now"):
+        model_cache.resolve_store_revision(uri, before)
+    with pytest.raises(RunError, match="has changed since the run began"):
+        model_cache.copy_checkpoint(uri, before)
+
+
+def test_offline_the_copy_is_used_and_nothing_else(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(model_cache.OFFLINE_ENV, "1")
+    with pytest.raises(JobError, match=r"is not in .*/models, and HF_HUB_OFFLINE forbids to fetch it"):
+        model_cache.resolve_store_revision(uri)
+    monkeypatch.delenv(model_cache.OFFLINE_ENV)
+    copy = model_cache.copy_checkpoint(uri, model_cache.resolve_store_revision(uri))
+    monkeypatch.setenv(model_cache.OFFLINE_ENV, "1")
+    monkeypatch.setattr(object_store, "list_objects", None)  # whoever calls it, fails
+    assert model_cache.copy_checkpoint(uri, model_cache.resolve_store_revision(uri)) == copy
+
+
+# --- in a job
+
+
+def job(workspace: Workspace, uri: str, *settings: str) -> Job:
+    return workspace.job(f"model.name={uri}", "model.without_gpu=cpu", *settings)
+
+
+def test_a_place_without_a_checkpoint_is_refused(workspace: Workspace, uri: str) -> None:
+    with pytest.raises(JobError, match=r"model\.name is 's3://.*/nowhere', which holds no checkpoint \(no config\.json\)"):
+        engines.check_engine(job(workspace, f"{uri}/nowhere"))
+    with pytest.raises(JobError, match=r"the model s3://another/model cannot be listed: The specified bucket does not exist"):
+        engines.check_engine(job(workspace, "s3://another/model"))
+
+
+def test_a_models_revision_belongs_to_the_key_of_a_request(workspace: Workspace, uri: str) -> None:
+    asked = job(workspace, uri)
+    found = engines.locate_model(asked)
+    assert found.sections.model.revision == model_cache.resolve_store_revision(uri)
+    assert found.fingerprint != asked.fingerprint
+    assert asked.with_resolved_model(found.dump_keys()["model"]).fingerprint == found.fingerprint
+    assert engines.locate_model(found) == found
+
+
+def test_a_checkpoint_in_s3_answers(workspace: Workspace, bucket: s3.Bucket, uri: str, tmp_path: Path) -> None:
+    for file in tiny_checkpoint.build_checkpoint(tmp_path / "built").iterdir():
+        bucket.put(f"{tmp_path.name}/tiny/{file.name}", file.read_bytes())
+    chosen = engines.locate_model(job(workspace, uri.removesuffix("model") + "tiny"))
+    engine = engines.load_engine(chosen, threads=1)
+    asked = {"key": "k", "first_page": 1, "last_page": 1, "page_count": 1, "pages": [PAGE], "pixels": [bytes(448 * 448 * 3)], "attempt": 1}
+    row = asyncio.run(AskStage(chosen, engine).answer(asked))
+    engine.close()
+    assert (row["model"], row["status"]) == (chosen.sections.model.name, "extracted")
+
+
+def test_a_hub_id_without_a_copy_is_refused_offline(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(JobError, match=r"model\.name is 'nobody/nothing', neither a folder nor known to the hub: .*"):
+        engines.locate_model(job(workspace, "nobody/nothing"))

@@ -1,0 +1,122 @@
+"""Which model answers here, and what is refused before one is loaded."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import engines
+from pipeline.engines import DEMO_CHECKPOINT
+from pipeline.errors import JobError
+from pipeline.stages.ask import AskStage
+from pipeline.stages.requests import Row
+from pipeline.version import __version__
+from tests.support.workspace import SCHEMA, Workspace
+
+PAGE = {"page_no": 1, "width_px": 448, "height_px": 448, "dpi": 200.0, "visual_tokens": 256, "warnings": []}
+HUB = "model.name=Qwen/Qwen2.5-VL-7B-Instruct-AWQ"
+
+
+# --- which model
+
+
+@pytest.mark.parametrize("policy", ["stop", "demo", "cpu"])
+def test_with_a_gpu_the_jobs_model_answers(workspace: Workspace, policy: str) -> None:
+    job = workspace.job(HUB, f"model.without_gpu={policy}")
+    assert engines.choose_model(job, 1.0) is job
+
+
+def test_without_a_gpu_the_demonstration_takes_its_place(workspace: Workspace) -> None:
+    chosen = engines.choose_model(workspace.job(HUB, "model.without_gpu=demo", "model.lora=adapter"), 0.0)
+    model = chosen.sections.model
+    assert (model.name, model.revision, model.lora) == ("demo", __version__, None)
+
+
+def test_without_a_gpu_the_jobs_model_may_run_on_the_cpu(workspace: Workspace) -> None:
+    job = workspace.job(HUB, "model.without_gpu=cpu")
+    assert engines.choose_model(job, 0.0) is job
+
+
+def test_without_a_gpu_and_a_way_out_the_job_is_refused(workspace: Workspace) -> None:
+    with pytest.raises(JobError, match=r"there is no GPU for Qwen/.*; set model\.without_gpu to demo .* or cpu"):
+        engines.choose_model(workspace.job(HUB), 0.0)
+
+
+@pytest.mark.parametrize("gpus", [0.0, 1.0])
+def test_a_job_may_name_the_demonstration_itself(workspace: Workspace, gpus: float) -> None:
+    assert engines.choose_model(workspace.job(), gpus).sections.model.revision == __version__
+
+
+def test_the_choice_changes_nothing_else(workspace: Workspace) -> None:
+    job = workspace.job(HUB, "model.without_gpu=demo")
+    chosen = engines.choose_model(job, 0.0)
+    assert (chosen.output, chosen.schema, chosen.sections.pages) == (job.output, job.schema, job.sections.pages)
+    assert chosen.fingerprint != job.fingerprint
+
+
+def test_two_ways_to_the_demonstration_ask_the_same(workspace: Workspace) -> None:
+    named, fallen_back = workspace.job(), workspace.job(HUB, "model.without_gpu=demo")
+    assert engines.choose_model(named, 0.0).fingerprint == engines.choose_model(fallen_back, 0.0).fingerprint
+
+
+# --- what is refused
+
+
+def test_a_schema_within_the_grammar_leaves_nothing_to_the_validator(workspace: Workspace) -> None:
+    assert engines.check_engine(workspace.job()) == ()
+
+
+def test_what_the_grammar_leaves_to_the_validator_is_said(workspace: Workspace) -> None:
+    lines = SCHEMA["properties"]["lines"] | {"uniqueItems": True}  # type: ignore[index]
+    (workspace.folder / "schema.json").write_text(json.dumps(SCHEMA | {"properties": SCHEMA["properties"] | {"lines": lines}}))  # type: ignore[operator]
+    assert engines.check_engine(workspace.job()) == ("not enforced while decoding: /properties/lines/uniqueItems",)
+
+
+def test_a_folder_without_a_checkpoint_is_refused(workspace: Workspace) -> None:
+    (workspace.folder / "empty").mkdir()
+    with pytest.raises(JobError, match=r"model\.name is 'empty', but .*/empty holds no checkpoint \(no config\.json\)"):
+        engines.check_engine(workspace.job("model.name=empty"))
+
+
+@pytest.mark.parametrize("name", ["./gone", "/gone", "~/gone"])
+def test_a_path_that_leads_nowhere_is_refused(workspace: Workspace, name: str) -> None:
+    with pytest.raises(JobError, match="holds no checkpoint"):
+        engines.check_engine(workspace.job(f"model.name={name}"))
+
+
+def test_a_hub_id_is_taken_on_trust(workspace: Workspace) -> None:
+    assert engines.check_engine(workspace.job(HUB)) == ()
+
+
+# --- where it lies
+
+
+def test_a_models_folder_is_relative_to_the_job(workspace: Workspace) -> None:
+    assert engines.find_model_folder(workspace.job("model.name=./mine")) == workspace.folder / "mine"
+
+
+def test_the_demonstration_lies_in_the_package(workspace: Workspace) -> None:
+    assert engines.find_model_folder(workspace.job()) == DEMO_CHECKPOINT
+
+
+def test_the_jobs_limit_of_tokens_reaches_the_engine_and_no_key(workspace: Workspace) -> None:
+    job = workspace.job("limits.max_request_tokens=300")
+    engine = engines.load_engine(job, threads=1)
+    asked: Row = {"key": "k", "first_page": 1, "last_page": 1, "page_count": 1, "pages": [PAGE], "pixels": [bytes(448 * 448 * 3)]}
+    row = asyncio.run(AskStage(job, engine).answer({**asked, "attempt": 1}))
+    engine.close()
+    assert (row["failure"]["kind"], row["asks"]) == ("too_long", 0)
+    assert "limits.max_request_tokens allows 300: lower pages.per_request" in row["failure"]["message"]
+    assert job.fingerprint == workspace.job().fingerprint
+
+
+def test_choosing_and_checking_load_no_model_library(workspace: Workspace) -> None:
+    code = "import sys; from pipeline import Job, engines\nengines.check_engine(engines.choose_model(Job.load(sys.argv[1]), 0)); print(*sys.modules)"
+    command = [sys.executable, "-c", code, str(workspace.file)]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3]).stdout
+    assert not {"torch", "transformers", "ray"} & set(loaded.split())

@@ -1,0 +1,66 @@
+"""What is done, what is asked once more, and which attempt counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pipeline.errors import JobError
+from pipeline.output.ledger import LedgerState, RetryFilter, build_ledger_state, select_newest_attempt
+
+
+def outcome(key: str, kind: str | None = None, attempt: int = 1, stage: str = "render") -> dict[str, Any]:
+    failure = {"stage": stage, "kind": kind, "message": "…"} if kind else None
+    return {"key": key, "attempt": attempt, "status": "failed" if kind else "extracted", "failure": failure}
+
+
+OUTCOMES = [outcome("good"), outcome("slow", "timeout"), outcome("cut", "length", stage="generate")]
+
+
+def test_what_is_in_the_ledger_is_done() -> None:
+    assert build_ledger_state(OUTCOMES) == LedgerState(frozenset({"good", "slow", "cut"}), {})
+
+
+@pytest.mark.parametrize(
+    ("text", "again"),
+    [
+        ("failed", {"slow", "cut"}),
+        ("failed:timeout", {"slow"}),
+        ("failed:render/timeout", {"slow"}),
+        ("failed:generate/timeout", set()),
+        ("failed:length", {"cut"}),
+    ],
+)
+def test_failures_are_asked_once_more_by_kind(text: str, again: set[str]) -> None:
+    found = build_ledger_state(OUTCOMES, RetryFilter.parse(text))
+    assert found.attempts == dict.fromkeys(again, 1)
+    assert found.done == {"good", "slow", "cut"} - again
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_succeeded_once_is_not_asked_again(order: int) -> None:
+    outcomes = [outcome("k", "timeout", 1), outcome("k", None, 2)][::order]
+    assert build_ledger_state(outcomes, RetryFilter()) == LedgerState(frozenset({"k"}), {})
+
+
+def test_attempts_are_counted() -> None:
+    outcomes = [outcome("k", "timeout", 1), outcome("k", "crash", 2)]
+    assert build_ledger_state(outcomes, RetryFilter.parse("failed:crash")) == LedgerState(frozenset(), {"k": 2})
+    assert build_ledger_state(outcomes, RetryFilter.parse("failed:timeout")) == LedgerState(frozenset({"k"}), {})
+
+
+def test_an_invalid_answer_is_no_failure() -> None:
+    invalid = {"key": "k", "attempt": 1, "status": "invalid", "failure": {"stage": "validate", "kind": "invalid", "message": "…"}}
+    assert build_ledger_state([invalid], RetryFilter()).done == {"k"}
+
+
+@pytest.mark.parametrize("text", ["", "invalid", "failed:", "failed:a/b/c", "all", "Failed"])
+def test_another_word_is_refused(text: str) -> None:
+    with pytest.raises(JobError, match=f"retry is '{text}'; allowed are failed, failed:KIND"):
+        RetryFilter.parse(text)
+
+
+def test_the_newest_success_counts_before_a_newer_failure() -> None:
+    attempts = [outcome("k", None, 1), outcome("k", None, 2), outcome("k", "crash", 3)]
+    assert select_newest_attempt(attempts)["attempt"] == 2

@@ -1,0 +1,303 @@
+"""Shards are whole or absent; the ledger, the listing and what is left behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.errors import DamagedShard, JobError, RunError
+from pipeline.output import Output
+from pipeline.output.ledger import LEDGER_SCHEMA, LedgerWriter, read_outcomes, read_requests, set_aside_damaged_shards
+from pipeline.output.shards import read_shards, write_shard
+from pipeline.output.sources import SOURCE_SCHEMA, read_sources, replace_sources, write_sources
+from pipeline.storage.store import FolderStore
+
+TABLE = pa.table({"key": ["a", "b"], "n": [1, 2]})
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Output:
+    made = Output(tmp_path / "out")
+    made.create()
+    return made
+
+
+def row(key: str | None, source: str = "a.pdf", **given: object) -> dict[str, object]:
+    return {"key": key, "attempt": 1, "source": source, "size_bytes": 5, "version": "1", "doc_id": "d", "page_count": 1, **given}
+
+
+def listing(*rows: dict[str, object], **extras: list[object]) -> pa.Table:
+    """A listing as `source.find` gives it, the manifest's columns between those of its own and those found out later."""
+    table = pa.Table.from_pylist([row(None) | {"doc_id": None, "page_count": None} | given for given in rows], SOURCE_SCHEMA)
+    late = table.select(["doc_id", "page_count"])
+    columns = {name: table[name] for name in ("source", "size_bytes", "version")} | extras
+    return pa.table(columns).append_column("doc_id", late["doc_id"]).append_column("page_count", late["page_count"])
+
+
+def names(folder: FolderStore | Path) -> list[str]:
+    return sorted(os.listdir(folder.path if isinstance(folder, FolderStore) else folder))
+
+
+def write_test_shard(folder: FolderStore, table: pa.Table, keys: list[str]) -> Path:
+    """Write a shard and return its file."""
+    return folder.path / write_shard(folder, table, keys)
+
+
+# --- the folder
+
+
+def test_make_makes_the_folders(output: Output) -> None:
+    assert names(output.path) == ["records", "requests", "sources"]
+
+
+@pytest.mark.parametrize("folder", [".", "sources", "requests", "records"])
+def test_clear_removes_what_a_killed_run_left_half_written(output: Output, folder: str) -> None:
+    left = output.path / folder / ".ab12.parquet.4711.tmp"
+    left.write_bytes(b"PAR1")
+    output.remove_leftovers()
+    assert not left.exists()
+
+
+def test_make_refuses_a_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(JobError, match="cannot write to the output folder"):
+        Output(tmp_path / "out").create()
+
+
+def test_a_fresh_folder_has_no_job(output: Output) -> None:
+    assert output.read_job() is None
+
+
+def test_the_job_comes_back_as_it_was_written(output: Output) -> None:
+    content = {"job": {"name": "ü", "sampling": {"temperature": 0.0}}, "fingerprint": "ab", "asked": {"prompt": "two\nlines: …\t#"}}
+    output.write_job(content)
+    assert output.read_job() == content
+
+
+@pytest.mark.parametrize("text", ["name: invoices\nsource: {paths: [in]}\n", "- a\n", "just text", "job: {}\n"])
+def test_a_job_file_of_the_users_own_is_refused_and_stays(output: Output, text: str) -> None:
+    file = output.path / "job.yaml"
+    file.write_text(text)
+    with pytest.raises(JobError, match=r"job\.yaml was not written by a run: choose another output folder"):
+        output.read_job()
+    assert file.read_text() == text
+
+
+@pytest.mark.parametrize("content", [b"job: [", b"\xff\xfe\x00"])
+def test_a_broken_job_file_is_named(output: Output, content: bytes) -> None:
+    (output.path / "job.yaml").write_bytes(content)
+    with pytest.raises(JobError, match=r"cannot read .*job\.yaml"):
+        output.read_job()
+
+
+# --- shards
+
+
+def test_a_shard_reads_back(output: Output) -> None:
+    file = write_test_shard(output.records, TABLE, ["a", "b"])
+    assert pq.read_table(file) == TABLE
+
+
+def test_the_same_keys_in_any_order_overwrite_themselves(output: Output) -> None:
+    first = write_test_shard(output.records, TABLE, ["a", "b"])
+    assert write_test_shard(output.records, TABLE, ["b", "a"]) == first
+    assert names(output.records) == [first.name]
+
+
+def test_other_keys_make_another_shard(output: Output) -> None:
+    assert write_test_shard(output.records, TABLE, ["a", "b"]) != write_test_shard(output.records, TABLE, ["a"])
+
+
+def test_a_shard_written_twice_has_the_same_bytes(output: Output) -> None:
+    first = write_test_shard(output.records, TABLE, ["a", "b"]).read_bytes()
+    assert write_test_shard(output.records, TABLE, ["a", "b"]).read_bytes() == first
+
+
+def test_a_full_disk_leaves_no_half_shard_and_the_old_one_whole(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_test_shard(output.records, TABLE, ["a"])
+
+    def full(_: int) -> None:  # what fsync does on a disk that fills up: quotas and tmpfs say so at once, networks only here
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(RunError, match=r"cannot write .*: No space left on device; free the disk and run the same command again"):
+        write_test_shard(output.records, TABLE.slice(1), ["a"])
+    assert names(output.records) == [file.name]
+    assert pq.read_table(file) == TABLE
+
+
+def test_a_folder_that_is_gone_is_an_error_that_says_so(output: Output) -> None:
+    output.records.path.rmdir()
+    with pytest.raises(RunError, match="No such file or directory; put that right and run the same command again"):
+        write_test_shard(output.records, TABLE, ["a"])
+
+
+def test_a_damaged_shard_is_named(output: Output) -> None:
+    file = write_test_shard(output.requests, TABLE, ["a"])
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(DamagedShard, match=f"the shard .*{file.name} is damaged .*: it is set aside"):
+        read_shards(output.requests, None, LEDGER_SCHEMA)
+
+
+def test_a_shard_of_something_else_is_damaged(output: Output) -> None:
+    write_test_shard(output.requests, TABLE, ["a"])
+    with pytest.raises(DamagedShard, match="it lacks the columns answer, asks, attempt"):
+        read_shards(output.requests, None, LEDGER_SCHEMA)
+
+
+@pytest.mark.parametrize("part", range(16))
+def test_a_byte_that_someone_changed_is_noticed_or_changes_nothing(output: Output, part: int) -> None:
+    given = pa.Table.from_pylist([row(f"k{n}", answer=f'{{"total":{n}}}', status="extracted") for n in range(50)], LEDGER_SCHEMA)
+    file = write_test_shard(output.requests, given, ["a"])
+    data = bytearray(file.read_bytes())
+    data[len(data) * part // 16 + 3] ^= 0x10
+    file.write_bytes(data)
+    try:
+        found = read_shards(output.requests, None, LEDGER_SCHEMA)
+    except DamagedShard:
+        return
+    assert found == given
+
+
+def test_what_is_damaged_is_set_aside_and_the_rest_is_read(output: Output) -> None:
+    good = write_test_shard(output.requests, pa.Table.from_pylist([row("k1", status="extracted")], LEDGER_SCHEMA), ["k1"])
+    bad = write_test_shard(output.requests, pa.Table.from_pylist([row("k2", status="extracted")], LEDGER_SCHEMA), ["k2"])
+    bad.write_bytes(b"PAR1")
+    assert set_aside_damaged_shards(output) == [str(bad)]
+    assert names(output.requests) == sorted([f".{bad.name}.damaged", good.name])
+    assert [outcome["key"] for outcome in read_outcomes(output)] == ["k1"]
+
+
+def test_no_shards_are_an_empty_table_of_the_schema(output: Output) -> None:
+    assert read_shards(output.requests, ["key", "status"], LEDGER_SCHEMA).schema == pa.schema(
+        [LEDGER_SCHEMA.field("key"), LEDGER_SCHEMA.field("status")]
+    )
+
+
+def test_a_folder_called_like_a_partition_adds_no_column(tmp_path: Path) -> None:
+    output = Output(tmp_path / "year=2024")
+    output.create()
+    write_test_shard(output.records, TABLE, ["a"])
+    assert read_shards(output.records, None, TABLE.schema).column_names == TABLE.column_names
+
+
+# --- the ledger
+
+
+def test_the_ledger_holds_what_was_added(output: Output) -> None:
+    with LedgerWriter(output) as ledger:
+        ledger.add(row("k1", status="extracted", answer="{}"))
+        ledger.add(row("k2", status="failed"))
+    table = read_shards(output.requests, None, LEDGER_SCHEMA)
+    assert table.schema == LEDGER_SCHEMA
+    assert table.select(["key", "status", "answer"]).to_pylist() == [
+        {"key": "k1", "status": "extracted", "answer": "{}"},
+        {"key": "k2", "status": "failed", "answer": None},
+    ]
+
+
+def test_the_ledger_writes_when_it_has_enough(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LedgerWriter, "ROWS", 2)
+    ledger = LedgerWriter(output)
+    for key in ("k1", "k2", "k3"):
+        ledger.add(row(key))
+    assert read_shards(output.requests, ["key"], LEDGER_SCHEMA)["key"].to_pylist() == ["k1", "k2"]
+
+
+def test_the_ledger_writes_when_it_is_time(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LedgerWriter, "SECONDS", -1.0)
+    LedgerWriter(output).add(row("k1"))
+    assert read_shards(output.requests, ["key"], LEDGER_SCHEMA)["key"].to_pylist() == ["k1"]
+
+
+def test_what_stops_a_run_does_not_cost_what_was_answered(output: Output) -> None:
+    with pytest.raises(KeyboardInterrupt), LedgerWriter(output) as ledger:  # noqa: PT012  the block is what is interrupted
+        ledger.add(row("k1"))
+        raise KeyboardInterrupt
+    assert read_shards(output.requests, ["key"], LEDGER_SCHEMA)["key"].to_pylist() == ["k1"]
+
+
+def test_a_document_that_asks_nothing_is_identified_and_not_in_the_ledger(output: Output) -> None:
+    with LedgerWriter(output) as ledger:
+        ledger.add(row(None, doc_id="twin"))
+    assert names(output.requests) == []
+    assert read_sources(output)["doc_id"].to_pylist() == ["twin"]
+
+
+def test_requests_are_read_by_document(output: Output) -> None:
+    with LedgerWriter(output) as ledger:
+        for key, doc_id in (("k1", "a"), ("k2", "b"), ("k3", "c"), ("k4", None)):
+            ledger.add(row(key, doc_id=doc_id))
+    wanted = pa.chunked_array([["a", "b"]])
+    assert read_requests(output, wanted)["key"].to_pylist() == ["k1", "k2"]
+
+
+def test_documents_without_identity_find_their_requests(output: Output) -> None:
+    with LedgerWriter(output) as ledger:
+        ledger.add(row("k1", doc_id="a"))
+        ledger.add(row("k2", doc_id=None))
+    assert read_requests(output, pa.chunked_array([[None]], pa.string()))["key"].to_pylist() == ["k2"]
+
+
+def test_tokens_stay_on_the_disk(output: Output) -> None:
+    assert "tokens" not in read_requests(output, pa.chunked_array([["a"]])).column_names
+
+
+def test_a_row_that_comes_twice_is_kept_once(output: Output) -> None:
+    with LedgerWriter(output) as ledger:
+        assert [ledger.add(row(key)) for key in ("k1", "k2", "k1", None, None)] == [True, True, False, True, True]
+    assert [outcome["key"] for outcome in read_outcomes(output)] == ["k1", "k2"]
+
+
+# --- the listing
+
+
+def test_what_was_found_out_completes_the_listing(output: Output) -> None:
+    write_sources(output, listing({"source": "a.pdf"}, {"source": "b.pdf"}))
+    with LedgerWriter(output) as ledger:
+        ledger.add(row("k1", "b.pdf", doc_id="bb", page_count=7))
+    assert read_sources(output).to_pylist() == [
+        {"source": "a.pdf", "size_bytes": 5, "version": "1", "doc_id": None, "page_count": None},
+        {"source": "b.pdf", "size_bytes": 5, "version": "1", "doc_id": "bb", "page_count": 7},
+    ]
+
+
+@pytest.mark.parametrize("name", [f"{n}.pdf" for n in range(8)])
+def test_a_source_that_could_not_be_read_is_known_too(output: Output, name: str) -> None:
+    write_sources(output, listing({"source": name}))
+    with LedgerWriter(output) as ledger:  # whichever of the two shards comes first by name
+        ledger.add(row("k1", name, doc_id=None, page_count=0))
+    assert read_sources(output)["page_count"].to_pylist() == [0]
+
+
+@pytest.mark.parametrize("name", [f"{n}.pdf" for n in range(8)])
+def test_a_manifests_columns_stay_with_a_source_that_was_identified(output: Output, name: str) -> None:
+    write_sources(output, listing({"source": name}, {"source": "other"}, customer=[None, "ACME"], tags=[["x"], None]))
+    with LedgerWriter(output) as ledger:
+        ledger.add(row("k1", name, doc_id="bb"))
+    found = read_sources(output).select(["source", "doc_id", "customer", "tags"]).to_pylist()
+    assert found == [
+        {"source": name, "doc_id": "bb", "customer": None, "tags": ["x"]},
+        {"source": "other", "doc_id": None, "customer": "ACME", "tags": None},
+    ]
+
+
+def test_a_listing_replaces_what_was_there(output: Output) -> None:
+    write_sources(output, listing({"source": "gone"}))
+    replace_sources(output, listing({"source": "a"}, {"source": "b"}))
+    assert read_sources(output)["source"].to_pylist() == ["a", "b"]
+    assert len(names(output.sources)) == 1
+
+
+# --- records
+
+
+def test_records_of_an_earlier_settling_are_removed(output: Output) -> None:
+    old, new = (write_test_shard(output.records, TABLE, [key]) for key in ("old", "new"))
+    output.keep_records({new.name})
+    assert not old.exists()
+    assert new.exists()

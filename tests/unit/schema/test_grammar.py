@@ -1,0 +1,220 @@
+"""What the grammar allows, forces and leaves to the validator. No model: a tokenizer is enough."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jsonschema import Draft202012Validator
+
+from pipeline.errors import DocumentError, JobError
+from pipeline.schema.grammar import GRAMMAR_LIMITS, Constraint, LLMatcher, Vocabulary, build_byte_tokenizer, check_grammar, compile_schema
+from tests.support import tiny_checkpoint
+
+ROOT = Path(__file__).parents[3]
+SHARED = Path(__file__).parents[4] / "shared"
+INVOICE = (ROOT / "schemas" / "invoice.json").read_text()
+RECEIPT = (ROOT / "schemas" / "receipt.json").read_text()
+WORDS = tiny_checkpoint.tokenizer()
+END = WORDS.convert_tokens_to_ids("<|im_end|>")
+SHIPPED = [file.read_text() for file in sorted((ROOT / "schemas").glob("*.json"))]
+AMOUNT = {"type": "number", "multipleOf": 0.01}
+TOTAL = json.dumps({"type": "object", "properties": {"total": AMOUNT}, "required": ["total"], "additionalProperties": False})
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> Vocabulary:
+    return Vocabulary(WORDS.backend_tokenizer.to_str(), size=tiny_checkpoint.VOCABULARY, eos_ids=[END])
+
+
+def allowed(vocabulary: Vocabulary, constraint: Constraint) -> set[int]:
+    masks = vocabulary.masks([constraint])
+    return set(np.flatnonzero(np.unpackbits(masks.view(np.uint8), bitorder="little")).tolist())
+
+
+def accepts(vocabulary: Vocabulary, schema: str, text: str) -> bool:
+    """Write a text token by token and say whether the grammar lets it stand as a whole answer."""
+    constraint = vocabulary.start(schema)
+    for token in WORDS(text)["input_ids"]:
+        if token not in allowed(vocabulary, constraint):
+            return False
+        constraint.accept(token)
+    return constraint.done or END in allowed(vocabulary, constraint)
+
+
+@pytest.mark.parametrize("text", ['{"total":1}', '{"total":-0.5}', '{"total":12.34}', '{"total":0}'])
+def test_what_fits_can_be_written(vocabulary: Vocabulary, text: str) -> None:
+    assert accepts(vocabulary, TOTAL, text)
+
+
+@pytest.mark.parametrize("text", ['{"total":1.234}', '{"total":1e2}', '{"total":"1"}', '{"total":null}', "{}", '{"total":1,"x":2}'])
+def test_what_does_not_fit_cannot_be_written(vocabulary: Vocabulary, text: str) -> None:
+    assert not accepts(vocabulary, TOTAL, text)
+
+
+@pytest.mark.parametrize("text", [' {"total":1}', '{"total": 1}', '{ "total":1}', '{"total":1\n}'])
+def test_no_whitespace_can_be_written_between_tokens(vocabulary: Vocabulary, text: str) -> None:
+    assert not accepts(vocabulary, TOTAL, text)
+
+
+def test_a_schema_cannot_allow_itself_whitespace(vocabulary: Vocabulary) -> None:
+    schema = json.dumps({**json.loads(TOTAL), "x-guidance": {"whitespace_flexible": True, "lenient": True}})
+    assert not accepts(vocabulary, schema, '{"total": 1}')
+
+
+def test_dates_are_dates(vocabulary: Vocabulary) -> None:
+    days = {"2024-02-29": True, "2024-02-30": False, "2024-13-01": False, "29.02.2024": False}
+    assert {day: accepts(vocabulary, '{"type": "string", "format": "date"}', f'"{day}"') for day in days} == days
+
+
+def test_forced_text_is_known_without_a_model_and_uses_the_longest_tokens(vocabulary: Vocabulary) -> None:
+    schema = '{"type": "object", "properties": {"invoice_number": {"type": "string"}}, "required": ["invoice_number"]}'
+    assert WORDS.convert_ids_to_tokens(vocabulary.start(schema).forced()) == ['{"invoice_number":', '"']
+
+
+def test_a_complete_answer_is_done_without_an_end_token(vocabulary: Vocabulary) -> None:
+    constraint = vocabulary.start(TOTAL)
+    for token in WORDS('{"total":12.34}')["input_ids"]:
+        constraint.accept(token)
+    assert constraint.done
+
+
+def test_added_tokens_that_are_text_may_be_written_and_control_tokens_never(vocabulary: Vocabulary) -> None:
+    constraint = vocabulary.start('{"type": "string"}')
+    constraint.forced()
+    control, ordinary = (set(WORDS.convert_tokens_to_ids(list(tokens))) for tokens in (tiny_checkpoint.CONTROL, tiny_checkpoint.ORDINARY))
+    inside = allowed(vocabulary, constraint)
+    assert not control & inside
+    assert set(WORDS.convert_tokens_to_ids(["null", "Return the JSON object for this document."])) <= ordinary & inside
+
+
+def test_free_text_may_be_anything_but_control_tokens_and_padding(vocabulary: Vocabulary) -> None:
+    real = set(range(len(WORDS)))
+    control = set(WORDS.convert_tokens_to_ids(list(tiny_checkpoint.CONTROL)))
+    assert allowed(vocabulary, vocabulary.start("")) == real - control | {END}
+
+
+def test_token_ids_beyond_the_tokenizer_are_never_allowed(vocabulary: Vocabulary) -> None:
+    assert len(WORDS) < tiny_checkpoint.VOCABULARY
+    for schema in ("", TOTAL, "{}"):
+        assert max(allowed(vocabulary, vocabulary.start(schema))) < len(WORDS)
+
+
+def test_a_batch_mixes_schemas(vocabulary: Vocabulary) -> None:
+    rows = [vocabulary.start(schema) for schema in (INVOICE, "", TOTAL, RECEIPT)]
+    together = vocabulary.masks(rows)
+    assert all((together[at] == vocabulary.masks([row])[0]).all() for at, row in enumerate(rows))
+
+
+def test_answers_to_one_schema_do_not_move_each_other(vocabulary: Vocabulary) -> None:
+    one, other = vocabulary.start(TOTAL), vocabulary.start(TOTAL)
+    before = allowed(vocabulary, other)
+    one.accept(WORDS.convert_tokens_to_ids("{"))
+    assert allowed(vocabulary, other) == before
+
+
+def test_a_token_that_does_not_fit_fails_the_answer(vocabulary: Vocabulary) -> None:
+    constraint = vocabulary.start(TOTAL)
+    with pytest.raises(DocumentError, match="grammar"):
+        constraint.accept(WORDS.convert_tokens_to_ids("]"))
+    assert constraint.error
+
+
+@pytest.mark.parametrize("schema", SHIPPED)
+def test_random_answers_to_the_shipped_schemas_validate(vocabulary: Vocabulary, schema: str) -> None:
+    chance = np.random.default_rng(7)
+    for _ in range(3):
+        constraint, written = vocabulary.start(schema), []
+        while not constraint.done:
+            written += constraint.forced()
+            if not constraint.done:
+                options = sorted(allowed(vocabulary, constraint))
+                short = [token for token in options if WORDS.decode([token]) in ('"', "null", "]", "}", ".")]
+                written.append(int(chance.choice(short or options)))
+                constraint.accept(written[-1])
+        value = json.loads(WORDS.decode(written))
+        assert [error.message for error in Draft202012Validator(json.loads(schema)).iter_errors(value)] == []
+
+
+@pytest.mark.parametrize(
+    ("schema", "left"),
+    [
+        ({"type": "array", "items": {"type": "integer"}, "uniqueItems": True}, "/uniqueItems"),
+        ({"type": "object", "properties": {"a/b": {"not": {"type": "null"}}}}, "/properties/a~1b/not"),
+        ({"type": "object", "dependentRequired": {"a": ["b"]}}, "/dependentRequired"),
+        ({"type": "string", "format": "iban"}, "/format 'iban'"),
+        ({"type": "string", "pattern": "^(?!x)y$"}, "/pattern '^(?!x)y$'"),
+        ({"oneOf": [{"type": "string", "minLength": 2}, {"type": "string", "maxLength": 5}]}, "exactly one of /oneOf"),
+    ],
+)
+def test_what_only_forbids_is_left_to_the_validator_and_said(schema: dict[str, object], left: str) -> None:
+    assert [note for note in check_grammar(json.dumps(schema)) if left in note]
+
+
+def test_leaving_a_keyword_out_allows_more_and_keeps_the_rest(vocabulary: Vocabulary) -> None:
+    schema = '{"type": "array", "items": {"type": "integer", "not": {"const": 3}}, "uniqueItems": true}'
+    assert accepts(vocabulary, schema, "[1,2]")
+    assert accepts(vocabulary, schema, "[3,3]")
+    assert not accepts(vocabulary, schema, '["1"]')
+
+
+def test_unique_items_that_need_not_be_unique_are_no_news() -> None:
+    assert check_grammar('{"type": "array", "uniqueItems": false}') == ()
+
+
+@pytest.mark.parametrize("schema", [*SHIPPED, TOTAL, "{}"])
+def test_the_grammar_enforces_all_of_the_shipped_schemas(schema: str) -> None:
+    assert check_grammar(schema) == ()
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ('{"type": ', "not JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"type": "strang"}', "strang"),
+        ('{"$dynamicRef": "#a"}', r"/\$dynamicRef"),
+        ('{"$ref": "https://example.org/schema.json"}', "example.org"),
+        ('{"type": "string", "enum": [1]}', "Unsatisfiable"),
+        ('{"patternProperties": {"(?=a)": {}}}', "look-around"),
+    ],
+)
+def test_a_schema_that_cannot_constrain_is_refused_with_llguidances_reason(schema: str, reason: str) -> None:
+    with pytest.raises(JobError, match=reason):
+        check_grammar(schema)
+
+
+def test_checking_a_schema_loads_neither_torch_nor_transformers() -> None:
+    program = "import sys; from pipeline.schema.grammar import check_grammar; check_grammar('{}'); print({'torch', 'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
+@pytest.mark.skipif(not (SHARED / "corpora").is_dir(), reason="needs ../shared/corpora")
+def test_of_real_schemas_none_lets_an_invalid_instance_pass_unsaid() -> None:
+    passed = []
+    for file in sorted((SHARED / "corpora" / "schemas" / "maskbench").glob("*.json"))[::12]:
+        case = json.loads(file.read_text())
+        if check_grammar(json.dumps(case["schema"])):
+            continue
+        grammar = compile_schema(json.dumps(case["schema"])).text
+        for instance in case["tests"]:
+            text = json.dumps(instance["data"], ensure_ascii=False, separators=(",", ":")).encode()
+            matcher = LLMatcher(build_byte_tokenizer(), grammar, log_level=0, limits=GRAMMAR_LIMITS)
+            if (matcher.try_consume_tokens(list(text)) == len(text) and matcher.is_accepting()) != instance["valid"]:
+                passed.append(file.name)
+    assert passed == []
+
+
+@pytest.mark.skipif(not (SHARED / "qwen2.5-vl-7b-awq").is_dir(), reason="needs ../shared/qwen2.5-vl-7b-awq")
+def test_the_published_tokenizers_padding_and_control_tokens_are_masked() -> None:
+    from transformers import AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(SHARED / "qwen2.5-vl-7b-awq")
+    vocabulary = Vocabulary(words.backend_tokenizer.to_str(), size=152_064, eos_ids=[151_645, 151_643])
+    free = allowed(vocabulary, vocabulary.start(""))
+    assert {token for token in free if token >= 151_643} == {151_643, 151_645}
+    assert words.decode(vocabulary.start(INVOICE).forced()).startswith('{"seller_name')

@@ -1,0 +1,137 @@
+"""Parts of a document -> one value. Properties first, then the cases that name a rule."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.schema.merge import Disagreement, Part, merge_parts
+
+BOX = {"type": "array", "items": {"type": "number"}, "minItems": 4, "maxItems": 4}
+SELLER = {"type": "object", "properties": {"name": {"type": ["string", "null"]}, "phones": {"type": "array", "items": {"type": "string"}}}}
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "number": {"type": ["string", "null"]},
+        "total": {"type": ["number", "null"]},
+        "seller": {"anyOf": [{"$ref": "#/$defs/seller"}, {"type": "null"}]},
+        "items": {"type": "array", "items": {"type": "object"}},
+        "box": {"$ref": "#/$defs/box"},
+        "extra": {"type": "object"},
+    },
+    "$defs": {"box": BOX, "seller": SELLER},
+}
+TEXTS = st.none() | st.sampled_from(["a", "b", ""])
+SELLERS = st.none() | st.fixed_dictionaries({}, optional={"name": TEXTS, "phones": st.lists(st.sampled_from(["1", "2"]), max_size=2)})
+EXTRAS = st.none() | st.fixed_dictionaries({}, optional={"x": st.none() | st.integers(0, 1), "y": st.lists(st.booleans(), max_size=2)})
+VALUES = st.fixed_dictionaries(
+    {},
+    optional={
+        "number": TEXTS,
+        "total": st.none() | st.sampled_from([Decimal("1.5"), 2, 0]),
+        "seller": SELLERS,
+        "items": st.none() | st.lists(st.fixed_dictionaries({"n": st.integers(0, 2)}), max_size=3),
+        "extra": EXTRAS,
+    },
+)
+
+
+def parts(*values: Any) -> list[Part]:
+    """Return the values as parts of four pages each."""
+    return [Part(4 * n + 1, 4 * n + 4, value) for n, value in enumerate(values)]
+
+
+def merged(*values: Any) -> Any:
+    return merge_parts(SCHEMA, parts(*values)).value
+
+
+# --- what holds for all parts
+
+
+@given(VALUES)
+def test_one_part_is_unchanged(value: Any) -> None:
+    result = merge_parts(SCHEMA, parts(value))
+    assert result.value == value
+    assert result.disagreements == ()
+
+
+@given(st.lists(VALUES, min_size=1, max_size=4))
+def test_lists_are_joined_in_page_order_and_lose_nothing(values: list[Any]) -> None:
+    joined = [item for value in values for item in value.get("items") or []]
+    assert (merged(*values).get("items") or []) == joined
+
+
+@given(st.lists(VALUES, min_size=1, max_size=4))
+def test_a_scalar_is_the_first_one_given(values: list[Any]) -> None:
+    given_ones = [value["number"] for value in values if value.get("number") is not None]
+    assert merged(*values).get("number") == (given_ones[0] if given_ones else None)
+
+
+@given(st.lists(VALUES, min_size=1, max_size=4))
+def test_a_scalar_that_is_not_kept_is_recorded_with_its_page(values: list[Any]) -> None:
+    result = merge_parts(SCHEMA, parts(*values))
+    for part in parts(*values):
+        total = part.value.get("total")
+        recorded = {(d.other, d.other_page) for d in result.disagreements if d.path == "$.total"}
+        assert total in (None, result.value.get("total")) or (total, part.first_page) in recorded
+
+
+@given(VALUES, VALUES, VALUES)
+def test_merging_a_merged_part_changes_nothing(one: Any, two: Any, three: Any) -> None:
+    assert merged(merged(one, two), three) == merged(one, two, three) == merged(one, merged(two, three))
+
+
+@given(VALUES)
+def test_equal_parts_never_disagree(value: Any) -> None:
+    assert merge_parts(SCHEMA, parts(value, value)).disagreements == ()
+
+
+# --- the rules one by one
+
+
+def test_a_disagreement_names_both_values_and_pages() -> None:
+    result = merge_parts(SCHEMA, parts({"seller": {"name": "A"}}, {"seller": None}, {"seller": {"name": "B"}}))
+    assert result.value == {"seller": {"name": "A"}}
+    assert result.disagreements == (Disagreement("$.seller.name", "A", 1, "B", 9),)
+
+
+def test_equal_items_of_a_list_are_kept() -> None:
+    assert merged({"items": [{"n": 1}]}, {"items": [{"n": 1}]}) == {"items": [{"n": 1}, {"n": 1}]}
+
+
+def test_numbers_that_are_equal_agree_however_written() -> None:
+    assert merge_parts(SCHEMA, parts({"total": Decimal("2.0")}, {"total": 2})).disagreements == ()
+
+
+def test_true_and_one_disagree() -> None:
+    assert merge_parts(SCHEMA, parts({"extra": {"x": True}}, {"extra": {"x": 1}})).disagreements == (
+        Disagreement("$.extra.x", True, 1, 1, 5),
+    )
+
+
+def test_objects_without_declared_properties_are_merged_too() -> None:
+    assert merged({"extra": {"x": 1}}, {"extra": {"y": 2, "x": None}}) == {"extra": {"x": 1, "y": 2}}
+
+
+@pytest.mark.parametrize("rule", [BOX, {"type": "array", "prefixItems": [{}, {}]}, {"items": [{}, {}]}])
+def test_a_list_with_fixed_places_is_taken_whole(rule: dict[str, Any]) -> None:
+    schema = {"type": "object", "properties": {"box": {"anyOf": [{"$ref": "#/$defs/box"}, {"type": "null"}]}}, "$defs": {"box": rule}}
+    result = merge_parts(schema, parts({"box": [0, 0, 1, 1]}, {"box": [2, 2, 3, 3]}))
+    assert result.value == {"box": [0, 0, 1, 1]}
+    assert [d.other for d in result.disagreements] == [[2, 2, 3, 3]]
+
+
+def test_values_of_different_kinds_are_a_disagreement() -> None:
+    result = merge_parts(SCHEMA, parts({"extra": [1]}, {"extra": "one"}))
+    assert result.value == {"extra": [1]}
+    assert result.disagreements == (Disagreement("$.extra", [1], 1, "one", 5),)
+
+
+def test_a_recursive_schema_is_followed_as_deep_as_the_values_go() -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}, "next": {"$ref": "#"}}}
+    one, two = {"n": 1, "next": {"next": {"n": 3}}}, {"next": {"n": 2, "next": {"n": 3}}}
+    assert merge_parts(schema, parts(one, two)).value == {"n": 1, "next": {"next": {"n": 3}, "n": 2}}

@@ -1,0 +1,246 @@
+"""What holds for any page, any schema, any order of arrival and any text: laws that are tried on drawn examples.
+
+The same examples each time (`derandomize`), so that a failure is there again tomorrow. The laws of one module alone stand in its own
+tests: `test_budget.py`, `test_merge.py`, `test_arrow.py`, `test_schema.py`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.budget import MAX_RATIO, PixelBudget, count_visual_tokens, fit_page
+from pipeline.demo.model import build_processor
+from pipeline.engines.encoding import Encoder
+from pipeline.errors import JobError
+from pipeline.output import Output
+from pipeline.output.ledger import LedgerWriter, read_requests
+from pipeline.output.sources import read_sources
+from pipeline.schema import dump_json, prompt
+from pipeline.schema.arrow import ArrowPlan
+from pipeline.schema.merge import merge_parts
+from pipeline.stages.requests import Row, compute_document_keys
+from pipeline.stages.settle import SettleStage
+from tests.support import tiny_checkpoint
+from tests.support.engines import VALID
+from tests.support.workspace import Workspace
+from tests.unit.schema import test_arrow, test_merge
+from tests.unit.test_budget import PT, budgets
+
+
+def tried(examples: int) -> settings:
+    return settings(derandomize=True, max_examples=examples, deadline=None)
+
+
+# --- pages on the model's grid
+
+
+@tried(200)
+@given(PT, PT, st.integers(36, 1200), budgets())
+def test_a_page_is_whole_visual_tokens_within_the_budget(width_pt: float, height_pt: float, dpi: int, budget: PixelBudget) -> None:
+    size = fit_page(width_pt, height_pt, dpi, budget)
+    assert size.width_px % 28 == size.height_px % 28 == 0
+    assert budget.min_pixels <= size.width_px * size.height_px <= budget.max_pixels
+    assert max(size.width_px, size.height_px) <= MAX_RATIO * min(size.width_px, size.height_px)
+    assert count_visual_tokens(size) * 784 == size.width_px * size.height_px
+
+
+@tried(200)
+@given(st.floats(50, 2000), st.floats(0.25, 4), st.integers(72, 300))
+def test_a_page_of_usual_shape_keeps_it_within_a_cell(width_pt: float, ratio: float, dpi: int) -> None:
+    size = fit_page(width_pt, width_pt * ratio, dpi, PixelBudget())
+    sides = ((size.width_px, width_pt), (size.height_px, width_pt * ratio))
+    smallest, largest = ([(px + cell) / pt for px, pt in sides] for cell in (-28, 28))
+    assert max(smallest) < min(largest), "no one scale brings both sides within a cell of the canvas"
+
+
+# --- parts of a document
+
+
+def scalars(value: Any, path: str = "$") -> Iterator[tuple[str, str]]:
+    """Yield every value that is printed somewhere with its path; places in a list are all one."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from scalars(inner, f"{path}.{name}")
+    elif isinstance(value, list):
+        for inner in value:
+            yield from scalars(inner, f"{path}[]")
+    elif value is not None:
+        yield path, dump_json(value)
+
+
+@tried(200)
+@given(st.lists(test_merge.VALUES, min_size=1, max_size=4))
+def test_merging_loses_no_value_and_invents_none(values: list[Any]) -> None:
+    merged = merge_parts(test_merge.SCHEMA, test_merge.parts(*values))
+    found = [*scalars(merged.value), *((d.path, dump_json(d.other)) for d in merged.disagreements)]
+    assert set(found) == {scalar for value in values for scalar in scalars(value)}
+    listed = [Counter(scalar for scalar in group if "[]" in scalar[0]) for group in (found, (s for v in values for s in scalars(v)))]
+    assert listed[0] == listed[1]
+
+
+# --- columns
+
+
+@tried(60)
+@given(st.data())
+def test_shards_full_half_empty_and_of_nothing_have_one_schema(data: st.DataObject) -> None:
+    part, values = data.draw(test_arrow.PARTS)
+    columns = ArrowPlan({"type": "object", "additionalProperties": False, "properties": {"x": part, "y": {"type": "string"}}})
+    full = [columns.row({"x": value}) for value in data.draw(st.lists(values, min_size=1, max_size=3))]
+    shards = [test_arrow.stored(columns, rows) for rows in ([], [{}], full, [*full, {}])]
+    assert all(shard.schema == columns.schema for shard in shards)
+    assert len({str(shard.schema) for shard in shards}) == 1
+    assert pa.concat_tables(shards).num_rows == 2 + 2 * len(full)
+
+
+# --- the ledger, and records settled from it
+
+DOCUMENTS: list[Row] = [
+    {"source": f"{name}.pdf", "size_bytes": 9, "version": "1", "doc_id": f"id of {name}", "page_count": pages}
+    for name, pages in (("a", 1), ("b", 3), ("c", 2))
+]
+FAILURE = {"stage": "generate", "kind": "length", "message": "the answer was cut"}
+OUTCOMES = st.sampled_from(["extracted", "invalid", "failed"])
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> SettleStage:
+    return SettleStage(Workspace(tmp_path_factory.mktemp("workspace")).job("pages.per_request=2"), pa.schema([]))
+
+
+def request(stage: SettleStage, document: Row, at: int, attempt: int, status: str) -> Row:
+    """Return a document's request as it came back from this attempt; no two attempts say the same."""
+    key, (first_page, last_page) = list(compute_document_keys(document, stage.per_request, stage.fingerprint).items())[at]
+    row: Row = {**document, "key": key, "attempt": attempt, "first_page": first_page, "last_page": last_page, "status": status}
+    row |= {"pages": [], "errors": [], "asks": 1, "prompt_tokens": attempt, "completion_tokens": at, "model": "m", "engine": "e"}
+    if status == "failed":
+        return row | {"failure": FAILURE | {"message": f"attempt {attempt}"}}
+    return row | {"answer": VALID.replace("19.99", f"{'-' if status == 'invalid' else ''}{attempt}.{at}")}
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> list[list[tuple[int, int, int, str]]]:
+    """Return runs: in each, some requests come back (document, request of it, attempt, status), none of them twice."""
+    places = [(0, 0), (1, 0), (1, 1), (2, 0)]
+    runs = []
+    for attempt in range(1, draw(st.integers(1, 3)) + 1):
+        asked = draw(st.lists(st.sampled_from(places), unique=True))
+        runs.append([(*place, attempt, draw(OUTCOMES)) for place in asked])
+    return runs
+
+
+def write(output: Output, rows: list[Row], data: st.DataObject) -> None:
+    """Add the rows of one run to the ledger: some of them twice, and flushed wherever it happens to be."""
+    with LedgerWriter(output) as ledger:
+        for row in rows + data.draw(st.lists(st.sampled_from(rows), max_size=3) if rows else st.just([])):
+            ledger.add(row)
+            if data.draw(st.booleans()):
+                ledger.flush()
+
+
+def copy_some(output: Output, data: st.DataObject) -> None:
+    """Put copies of some shards beside them, as a restored backup might."""
+    for file in sorted((output.path / "requests").glob("*.parquet")):
+        if data.draw(st.booleans()):
+            file.with_name(f"copy-{file.name}").write_bytes(file.read_bytes())
+
+
+@tried(40)
+@given(histories(), st.data())
+def test_a_run_adds_each_answer_once_wherever_it_is_flushed(
+    stage: SettleStage, history: list[list[tuple[int, int, int, str]]], data: st.DataObject
+) -> None:
+    rows = [request(stage, DOCUMENTS[document], *rest) for document, *rest in history[0]]
+    with tempfile.TemporaryDirectory() as folder:
+        (output := Output(Path(folder))).create()
+        write(output, rows, data)
+        if rows:
+            read = read_requests(output, pa.chunked_array([[row["doc_id"] for row in rows]])).to_pylist()
+            assert sorted(row["key"] for row in read) == sorted(row["key"] for row in rows)
+        assert sorted(read_sources(output)["source"].to_pylist()) == sorted({row["source"] for row in rows})
+
+
+def expected(rows: list[Row]) -> Row:
+    """Return the attempt that counts, found another way: from the newest to the oldest, the first that succeeded."""
+    newest_first = sorted(rows, key=lambda row: -row["attempt"])
+    return next((row for row in newest_first if row["status"] != "failed"), newest_first[0])
+
+
+@tried(40)
+@given(histories(), st.data())
+def test_records_are_those_of_the_newest_successes_however_the_ledger_was_written(
+    stage: SettleStage, history: list[list[tuple[int, int, int, str]]], data: st.DataObject
+) -> None:
+    runs = [[request(stage, DOCUMENTS[document], *rest) for document, *rest in run] for run in history]
+    by_key: dict[str, list[Row]] = {}
+    for row in (row for run in runs for row in run):
+        by_key.setdefault(row["key"], []).append(row)
+    with tempfile.TemporaryDirectory() as folder:
+        (output := Output(Path(folder))).create()
+        for run in data.draw(st.permutations(runs)):
+            write(output, run, data)
+        copy_some(output, data)
+        read = read_requests(output, pa.chunked_array([[document["doc_id"] for document in DOCUMENTS]])).to_pylist()
+    settled = stage.table(DOCUMENTS, read)
+    assert settled == stage.table(DOCUMENTS, [expected(rows) for rows in by_key.values()])
+    assert settled["_source"].to_pylist() == ["a.pdf", "b.pdf", "c.pdf"]
+
+
+@tried(40)
+@given(histories(), st.permutations(DOCUMENTS), st.integers(0, 3))
+def test_documents_are_settled_alike_in_one_go_and_in_parts(
+    stage: SettleStage, history: list[list[tuple[int, int, int, str]]], documents: list[Row], cut: int
+) -> None:
+    rows = [request(stage, DOCUMENTS[document], *rest) for run in history for document, *rest in run]
+    parts = pa.concat_tables([stage.table(documents[:cut], rows), stage.table(documents[cut:], rows[::-1])])
+    assert parts.sort_by("_source") == stage.table(DOCUMENTS, rows)
+
+
+# --- text that strangers wrote
+
+PIECES = st.sampled_from([*tiny_checkpoint.CONTROL, "</tool_call>", "<|", "|>", "im_end", "<", "|", ">", "\x00", "\n", " ", "a"])
+TEXTS = st.lists(PIECES, max_size=8).map("".join)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    words = tiny_checkpoint.tokenizer()
+    return Encoder(build_processor(words), words.convert_tokens_to_ids("<|image_pad|>"), torch.device("cpu"))
+
+
+def control_tokens(encoder: Encoder, text: str, answer: str, error: str) -> list[int]:
+    """Return the control tokens of a conversation with these texts in all places that strangers' texts can get to."""
+    page = np.zeros((28, 28, 3), np.uint8)
+    messages = prompt.build_correction(prompt.build_messages(text, [page]), answer, [error])
+    control = set(encoder._tokenizer.convert_tokens_to_ids(list(tiny_checkpoint.CONTROL)))
+    return [token for token in encoder.encode(messages).ids if token in control]
+
+
+@tried(150)
+@given(TEXTS, TEXTS, TEXTS)
+def test_no_text_becomes_a_control_token(encoder: Encoder, text: str, answer: str, error: str) -> None:
+    assert control_tokens(encoder, text, answer, error) == control_tokens(encoder, "a", "b", "c")
+
+
+@tried(150)
+@given(TEXTS, TEXTS, TEXTS)
+def test_a_schema_or_instructions_that_spell_a_control_token_are_refused(title: str, description: str, instructions: str) -> None:
+    schema = {"type": "object", "properties": {"x": {"title": title, "description": description}}}
+    try:
+        said = prompt.build_system_message(schema, instructions)
+    except JobError as error:
+        assert "control token" in str(error)  # noqa: PT017  # both outcomes are right
+        assert any(mark in "".join((title, description, instructions)) for mark in ("|>", "</tool_call>"))
+    else:
+        assert not any(token in said for token in (*tiny_checkpoint.CONTROL, "</tool_call>"))

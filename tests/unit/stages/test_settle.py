@@ -1,0 +1,246 @@
+"""The ledger's rows become typed records, one for each document or page that was listed."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from decimal import Decimal
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipeline.errors import JobError
+from pipeline.stages.requests import Row, compute_document_keys
+from pipeline.stages.settle import PROVENANCE_COLUMNS, SettleStage, list_record_columns
+from tests.support.engines import VALID
+from tests.support.workspace import SCHEMA, Workspace
+
+PAGE = {"width_px": 448, "height_px": 448, "dpi": 200.0, "visual_tokens": 256, "warnings": []}
+FAILURE = {"stage": "generate", "kind": "length", "message": "the answer was cut"}
+NO_EXTRAS = pa.schema([])
+
+
+def document(source: str = "a.pdf", doc_id: str | None = "d1", page_count: int | None = 1, **extras: Any) -> Row:
+    return {"source": source, "size_bytes": 9, "version": "1", "doc_id": doc_id, "page_count": page_count, **extras}
+
+
+def ledger(stage: SettleStage, listed: Row, *answers: str | dict[str, Any]) -> list[Row]:
+    """Return the requests of a document with these answers; a mapping changes what the row says of itself."""
+    keys = compute_document_keys(listed, stage.per_request, stage.fingerprint)
+    rows = []
+    for (key, (first, last)), answer in zip(keys.items(), answers, strict=True):
+        row: Row = {"key": key, "attempt": 1, "status": "extracted", "failure": None, "answer": None, "errors": [], "asks": 1}
+        row |= {"prompt_tokens": 300, "completion_tokens": 20, "model": "script-1", "engine": "scripted"}
+        row |= {"pages": [PAGE | {"page_no": page_no} for page_no in range(max(1, first), last + 1)]}
+        rows.append(row | ({"answer": answer} if isinstance(answer, str) else answer))
+    return rows
+
+
+@pytest.fixture
+def stage(workspace: Workspace) -> SettleStage:
+    return SettleStage(workspace.job("pages.per_request=2"), NO_EXTRAS)
+
+
+@pytest.fixture
+def by_page(workspace: Workspace) -> SettleStage:
+    return SettleStage(workspace.job("extract.per=page"), NO_EXTRAS)
+
+
+def settled(stage: SettleStage, listed: Row, *answers: str | dict[str, Any]) -> list[Row]:
+    return stage.table([listed], ledger(stage, listed, *answers)).to_pylist()
+
+
+def record(stage: SettleStage, listed: Row, *answers: str | dict[str, Any]) -> Row:
+    (row,) = settled(stage, listed, *answers)
+    return row
+
+
+# --- one document
+
+
+def test_an_answer_becomes_typed_columns(stage: SettleStage) -> None:
+    row = record(stage, document(), '{"currency":"EUR","total":19.99,"lines":[{"amount":7}]}')
+    assert (row["currency"], row["total"], row["lines"]) == ("EUR", Decimal("19.99"), [{"amount": Decimal("7.00")}])
+    assert (row["_status"], row["_failure"], row["_errors"]) == ("extracted", None, [])
+
+
+def test_a_date_is_a_date(workspace: Workspace) -> None:
+    day = {"day": {"type": "string", "format": "date"}}
+    (workspace.folder / "schema.json").write_text(json.dumps(SCHEMA | {"properties": day, "required": ["day"]}))
+    row = record(SettleStage(workspace.job(), NO_EXTRAS), document(), '{"day":"2024-02-29"}')
+    assert row["day"] == datetime.date(2024, 2, 29)
+
+
+def test_a_record_says_where_it_comes_from_and_what_it_cost(stage: SettleStage) -> None:
+    row = record(stage, document("b.pdf", "d9"), VALID)
+    assert (row["_source"], row["_doc_id"], row["_pages"], row["_requests"]) == ("b.pdf", "d9", 1, 1)
+    assert (row["_visual_tokens"], row["_prompt_tokens"], row["_completion_tokens"]) == (256, 300, 20)
+    assert (row["_model"], row["_engine"]) == ("script-1", "scripted")
+
+
+def test_a_manifests_columns_travel(workspace: Workspace) -> None:
+    stage = SettleStage(workspace.job(), pa.schema([("customer", pa.string()), ("tags", pa.list_(pa.int64()))]))
+    row = record(stage, document(customer="ACME", tags=[1, 2]), VALID)
+    assert (row["customer"], row["tags"]) == ("ACME", [1, 2])
+
+
+def test_an_invalid_answer_fills_what_it_can_and_says_why(stage: SettleStage) -> None:
+    row = record(stage, document(), '{"currency":"EUR","total":-1,"lines":[]}')
+    assert (row["_status"], row["currency"], row["total"]) == ("invalid", "EUR", Decimal("-1.00"))
+    assert row["_errors"] == ["$.total: -1 is less than 0"]
+    assert row["_failure"] == {"stage": "validate", "kind": "invalid", "message": "$.total: -1 is less than 0"}
+    assert json.loads(row["_answer"]) == {"currency": "EUR", "total": -1, "lines": []}
+
+
+def test_an_answer_that_fits_no_column_leaves_them_empty(stage: SettleStage) -> None:
+    row = record(stage, document(), '{"currency":"EUR","total":"much","lines":[]}')
+    assert (row["_status"], row["currency"], row["total"], row["lines"]) == ("invalid", None, None, None)
+    assert '"much"' in row["_answer"]
+
+
+def test_an_answer_that_is_no_json_is_kept_as_it_came(stage: SettleStage) -> None:
+    row = record(stage, document(), {"answer": "Here it is:", "status": "invalid", "errors": ["no JSON"]})
+    assert (row["_status"], row["_answer"], row["_errors"]) == ("invalid", "Here it is:", ["no JSON"])
+
+
+def test_a_failed_request_is_a_failed_record(stage: SettleStage) -> None:
+    row = record(stage, document(), {"status": "failed", "failure": FAILURE, "answer": VALID})
+    assert (row["_status"], row["_failure"], row["total"], row["_answer"]) == ("failed", FAILURE, None, None)
+
+
+def test_a_document_that_was_not_opened_is_one_record(stage: SettleStage) -> None:
+    failure = FAILURE | {"stage": "source", "kind": "vanished"}
+    row = record(stage, document(doc_id=None, page_count=0), {"status": "failed", "failure": failure, "pages": None, "asks": None})
+    assert (row["_failure"]["kind"], row["_pages"], row["_requests"], row["_visual_tokens"]) == ("vanished", None, 0, 0)
+
+
+@pytest.mark.parametrize("listed", [document(), document(doc_id=None, page_count=None)])
+def test_what_was_not_asked_yet_is_pending(stage: SettleStage, listed: Row) -> None:
+    (row,) = stage.table([listed], []).to_pylist()
+    assert (row["_status"], row["_failure"]["kind"]) == ("failed", "pending")
+
+
+# --- attempts
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_newest_successful_attempt_wins(stage: SettleStage, order: int) -> None:
+    good = ledger(stage, document(), VALID)[0]
+    older = good | {"attempt": 2, "answer": VALID.replace("19.99", "1.00")}
+    later = good | {"attempt": 3}
+    latest = good | {"attempt": 4, "status": "failed", "failure": FAILURE, "answer": None}
+    (row,) = stage.table([document()], [older, later, latest][::order]).to_pylist()
+    assert row["total"] == Decimal("19.99")
+
+
+def test_the_newest_failure_is_told_when_none_succeeded(stage: SettleStage) -> None:
+    failed = ledger(stage, document(), {"status": "failed", "failure": FAILURE})[0]
+    newer = failed | {"attempt": 2, "failure": FAILURE | {"kind": "timeout"}}
+    (row,) = stage.table([document()], [newer, failed]).to_pylist()
+    assert row["_failure"]["kind"] == "timeout"
+
+
+# --- long documents
+
+
+def test_parts_are_merged_in_page_order(stage: SettleStage) -> None:
+    parts = '{"currency":"EUR","lines":[]}', '{"currency":null,"total":19.99,"lines":[{"amount":7}]}'
+    row = record(stage, document(page_count=3), *parts)
+    assert (row["_status"], row["currency"], row["total"], row["lines"]) == ("extracted", "EUR", Decimal("19.99"), [{"amount": Decimal(7)}])
+    assert (row["_pages"], row["_requests"], row["_prompt_tokens"], row["_visual_tokens"]) == (3, 2, 600, 768)
+
+
+def test_parts_that_disagree_say_so(stage: SettleStage) -> None:
+    row = record(stage, document(page_count=3), VALID, VALID.replace("19.99", "5"))
+    assert row["total"] == Decimal("19.99")
+    assert row["_disagreements"] == [{"path": "$.total", "kept": "19.99", "kept_page": 1, "other": "5", "other_page": 3}]
+
+
+def test_the_merged_record_is_checked_whole(stage: SettleStage) -> None:
+    row = record(stage, document(page_count=3), '{"currency":"EUR"}', '{"total":1}')
+    assert row["_status"] == "invalid"
+    assert "lines" in row["_errors"][0]
+
+
+def test_one_failed_part_fails_the_document(stage: SettleStage) -> None:
+    row = record(stage, document(page_count=3), VALID, {"status": "failed", "failure": FAILURE})
+    assert (row["_status"], row["_failure"], row["total"], row["_requests"]) == ("failed", FAILURE, None, 2)
+
+
+def test_one_part_that_is_no_json_makes_the_document_invalid(stage: SettleStage) -> None:
+    row = record(stage, document(page_count=3), VALID, {"answer": "{", "status": "invalid", "errors": ["no JSON"]})
+    assert (row["_status"], row["_answer"], row["_errors"]) == ("invalid", "{", ["no JSON"])
+
+
+def test_a_part_not_asked_yet_leaves_the_document_pending(stage: SettleStage) -> None:
+    listed = document(page_count=3)
+    (row,) = stage.table([listed], ledger(stage, listed, VALID, VALID)[:1]).to_pylist()
+    assert (row["_status"], row["_failure"]["kind"], row["_requests"]) == ("failed", "pending", 1)
+
+
+# --- pages
+
+
+def test_every_page_has_a_record(by_page: SettleStage) -> None:
+    rows = settled(by_page, document(page_count=3), VALID, {"status": "failed", "failure": FAILURE}, VALID)
+    assert [(row["_page"], row["_status"], row["_pages"]) for row in rows] == [(1, "extracted", 3), (2, "failed", 3), (3, "extracted", 3)]
+
+
+def test_a_document_that_was_not_opened_has_a_record_without_page(by_page: SettleStage) -> None:
+    row = record(by_page, document(page_count=0), {"status": "failed", "failure": FAILURE})
+    assert (row["_page"], row["_status"]) == (None, "failed")
+
+
+# --- the table
+
+
+def test_rows_are_in_the_order_of_sources_and_pages(by_page: SettleStage) -> None:
+    listed = [document("b", "d1", 2), document("a", "d2", 10)]
+    requests = [row for one in listed for row in ledger(by_page, one, *[VALID] * (one["page_count"] or 0))]
+    table = by_page.table(listed, requests[::-1])
+    assert list(zip(table["_source"].to_pylist(), table["_page"].to_pylist(), strict=True)) == [
+        *(("a", page) for page in range(1, 11)), ("b", 1), ("b", 2),
+    ]  # fmt: skip
+
+
+def test_two_files_of_the_same_bytes_are_two_records_of_one_answer(stage: SettleStage) -> None:
+    listed = [document("a"), document("b")]
+    rows = stage.table(listed, ledger(stage, listed[0], VALID)).to_pylist()
+    assert [(row["_source"], row["total"]) for row in rows] == [("a", Decimal("19.99")), ("b", Decimal("19.99"))]
+
+
+@pytest.mark.parametrize("answers", [[], [{"status": "failed", "failure": FAILURE}], [VALID], ['{"total":"much"}']])
+def test_the_columns_are_the_same_whatever_happened(stage: SettleStage, answers: list[Any]) -> None:
+    table = stage.table([document()], ledger(stage, document(), *answers)) if answers else stage.table([], [])
+    assert table.schema == stage.schema
+
+
+def test_the_same_ledger_gives_the_same_table(stage: SettleStage) -> None:
+    requests = ledger(stage, document(page_count=3), VALID, VALID)
+    one, other = (stage.table([document(page_count=3)], rows) for rows in (requests, requests[::-1]))
+    assert one == other
+
+
+def test_columns_are_the_schemas_the_manifests_and_ours(workspace: Workspace) -> None:
+    stage = SettleStage(workspace.job(), pa.schema([("customer", pa.string())]))
+    assert stage.schema.names == ["currency", "total", "lines", "customer", *(name for name in PROVENANCE_COLUMNS if name != "_page")]
+
+
+def test_only_pages_have_a_page(by_page: SettleStage, stage: SettleStage) -> None:
+    assert ("_page" in by_page.schema.names, "_page" in stage.schema.names) == (True, False)
+
+
+def test_check_shows_the_columns(workspace: Workspace) -> None:
+    shown = list_record_columns(workspace.job())
+    assert shown["columns"]["total"] == "decimal128(18, 2)"
+    assert shown["columns"]["_doc_id"] == "string"
+
+
+# --- clashes
+
+
+@pytest.mark.parametrize("name", ["total", "_source"])
+def test_a_manifests_column_of_a_records_name_is_refused(workspace: Workspace, name: str) -> None:
+    with pytest.raises(JobError, match=f"the manifest's column '{name}' has the name of a column of the records: rename it"):
+        SettleStage(workspace.job(), pa.schema([(name, pa.string())]))

@@ -1,0 +1,360 @@
+"""Documents become requests, requests become answers, and whatever goes wrong becomes a row."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline import schema
+from pipeline.budget import RenderSettings
+from pipeline.errors import DocumentError, EngineDead, JobError
+from pipeline.records import Request
+from pipeline.render.sandbox import Sandbox
+from pipeline.stages.ask import AskStage, decode_images
+from pipeline.stages.render import RenderStage, make_render_settings
+from pipeline.stages.requests import Row, compute_document_keys, compute_request_key, split_pages
+from tests.support.engines import CUT, INVALID, VALID, Say, ScriptedEngine, list_texts, make_completion
+from tests.support.workspace import Workspace, draw_slip, make_listing_row
+
+SIZE = {"page_no": 1, "width_px": 28, "height_px": 28, "dpi": 200.0, "visual_tokens": 1, "warnings": []}
+PLACE: Row = {"source": "a.pdf", "key": "k", "attempt": 2, "first_page": 1, "last_page": 1, "page_count": 1}
+REQUEST: Row = PLACE | {"pages": [SIZE], "pixels": [bytes(2352)]}
+
+
+# --- names of requests
+
+
+@pytest.mark.parametrize(("pages", "per_request", "expected"), [(1, 4, [(1, 1)]), (4, 4, [(1, 4)]), (9, 4, [(1, 4), (5, 8), (9, 9)])])
+def test_a_document_is_asked_in_ranges(pages: int, per_request: int, expected: list[tuple[int, int]]) -> None:
+    assert split_pages(pages, per_request) == expected
+
+
+@pytest.mark.parametrize("other", [("e", 1, 4, "f"), ("d", 2, 4, "f"), ("d", 1, 5, "f"), ("d", 1, 4, "g")])
+def test_a_key_names_document_pages_and_job(other: tuple[str, int, int, str]) -> None:
+    assert compute_request_key(*other) != compute_request_key("d", 1, 4, "f")
+
+
+def test_an_unread_documents_key_changes_with_its_version() -> None:
+    row = {"source": "a", "size_bytes": -1, "version": "vanished", "doc_id": None, "page_count": 0}
+    assert compute_document_keys(row, 4, "f").keys() != compute_document_keys(row | {"size_bytes": 9, "version": "17"}, 4, "f").keys()
+
+
+def test_an_unopened_documents_key_is_its_bytes() -> None:
+    row = {"source": "a", "size_bytes": 9, "version": "1", "doc_id": "d", "page_count": 0}
+    assert compute_document_keys(row, 4, "f") == compute_document_keys(row | {"source": "b", "version": "2"}, 4, "f")
+
+
+# --- rendering
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    """One renderer for all tests here: each takes a second to start."""
+    with Sandbox(RenderSettings(password="open sesame")) as shared:
+        yield shared
+
+
+@pytest.fixture
+def stage(workspace: Workspace, sandbox: Sandbox) -> RenderStage:
+    made = RenderStage(sandbox.settings, workspace.folder, 2, "f" * 16, lambda identity, source, keys: dict.fromkeys(keys, 1))
+    made.sandbox = sandbox
+    return made
+
+
+def one(rows: Iterator[Row]) -> Row:
+    (row,) = rows
+    return row
+
+
+def test_a_document_becomes_requests_of_pages(workspace: Workspace, stage: RenderStage) -> None:
+    rows = list(stage(make_listing_row(workspace.put("a.pdf", draw_slip(1, 2, 3)), workspace.folder)))
+    assert [(row["first_page"], row["last_page"], len(row["pixels"])) for row in rows] == [(1, 2, 2), (3, 3, 1)]
+    assert [page["page_no"] for row in rows for page in row["pages"]] == [1, 2, 3]
+    assert {(row["doc_id"], row["page_count"]) for row in rows} == {(hashlib.sha256(draw_slip(1, 2, 3)).hexdigest(), 3)}
+
+
+def test_pixels_come_back_as_images(workspace: Workspace, stage: RenderStage) -> None:
+    row = one(stage(make_listing_row(workspace.put("a.pdf", draw_slip(1)), workspace.folder)))
+    (image,) = decode_images(row)
+    assert (image.shape, image.dtype, image.flags.writeable) == ((448, 448, 3), np.uint8, True)
+    assert row["pages"][0]["visual_tokens"] == 256
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"), [(b"", "empty"), (b"Dear Sir or Madam", "unrecognised"), (b"%PDF-1.7 and nothing else", "broken")]
+)
+def test_a_document_that_does_not_open_is_one_row(workspace: Workspace, stage: RenderStage, data: bytes, kind: str) -> None:
+    row = one(stage(make_listing_row(workspace.put("a.pdf", data), workspace.folder)))
+    assert (row["failure"]["stage"], row["failure"]["kind"], row["status"]) == ("render", kind, "failed")
+    assert (row["doc_id"], row["page_count"], row["first_page"]) == (hashlib.sha256(data).hexdigest(), 0, 0)
+    assert row["key"]
+
+
+def test_a_file_that_vanished_is_one_row_without_identity(workspace: Workspace, stage: RenderStage) -> None:
+    document = make_listing_row(workspace.put("a.pdf"), workspace.folder)
+    (workspace.inputs / "a.pdf").unlink()
+    row = one(stage(document))
+    assert (row["failure"]["stage"], row["failure"]["kind"], row["doc_id"]) == ("source", "vanished", None)
+
+
+def test_a_file_that_was_not_there_when_listed_says_so(workspace: Workspace, stage: RenderStage) -> None:
+    row = one(stage({"source": "in/gone.pdf", "size_bytes": -1, "version": "vanished"}))
+    assert row["failure"]["message"] == "in/gone.pdf cannot be read: there is no such file"
+
+
+def test_a_page_that_cannot_be_drawn_costs_its_request_alone(
+    workspace: Workspace, stage: RenderStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = stage.sandbox.pages
+
+    def torn(first_page: int, last_page: int) -> Iterator[Any]:  # a page whose content MuPDF gives up on, without the work to make one
+        if first_page == 3:
+            raise DocumentError("timeout", "page 3 took more than 60 s and was given up")
+        return drawn(first_page, last_page)
+
+    monkeypatch.setattr(stage.sandbox, "pages", torn)
+    rows = list(stage(make_listing_row(workspace.put("a.pdf", draw_slip(1, 2, 3, 4, 5)), workspace.folder)))
+    assert [row.get("failure", {}).get("kind") for row in rows] == [None, "timeout", None]
+
+
+def test_only_the_requests_that_are_claimed_are_drawn(workspace: Workspace, stage: RenderStage) -> None:
+    stage.claim = lambda identity, source, keys: {keys[1]: 1}
+    row = one(stage(make_listing_row(workspace.put("a.pdf", draw_slip(1, 2, 3)), workspace.folder)))
+    assert (row["first_page"], row["last_page"]) == (3, 3)
+
+
+def test_a_document_that_asks_nothing_still_says_what_it_is(workspace: Workspace, stage: RenderStage) -> None:
+    stage.claim = lambda identity, source, keys: {}
+    row = one(stage(make_listing_row(workspace.put("a.pdf", draw_slip(1, 2, 3)), workspace.folder)))
+    assert (row["key"], row["page_count"], row["doc_id"]) == (None, 3, hashlib.sha256(draw_slip(1, 2, 3)).hexdigest())
+
+
+def test_a_claim_names_document_source_and_keys(workspace: Workspace, stage: RenderStage) -> None:
+    claims = []
+    stage.claim = lambda *claim: claims.append(claim) or {}
+    one(stage(make_listing_row(workspace.put("a.pdf", draw_slip(1)), workspace.folder)))
+    doc_id = hashlib.sha256(draw_slip(1)).hexdigest()
+    assert claims == [(doc_id, "in/a.pdf", [compute_request_key(doc_id, 1, 1, "f" * 16)])]
+
+
+def test_the_password_comes_from_the_environment(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIP_PASSWORD", "open sesame")
+    assert make_render_settings(workspace.job("source.password_env=SLIP_PASSWORD")).password == "open sesame"
+
+
+def test_a_password_that_is_not_there_is_refused(workspace: Workspace) -> None:
+    assert "SLIP_PASSWORD" not in os.environ
+    with pytest.raises(JobError, match=r"source\.password_env names the environment variable SLIP_PASSWORD, which is not set"):
+        make_render_settings(workspace.job("source.password_env=SLIP_PASSWORD"))
+
+
+def test_limits_are_the_jobs(workspace: Workspace) -> None:
+    settings = make_render_settings(
+        workspace.job("limits.timeout_s=5", "limits.memory_mib=300", "limits.max_file_mib=2", "limits.max_pages=7")
+    )
+    assert (settings.timeout_s, settings.memory_bytes, settings.max_file_bytes, settings.max_pages) == (5, 300 * 2**20, 2 * 2**20, 7)
+
+
+# --- asking
+
+
+def ask(workspace: Workspace, *says: Say, settings: tuple[str, ...] = (), **row: Any) -> tuple[Row, ScriptedEngine]:
+    """Return what becomes of one request, and the engine that was asked."""
+    engine = ScriptedEngine(*says)
+    return asyncio.run(AskStage(workspace.job(*settings), engine).answer(REQUEST | row)), engine
+
+
+def test_a_valid_answer_is_extracted(workspace: Workspace) -> None:
+    row, engine = ask(workspace, make_completion(VALID))
+    assert (row["status"], row["answer"], row["errors"], row["failure"]) == ("extracted", VALID, [], None)
+    assert (row["asks"], row["prompt_tokens"], row["completion_tokens"]) == (1, 300, 20)
+    assert (row["model"], row["engine"], row["attempt"], row["fingerprint"]) == ("script-1", "scripted", 2, workspace.job().fingerprint)
+    assert len(engine.asked) == 1
+
+
+def test_an_answered_row_carries_no_pixels(workspace: Workspace) -> None:
+    row, _ = ask(workspace)
+    assert "pixels" not in row
+    assert row["pages"] == [SIZE]
+
+
+def test_the_request_says_what_the_job_says(workspace: Workspace) -> None:
+    _, engine = ask(workspace, settings=("sampling.temperature=0.5",))
+    (request,) = engine.asked
+    job = workspace.job("sampling.temperature=0.5")
+    assert (request.key, request.schema, request.sampling) == ("k", schema.dump_compact_schema(job.schema), job.sampling)
+    assert list_texts(request) == [job.system_message, "Return the JSON object for this document."]
+
+
+def test_an_invalid_answer_is_asked_again_with_its_errors(workspace: Workspace) -> None:
+    row, engine = ask(workspace, make_completion(INVALID), make_completion(VALID))
+    assert (row["status"], row["answer"], row["asks"], row["errors"]) == ("extracted", VALID, 2, [])
+    first, again = engine.asked
+    assert list_texts(again)[:3] == [*list_texts(first), INVALID]
+    assert "- $.total: -1 is less than 0" in list_texts(again)[3]
+
+
+def test_a_correction_keeps_the_page_in_sight(workspace: Workspace) -> None:
+    _, engine = ask(workspace, make_completion(INVALID), make_completion(VALID))
+    first, again = engine.asked
+    assert again.messages[:2] == first.messages
+    assert [message.role for message in again.messages] == ["system", "user", "assistant", "user"]
+
+
+def test_both_asks_are_paid_for(workspace: Workspace) -> None:
+    row, _ = ask(workspace, make_completion(INVALID), make_completion(VALID))
+    assert (row["prompt_tokens"], row["completion_tokens"]) == (600, 40)
+
+
+def test_an_answer_that_stays_invalid_is_invalid(workspace: Workspace) -> None:
+    row, engine = ask(workspace, make_completion(INVALID))
+    assert (row["status"], row["answer"], len(engine.asked)) == ("invalid", INVALID, 2)
+    assert row["failure"] == {"stage": "validate", "kind": "invalid", "message": "$.total: -1 is less than 0"}
+
+
+@pytest.mark.parametrize("times", [0, 3])
+def test_the_job_says_how_often_is_asked_again(workspace: Workspace, times: int) -> None:
+    row, engine = ask(workspace, make_completion(INVALID), settings=(f"extract.re_asks={times}",))
+    assert (row["asks"], len(engine.asked)) == (times + 1, times + 1)
+
+
+def test_an_answer_that_is_no_json_is_asked_again(workspace: Workspace) -> None:
+    row, engine = ask(workspace, make_completion("Here it is:"), make_completion(VALID))
+    assert (row["status"], len(engine.asked)) == ("extracted", 2)
+
+
+def test_an_answer_cut_short_is_a_failure_even_if_it_parses(workspace: Workspace) -> None:
+    row, engine = ask(workspace, CUT)
+    assert (row["status"], row["finish_reason"], len(engine.asked)) == ("failed", "length", 1)
+    assert (row["failure"]["stage"], row["failure"]["kind"]) == ("generate", "length")
+    assert "cut after 20 tokens; raise sampling.max_tokens" in row["failure"]["message"]
+
+
+def test_a_correction_cut_short_is_a_failure_too(workspace: Workspace) -> None:
+    row, _ = ask(workspace, make_completion(INVALID), CUT)
+    assert (row["status"], row["failure"]["kind"], row["asks"]) == ("failed", "length", 2)
+
+
+def test_a_request_the_engine_refuses_is_a_failed_row(workspace: Workspace) -> None:
+    row, _ = ask(workspace, DocumentError("too_long", "the prompt has 9000 tokens"))
+    assert row["failure"] == {"stage": "generate", "kind": "too_long", "message": "the prompt has 9000 tokens"}
+    assert (row["status"], row["asks"]) == ("failed", 0)
+
+
+def test_what_was_spent_before_a_refusal_is_counted(workspace: Workspace) -> None:
+    row, _ = ask(workspace, make_completion(INVALID), DocumentError("engine", "the kernel returned nonsense"))
+    assert (row["status"], row["asks"], row["prompt_tokens"]) == ("failed", 1, 300)
+
+
+def test_an_answer_stays_invalid_where_asking_again_is_too_long(workspace: Workspace) -> None:
+    row, _ = ask(workspace, make_completion(INVALID), DocumentError("too_long", "the request needs 40,000 tokens"))
+    assert (row["status"], row["answer"], row["asks"], row["prompt_tokens"]) == ("invalid", INVALID, 1, 300)
+    assert row["errors"]
+
+
+def test_a_document_that_was_not_drawn_is_not_asked(workspace: Workspace) -> None:
+    failure = {"stage": "render", "kind": "broken", "message": "…"}
+    row, engine = ask(workspace, failure=failure, status="failed", pages=None, pixels=None)
+    assert (engine.asked, row["failure"], row["status"]) == ([], failure, "failed")
+
+
+def test_a_document_that_asks_nothing_passes_through(workspace: Workspace) -> None:
+    row, engine = ask(workspace, key=None)
+    assert engine.asked == []
+    assert row == {name: value for name, value in REQUEST.items() if name != "pixels"} | {"key": None}
+
+
+def test_a_part_of_a_document_is_not_asked_for_what_it_lacks(workspace: Workspace) -> None:
+    row, engine = ask(workspace, make_completion('{"currency":"EUR"}'), page_count=5)
+    assert (row["status"], row["asks"]) == ("extracted", 1)
+    assert list_texts(engine.asked[0])[-1].startswith("These are pages 1 to 1 of 5.")
+
+
+def test_a_part_that_is_no_json_is_asked_again(workspace: Workspace) -> None:
+    row, _ = ask(workspace, make_completion("{"), make_completion('{"currency":"EUR"}'), page_count=5)
+    assert (row["status"], row["asks"]) == ("extracted", 2)
+
+
+def test_a_page_that_is_a_record_of_its_own_is_checked_whole(workspace: Workspace) -> None:
+    row, engine = ask(workspace, make_completion('{"currency":"EUR"}'), page_count=5, settings=("extract.per=page",))
+    assert (row["status"], row["asks"]) == ("invalid", 2)
+    assert list_texts(engine.asked[0])[-1] == "Return the JSON object for this document."
+
+
+# --- batches
+
+
+def ask_all(workspace: Workspace, rows: list[Row], *says: Say) -> list[Row]:
+    async def answers() -> list[Row]:
+        return [row async for row in AskStage(workspace.job(), ScriptedEngine(*says))(rows)]
+
+    return asyncio.run(answers())
+
+
+def by_key(request: Request) -> Any:
+    """Answer all requests but k2, which the engine stumbles over."""
+    if request.key == "k2":
+        raise DocumentError("engine", "the engine failed on this request")
+    return make_completion()
+
+
+def test_an_engine_that_fails_on_one_request_costs_that_one_alone(workspace: Workspace) -> None:
+    rows = ask_all(workspace, [REQUEST | {"key": key} for key in ("k1", "k2", "k3")], by_key)
+    assert {row["key"]: row["status"] for row in rows} == {"k1": "extracted", "k2": "failed", "k3": "extracted"}
+
+
+def test_requests_of_a_batch_are_under_way_together(workspace: Workspace) -> None:
+    waiting: list[Request] = []
+
+    class Patient(ScriptedEngine):
+        """Answers nobody before all three have asked: it would wait for ever for requests that come one by one."""
+
+        async def complete(self, request: Request) -> Any:
+            waiting.append(request)
+            while len(waiting) < 3:
+                await asyncio.sleep(0)
+            return make_completion()
+
+    async def answers() -> list[Row]:
+        rows = [REQUEST | {"key": key} for key in ("k1", "k2", "k3")]
+        return [row async for row in AskStage(workspace.job(), Patient())(rows)]
+
+    assert len(asyncio.run(asyncio.wait_for(answers(), 60))) == 3
+
+
+def test_rows_come_in_the_order_they_were_given_whatever_is_answered_first(workspace: Workspace) -> None:
+    """A batch that is asked again, because its actor died, must have the same rows at the same places: Ray drops those it has."""
+
+    class Backwards(ScriptedEngine):
+        async def complete(self, request: Request) -> Any:
+            for _ in range(3 - int(request.key[1:])):
+                await asyncio.sleep(0)
+            self.asked.append(request)
+            return make_completion()
+
+    async def answers() -> list[Row]:
+        return [row async for row in AskStage(workspace.job(), engine)([REQUEST | {"key": key} for key in ("k1", "k2", "k3")])]
+
+    engine = Backwards()
+    assert [row["key"] for row in asyncio.run(answers())] == ["k1", "k2", "k3"]
+    assert [request.key for request in engine.asked] == ["k3", "k2", "k1"]
+
+
+def test_a_dead_engine_is_no_row(workspace: Workspace) -> None:
+    with pytest.raises(EngineDead):
+        ask_all(workspace, [REQUEST], EngineDead("the GPU is gone"))
+
+
+def test_a_batch_of_nothing_to_ask_asks_nothing(workspace: Workspace) -> None:
+    assert [row["key"] for row in ask_all(workspace, [REQUEST | {"key": None}] * 2, AssertionError("asked"))] == [None, None]
+
+
+def test_the_stage_keeps_no_pixels_of_what_it_could_not_draw(workspace: Workspace, stage: RenderStage) -> None:
+    row = one(stage(make_listing_row(workspace.put("a.pdf", b""), workspace.folder)))
+    assert "pixels" not in row

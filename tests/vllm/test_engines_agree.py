@@ -1,0 +1,124 @@
+"""One job over the same documents through every engine that is installed: where their answers are the same, so are their records.
+
+The engine `openai` asks a real server of the same weights: vLLM's where vLLM is installed, else transformers' own. That one reads no AWQ
+folder, so all engines then have the weights as autoawq unpacks them; and it takes no schema: the model writes what it likes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipeline import flow
+from pipeline.engines import DEMO_CHECKPOINT, checkpoint
+from pipeline.engines.transformers import awq
+from pipeline.job import Job
+from tests.support.chat_server import serve_chat
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's imports bring many, none of them about us
+JOB = Path(__file__).parents[2] / "jobs" / "invoices.yaml"
+DOCUMENTS = 6
+HAS_VLLM = find_spec("vllm") is not None
+SERVE = which("transformers", path=str(Path(sys.executable).parent)) if find_spec("uvicorn") else None
+SETTINGS = {
+    "transformers": ["model.without_gpu=cpu"],
+    "vllm": ["model.enforce_eager=true", "model.max_num_seqs=16", "model.engine_args={kv_cache_memory_bytes: 1073741824}"],
+    "openai": ["model.structure=json_schema", "model.logprobs=" + str(HAS_VLLM).lower()],
+}
+OTHERS = [
+    pytest.param("vllm", marks=pytest.mark.skipif(not HAS_VLLM, reason="needs vLLM")),
+    pytest.param("openai", marks=pytest.mark.skipif(not (find_spec("httpx2") and (HAS_VLLM or SERVE)), reason="needs a server")),
+]
+Rows = dict[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a run wrote: its ledger's rows, and its records."""
+
+    engine: str
+    asked: Rows
+    records: Rows
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What all engines call their model: the demonstration model, or a folder with its weights unpacked."""
+    return "demo" if HAS_VLLM else str(unpacked(tmp_path_factory.mktemp("plain")))
+
+
+def unpacked(folder: Path) -> Path:
+    """Write the demonstration model without its quantization."""
+    for file in DEMO_CHECKPOINT.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copyfile(file, folder / file.name)
+    awq.load_awq_model(DEMO_CHECKPOINT, checkpoint.load_config(DEMO_CHECKPOINT, None), torch.float32, torch.device("cpu")).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(request: pytest.FixtureRequest, model: str) -> Iterator[str]:
+    """Where a server of the model answers."""
+    if HAS_VLLM:
+        yield request.getfixturevalue("vllm_server")
+        return
+    with serve_chat(str(SERVE), "serve", model, "--device", "cpu", "--dtype", "float32", OMP_NUM_THREADS="1") as found:
+        yield found
+
+
+def run(engine: str, model: str, folder: Path, *settings: str) -> Ran:
+    flow.run(Job.load(JOB, [f"model.engine={engine}", f"model.name={model}", *SETTINGS[engine], *settings], folder), limit=DOCUMENTS)
+    return Ran(engine, rows(folder / "requests", "source", "first_page"), rows(folder / "records", "_source"))
+
+
+def rows(folder: Path, *names: str) -> Rows:
+    """Return a table's rows by what names them."""
+    return {tuple(row[name] for name in names): row for row in pq.read_table(folder).to_pylist()}
+
+
+@pytest.fixture(scope="module")
+def first(ray_session: object, model: str, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """The run that the others are held against."""
+    return run("transformers", model, tmp_path_factory.mktemp("transformers") / "out")
+
+
+@pytest.fixture(scope="module", params=OTHERS)
+def other(request: pytest.FixtureRequest, first: Ran, model: str, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    settings = [f"model.base_url={request.getfixturevalue('address')}"] if request.param == "openai" else []
+    return run(request.param, model, tmp_path_factory.mktemp(request.param) / "out", *settings)
+
+
+def test_all_ask_the_same_and_most_answers_agree(first: Ran, other: Ran) -> None:
+    assert {row["engine"] for row in other.asked.values()} == {other.engine} != {first.engine}
+    assert first.asked.keys() == other.asked.keys()
+    same = [key for key, row in first.asked.items() if answer(row) == answer(other.asked[key])]
+    assert len(same) > len(first.asked) / 2
+
+
+def test_records_agree_wherever_the_answers_do(first: Ran, other: Ran) -> None:
+    differ = {source for (source, _), row in first.asked.items() if answer(row) != answer(other.asked[source, row["first_page"]])}
+    for (source,), record in first.records.items():
+        if source not in differ:
+            assert told(other.records[source,]) == told(record)
+
+
+def answer(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what a model made of a request, and in how many attempts."""
+    return row["status"], row["answer"], row["asks"]
+
+
+def told(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record without the engine's name."""
+    return {name: value for name, value in record.items() if name != "_engine"}
