@@ -359,19 +359,19 @@ def test_the_child_is_confined(stub: Sandbox, attempt: str) -> None:
 
 ORPHAN = """
 import os, sys, threading, time
-from made import endless_pdf
 from pipeline.budget import RenderSettings
-from pipeline.sandbox import Sandbox
+from pipeline.render.sandbox import Sandbox
+from tests.support.pdfs import make_endless_pdf
 
 def work():
     global sandbox
     sandbox = Sandbox(RenderSettings())
-    sandbox.open(endless_pdf())
+    sandbox.open(make_endless_pdf())
     print(sandbox.child.pid, flush=True)
+    threading.Timer(1, lambda: os._exit(1) if "exit" in sys.argv else os.kill(os.getpid(), 9)).start()
     next(sandbox.pages())
 
 threading.Thread(target=work, daemon=True).start() if "thread" in sys.argv else print(end="")
-threading.Timer(1, lambda: os._exit(1) if "exit" in sys.argv else os.kill(os.getpid(), 9)).start()
 time.sleep(60) if "thread" in sys.argv else work()
 """
 """A parent that ends in the middle of a page."""
