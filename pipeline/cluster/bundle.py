@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pipeline
-from pipeline import engines
 from pipeline.cluster import bundle
 from pipeline.errors import JobError
 from pipeline.job import Job
@@ -45,7 +44,7 @@ def make_portable(job: Job) -> dict[str, Any]:
     keys["output"]["path"] = check_portable_path(job, "output.path", str(job.output))
     for name in ("name", "lora"):
         named = getattr(job.sections.model, name)
-        if named and not job.uses_demo and job.sections.model.engine != "openai" and engines.is_local_path(job, named):
+        if named and not job.uses_demo and job.sections.model.engine != "openai" and job.is_local_path(named):
             keys["model"][name] = check_portable_path(job, f"model.{name}", named)
     return keys
 

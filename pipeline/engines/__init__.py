@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
@@ -100,14 +99,14 @@ def check_engine(job: Job) -> tuple[str, ...]:
     name, lora = job.sections.model.name, job.sections.model.lora
     if is_store_url(name):
         model_cache.resolve_store_revision(name, job.sections.model.revision)
-    elif job.uses_demo or is_local_path(job, name):
+    elif job.uses_demo or job.is_local_path(name):
         if not (find_model_folder(job) / "config.json").is_file():
             raise JobError(f"{job.file}: model.name is {name!r}, but {find_model_folder(job)} holds no checkpoint (no config.json)")
         checkpoint_files.check_checkpoint_files(find_model_folder(job), any_quantization=uses_vllm)
-    if lora and is_local_path(job, lora):
-        if not (resolve_local_path(job, lora) / "adapter_model.safetensors").is_file():
-            raise JobError(f"{job.file}: model.lora is {lora!r}, but {resolve_local_path(job, lora)} holds no adapter_model.safetensors")
-        checkpoint_files.read_safetensors_header(resolve_local_path(job, lora) / "adapter_model.safetensors")
+    if lora and job.is_local_path(lora):
+        if not (job.resolve_local_path(lora) / "adapter_model.safetensors").is_file():
+            raise JobError(f"{job.file}: model.lora is {lora!r}, but {job.resolve_local_path(lora)} holds no adapter_model.safetensors")
+        checkpoint_files.read_safetensors_header(job.resolve_local_path(lora) / "adapter_model.safetensors")
     return grammar.check_grammar(schema.dump_compact_schema(job.schema))
 
 
@@ -117,7 +116,7 @@ def locate_model(job: Job) -> Job:
     Raises JobError when a hub id is not known, or not in the cache where the hub cannot be reached.
     """
     model = job.sections.model
-    if model.engine == "openai" or job.uses_demo or (not is_store_url(model.name) and is_local_path(job, model.name)):
+    if model.engine == "openai" or job.uses_demo or (not is_store_url(model.name) and job.is_local_path(model.name)):
         return job
     if is_store_url(model.name):
         return job.with_model(revision=model_cache.resolve_store_revision(model.name, model.revision))
@@ -133,17 +132,7 @@ def locate_model(job: Job) -> Job:
 
 def find_model_folder(job: Job) -> Path:
     """Return where the job's model lies, if it is a folder: relative to the job file, or in this package."""
-    return DEMO_CHECKPOINT if job.uses_demo else resolve_local_path(job, job.sections.model.name)
-
-
-def resolve_local_path(job: Job, name: str) -> Path:
-    """Return where something that the job names lies, if it is a folder."""
-    return job.file.parent / os.path.expanduser(name)  # pathlib's own raises for the home of nobody
-
-
-def is_local_path(job: Job, name: str) -> bool:
-    """Say whether a name means a folder, there or not, and no hub id."""
-    return name.startswith((".", "/", "~")) or resolve_local_path(job, name).is_dir()
+    return DEMO_CHECKPOINT if job.uses_demo else job.resolve_local_path(job.sections.model.name)
 
 
 def load_engine(job: Job, threads: int | None = None) -> Engine:
@@ -215,4 +204,4 @@ def find_weights(job: Job) -> str:
 def find_adapter(job: Job) -> str | None:
     """Return the folder of the job's LoRA adapter, or its hub id."""
     lora = job.sections.model.lora
-    return str(resolve_local_path(job, lora)) if lora and is_local_path(job, lora) else lora
+    return str(job.resolve_local_path(lora)) if lora and job.is_local_path(lora) else lora

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -102,6 +103,14 @@ class Job:
             found = model["revision"] if is_store_url(mine.name) and model["name"] == mine.name and mine.revision is None else mine.revision
             return self.with_model(revision=found)
         return self.with_model(**{key: model.get(key, "auto") for key in ("name", "server", "structure") if getattr(mine, key) == "auto"})
+
+    def resolve_local_path(self, name: str) -> Path:
+        """Return the path of a name in the job: relative to the job file, `~` expanded."""
+        return self.file.parent / os.path.expanduser(name)  # Path.expanduser raises for the home of an unknown user
+
+    def is_local_path(self, name: str) -> bool:
+        """Say whether a model's or adapter's name means a local folder, which need not exist, rather than a hub id."""
+        return name.startswith((".", "/", "~")) or self.resolve_local_path(name).is_dir()
 
     @property
     def decisive_keys(self) -> dict[str, Any]:
