@@ -1,4 +1,4 @@
-"""What tests are given: a workspace to work at, and one Ray for all tests that need it."""
+"""Fixtures of all tests: a workspace, one Ray and one server of each kind per session; and a marker for each folder."""
 
 from __future__ import annotations
 
@@ -19,6 +19,16 @@ from tests.support.workspace import Workspace
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C, and so would all that tests start
 settings.register_profile("tests", derandomize=True, deadline=None)
 settings.load_profile("tests")
+FOLDER = Path(__file__).parent
+MARKERS = ("ray", "engines", "vllm", "processes", "terminal")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test with the name of its folder; what is in none of these folders is a unit test."""
+    for item in items:
+        folder = item.path.relative_to(FOLDER).parts[0]
+        item.add_marker(folder if folder in MARKERS else "unit")
 
 
 @pytest.fixture
@@ -52,12 +62,15 @@ def vllm_server() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def ray_session(aws_config: Path) -> Iterator[cluster.Resources]:
     """Start Ray once: seconds that each test would have to wait for otherwise."""
+    import ray
+
+    from tests.support.ray_actors import pickle_tests_by_value
+
+    pickle_tests_by_value()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray leaves the log files of the processes it starts to the garbage collector
         resources = cluster.connect_ray()
     yield resources
-    import ray
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ray.shutdown()

@@ -191,7 +191,8 @@ def test_a_header_is_not_believed(text: bytes) -> None:
 
 def test_what_a_renderer_sends_instead_of_a_page_costs_one_page(stub: Sandbox) -> None:
     stub.open(
-        b"import socket; from pipeline.render.protocol import send_message; send_message(socket.socket(fileno=os.dup(int(sys.argv[1]))), {'a': 1})"
+        b"import socket; from pipeline.render.protocol import send_message; "
+        b"send_message(socket.socket(fileno=os.dup(int(sys.argv[1]))), {'a': 1})"
     )
     assert kind_of(stub, 2) == "crash"
     assert next(stub.pages(1)).page_no == 1

@@ -31,7 +31,7 @@ from pipeline.records import Completion, Request
 from pipeline.report import ExitCode, Progress, Report
 from pipeline.stages.settle import SettleStage
 from tests.support.engines import InkEngine
-from tests.support.ray_actors import InkActor, pickle_by_value
+from tests.support.ray_actors import InkActor
 from tests.support.workspace import SCHEMA, Workspace, draw_slip
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -107,9 +107,6 @@ class Deaf(InkEngine):
 class DeafAsker(InkActor):
     def load(self, job: Job, threads: int) -> Engine:
         return Deaf()
-
-
-pickle_by_value(__name__)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,6 @@ from pipeline.flow import ask_pass
 from pipeline.job import Job
 from pipeline.records import Completion, Request
 from tests.support.engines import ScriptedEngine, make_completion
-from tests.support.ray_actors import pickle_by_value
 from tests.support.workspace import Workspace, draw_slip
 
 pytest.importorskip("prometheus_client", reason="Ray exports metrics where ray[default] is installed")
@@ -45,9 +44,6 @@ class Watched(ScriptedEngine):
 class WatchedAsker(ask_pass.EngineActor):
     def load(self, job: Job, threads: int) -> Engine:
         return Watched(job.file.parent)
-
-
-pickle_by_value(__name__)
 
 
 def exported() -> Counter[str]:

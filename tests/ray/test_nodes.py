@@ -26,7 +26,7 @@ from pipeline.records import Completion, Request
 from pipeline.report import Progress, Report
 from tests.support import ray_head, s3
 from tests.support.engines import InkEngine
-from tests.support.ray_actors import InkActor, pickle_by_value
+from tests.support.ray_actors import InkActor
 from tests.support.workspace import Workspace, draw_slip
 
 DOCUMENTS = 200
@@ -44,9 +44,6 @@ class Slow(InkEngine):
 class SlowAsker(ask_pass.EngineActor):
     def load(self, job: Job, threads: int) -> Engine:
         return Slow()
-
-
-pickle_by_value(__name__)
 
 
 def documents() -> Iterator[bytes]:

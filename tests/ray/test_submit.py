@@ -5,17 +5,13 @@ The cluster is a real one, of this machine alone; its start takes most of the ti
 
 from __future__ import annotations
 
-import asyncio
-import http.server
-import io
 import json
 import logging
 import re
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,129 +19,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import events
-from pipeline.cluster import ray_client, submit
+from pipeline.cluster import ray_client
 from pipeline.errors import JobError
-from pipeline.report import ExitCode, Report
-from tests.support.ray_actors import pickle_by_value
+from pipeline.report import Report
+from tests.support.held_server import HeldAnswer, serve_held
 from tests.support.ray_head import RayHead, start_head
 from tests.support.workspace import Workspace, draw_slip
 
 PAGES = 6
 PATIENCE_S = 300
 SHARED = "--shared-filesystem"
-
-pickle_by_value(__name__)
-
-
-# --- a run's log and its end, without a cluster
-
-
-async def spoken(*chunks: str) -> AsyncIterator[str]:
-    for chunk in chunks:
-        yield chunk
-
-
-def test_a_log_that_is_read_again_from_its_beginning_is_written_once() -> None:
-    written: list[str] = []
-    log = submit.LogReader(written.append)
-    for chunks in (["one\n", "tw"], ["one\nt", "wo\n"], ["one\ntwo\nthree\n"]):
-        asyncio.run(log.read(spoken(*chunks)))
-    assert "".join(written) == "one\ntwo\nthree\n"
-
-
-def test_a_log_that_is_silent_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def silent() -> AsyncIterator[str]:
-        yield "one\n"
-        await asyncio.Event().wait()
-
-    monkeypatch.setattr(submit, "LOG_SILENT_S", 0.01)
-    written: list[str] = []
-    asyncio.run(submit.LogReader(written.append).read(silent()))
-    assert written == ["one\n"]
-
-
-def test_the_events_in_a_log_go_to_a_file_and_its_words_to_who_reads() -> None:
-    words, file = list[str](), io.StringIO()
-    for log in (submit.LogSplitter(words.append, file), submit.LogSplitter(words.append, None)):
-        for text in ("starting\n{", '"at": "2026", "event": "request"}\n3 of 12', ' documents\n{"documents": 12}\n'):
-            log.write(text)
-    assert words == ["starting\n", "3 of 12 documents\n", '{"documents": 12}\n'] * 2
-    assert file.getvalue() == '{"at": "2026", "event": "request"}\n'
-
-
-@pytest.mark.parametrize(
-    ("status", "code", "message", "ends", "says"),
-    [
-        ("SUCCEEDED", 0, None, ExitCode.OK, ""),
-        ("FAILED", 1, "…", ExitCode.DOCUMENTS_FAILED, ""),
-        ("FAILED", 2, "…", ExitCode.JOB_WRONG, ""),
-        ("FAILED", 3, "…", ExitCode.RUN_BROKEN, ""),
-        ("FAILED", 143, "…", ExitCode.TERMINATED, ""),
-        ("FAILED", -9, "…", ExitCode.RUN_BROKEN, "its process ended with status -9"),
-        ("FAILED", 127, "…", ExitCode.RUN_BROKEN, "its process ended with status 127"),
-        ("FAILED", None, "no\nimage", ExitCode.RUN_BROKEN, "broke off: no image;"),
-        ("STOPPED", None, None, ExitCode.TERMINATED, "the run was stopped; what was answered is kept"),
-    ],
-)
-def test_the_end_of_a_run_is_its_exit_code(status: str, code: int | None, message: str | None, ends: ExitCode, says: str) -> None:
-    found: Any = SimpleNamespace(status=submit.JobStatus(status), driver_exit_code=code, message=message)
-    exit_code, word = submit.read_exit_code(found)
-    assert exit_code is ends
-    assert says in word if says else word == ""
-
-
-# --- what is no job server
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1:8265", "ray://127.0.0.1:10001", "http://user@head:8265", "http://head:8265/x"])
-def test_what_is_no_address_of_a_job_server_is_refused(address: str) -> None:
-    with pytest.raises(JobError, match="expected a cluster's job server, such as http://HEAD:8265"):
-        submit.JobServer(address)
-
-
-def test_where_no_job_server_is_is_said_at_once() -> None:
-    with pytest.raises(JobError, match=r"nobody answers at http://127\.0\.0\.1:1: Connection refused"):
-        submit.JobServer("http://127.0.0.1:1")
-
-
-def test_without_the_clients_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit, "find_spec", lambda name: None)
-    with pytest.raises(JobError, match=r"pip install 'pipeline\[cluster\]'"):
-        submit.JobServer("http://127.0.0.1:1")
-
-
-class Elsewhere(http.server.BaseHTTPRequestHandler):
-    """A server of something else, which answers when its time has come."""
-
-    asked, due = threading.Event(), threading.Event()
-    content = b"<html>"
-
-    def do_GET(self) -> None:
-        self.asked.set()
-        self.due.wait(PATIENCE_S)
-        with suppress(OSError):  # who asked is gone
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(self.content)
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing."""
-
-
-@contextmanager
-def serving(handler: type[Elsewhere]) -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        handler.due.set()
-        server.shutdown()
-
-
-def test_another_server_is_none() -> None:
-    Elsewhere.due.set()
-    with serving(Elsewhere) as address, pytest.raises(JobError, match=f"{address}: "):
-        submit.JobServer(address)
-
 
 # --- a real cluster
 
@@ -178,7 +61,7 @@ def patiently(done: Any) -> None:
     assert done()
 
 
-class Last(Elsewhere):
+class Last(HeldAnswer):
     """Has the last page, so that a run cannot be over before it shall be."""
 
     asked, due = threading.Event(), threading.Event()
@@ -189,7 +72,7 @@ class Last(Elsewhere):
 def story(cluster: RayHead, workspace: Workspace) -> Iterator[SimpleNamespace]:
     """Submit; let go of it; stop it when it has answered something; follow what is left; submit again, to the end; and once more."""
     told = SimpleNamespace()
-    with serving(Last) as address:
+    with serve_held(Last) as address:
         paths = f"source.paths=[in, '{address}/last.pdf']"
         settings = (paths, "source.allow_private=true", "limits.download_s=1000", "model.batch_size=1")
         submission = ["submit", workspace.file, "--address", cluster.jobs, SHARED, *(word for one in settings for word in ("--set", one))]

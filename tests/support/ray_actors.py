@@ -1,29 +1,23 @@
-"""Engine actors for runs that load no model. Ray's workers do not find the tests: what goes to them from here goes by value."""
+"""Engine actors for runs without a model, and what lets them run in Ray's workers."""
 
 from __future__ import annotations
 
-import sys
-
 import ray
 
+import tests
 from pipeline.engines import Engine
 from pipeline.flow import ask_pass
 from pipeline.job import Job
-from tests.support import workspace
 from tests.support.engines import InkEngine
 
 
 class InkActor(ask_pass.EngineActor):
-    """Has each page answered by its ink."""
+    """Loads the engine that counts dark pixels."""
 
     def load(self, job: Job, threads: int) -> Engine:
         return InkEngine()
 
 
-def pickle_by_value(module: str) -> None:
-    """Let the classes of a test's module, by its `__name__`, go to Ray's workers."""
-    ray.cloudpickle.register_pickle_by_value(sys.modules[module])
-
-
-for name in (__name__, workspace.__name__):
-    pickle_by_value(name)
+def pickle_tests_by_value() -> None:
+    """Send classes and functions of `tests/` to Ray's workers by value: the workers do not find this folder on their path."""
+    ray.cloudpickle.register_pickle_by_value(tests)

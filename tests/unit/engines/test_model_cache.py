@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import threading
@@ -14,11 +13,9 @@ from pipeline import engines
 from pipeline.engines import model_cache
 from pipeline.errors import JobError, RunError
 from pipeline.job import Job
-from pipeline.stages.ask import AskStage
 from pipeline.storage import object_store
-from tests.support import s3, tiny_checkpoint
+from tests.support import s3
 from tests.support.workspace import Workspace
-from tests.unit.engines.test_resolve import PAGE
 
 FILES = {"config.json": b"{}", "model.safetensors": b"weights", "pytorch_model.bin": b"pickled", "sub/config.json": b"another's"}
 
@@ -137,17 +134,6 @@ def test_a_models_revision_belongs_to_the_key_of_a_request(workspace: Workspace,
     assert found.fingerprint != asked.fingerprint
     assert asked.with_resolved_model(found.dump_keys()["model"]).fingerprint == found.fingerprint
     assert engines.locate_model(found) == found
-
-
-def test_a_checkpoint_in_s3_answers(workspace: Workspace, bucket: s3.Bucket, uri: str, tmp_path: Path) -> None:
-    for file in tiny_checkpoint.build_checkpoint(tmp_path / "built").iterdir():
-        bucket.put(f"{tmp_path.name}/tiny/{file.name}", file.read_bytes())
-    chosen = engines.locate_model(job(workspace, uri.removesuffix("model") + "tiny"))
-    engine = engines.load_engine(chosen, threads=1)
-    asked = {"key": "k", "first_page": 1, "last_page": 1, "page_count": 1, "pages": [PAGE], "pixels": [bytes(448 * 448 * 3)], "attempt": 1}
-    row = asyncio.run(AskStage(chosen, engine).answer(asked))
-    engine.close()
-    assert (row["model"], row["status"]) == (chosen.sections.model.name, "extracted")
 
 
 def test_a_hub_id_without_a_copy_is_refused_offline(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,17 +14,14 @@ from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
-from shutil import which
 from threading import Barrier
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
-from jsonschema import Draft202012Validator
 from PIL import Image
 
-from pipeline import engines, flow
+from pipeline import engines
 from pipeline.engines import openai
 from pipeline.engines.openai.chat import ChatAnswer, ServerProfile, build_body
 from pipeline.engines.openai.client import MAX_TOLD_S, MAX_WAIT_S, RetryPolicy, compute_wait_s, parse_retry_after
@@ -34,11 +31,10 @@ from pipeline.job import Job
 from pipeline.records import Completion, FinishReason, Message, Request, Sampling, Token, Usage
 from pipeline.schema import prompt
 from pipeline.stages.ask import AskStage
-from tests.support import tiny_checkpoint
-from tests.support.chat_server import Body, ChatServer, Say, Wire, endless, lost, says, seen, sends, serve_chat, stalls, status, whole
+from tests.support.chat_server import Body, ChatServer, Say, Wire, endless, lost, says, seen, sends, stalls, status, whole
 from tests.support.engines import INVALID, VALID
 from tests.support.requests import make_noise
-from tests.support.workspace import SCHEMA, Workspace, draw_slip
+from tests.support.workspace import SCHEMA, Workspace
 
 TEXT = json.dumps(SCHEMA)
 KEY = "sk-very-secret-0123456789"
@@ -570,7 +566,10 @@ def test_nobody_there_stops_the_job(workspace: Workspace, nowhere: str) -> None:
 
 def test_choosing_a_server_loads_no_model_library(workspace: Workspace) -> None:
     settings = ["model.engine=openai", "model.structure=tool", "model.server=other", "model.logprobs=true", "model.name=m"]
-    code = "import sys; from pipeline import Job, engines as e; e.load_engine(e.choose_model(Job.load(sys.argv[1], sys.argv[2:]), 0)); print(*sys.modules)"
+    code = (
+        "import sys; from pipeline import Job, engines\n"
+        "engines.load_engine(engines.choose_model(Job.load(sys.argv[1], sys.argv[2:]), 0)); print(*sys.modules)"
+    )
     command = [sys.executable, "-c", code, str(workspace.file), *settings, "model.base_url=http://127.0.0.1:1/v1"]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
     assert not {"torch", "transformers", "ray"} & set(loaded.stdout.split())
@@ -660,72 +659,3 @@ def test_an_invalid_answer_is_asked_for_again_with_what_is_wrong(workspace: Work
     assert (answered["status"], answered["asks"], answered["prompt_tokens"], answered["engine"]) == ("extracted", 2, 600, "openai")
     assert "That does not satisfy the schema" in stub.asked[-1]["messages"][-1]["content"]
     assert stub.complaints == []
-
-
-# A run
-
-
-def test_a_run_outlasts_a_server_that_fails_thirty_percent_in_six_ways(workspace: Workspace, ray_session: object) -> None:
-    """Forty documents, one page each: all settle, and the server gives each page one whole answer, of its own."""
-    faults = [status(429, Retry_After="1"), status(500), lost, says(VALID, tail=Wire.cut), says(VALID[:9], tail=stalls), sends("{no")]
-    turn, given = iter(range(10**6)), list[tuple[str, str]]()
-
-    def say(wire: Wire, asked: Body) -> None:
-        number, page = next(turn), asked["messages"][1]["content"][0]["image_url"]["url"]
-        if number % 10 in (0, 4, 7):
-            return faults[number // 3 % 6](wire, asked)
-        given.append((page, json.dumps({"currency": "EUR", "total": number, "lines": []})))
-        return says(given[-1][1])(wire, asked)
-
-    for number in range(40):
-        workspace.put(f"{number}.pdf", draw_slip(number))
-    with ChatServer(say) as stub:
-        known = ("model.name=stub-1", "model.structure=json_schema", "model.server=other", "model.logprobs=false")
-        report = flow.run(job(workspace, stub, *known, "model.max_retries=12", "model.idle_timeout_s=6"))
-    answers = pq.read_table(workspace.folder / "out" / "requests")["answer"].to_pylist()
-    assert (report.statuses, report.requests_asked) == ({"extracted": 40}, 40)
-    assert sorted(answers) == sorted(answer for _, answer in given)
-    assert len({page for page, _ in given}) == len(given) == 40
-    assert len(stub.asked) > 50
-
-
-# A real server
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """transformers' own server with a tiny random checkpoint on the CPU: its address and its model."""
-    folder = tiny_checkpoint.build_checkpoint(tmp_path_factory.mktemp("served"))
-    with serve_chat(str(Path(sys.executable).parent / "transformers"), "serve", str(folder), "--device", "cpu") as address:
-        yield address, str(folder)
-
-
-@pytest.mark.skipif(which("xpyd-sim") is None, reason="needs xpyd-sim 0.5.0 on the PATH, a simulator of vLLM's server")
-def test_a_simulator_that_nobody_here_wrote_takes_our_requests(workspace: Workspace) -> None:
-    with serve_chat("xpyd-sim", "serve", "--model", "sim") as address:
-        chosen = engines.choose_model(workspace.job("model.engine=openai", f"model.base_url={address}", "model.name=auto"), 0.0)
-        with closing(engines.load_engine(chosen)) as engine:
-            answer = asyncio.run(engine.complete(request(pages=3)))
-    assert (chosen.sections.model.name, chosen.sections.model.structure) == ("sim", "json_schema")
-    assert Draft202012Validator(SCHEMA).is_valid(json.loads(answer.text))
-
-
-def test_transformers_serve_is_a_server_without_structure(workspace: Workspace, served: tuple[str, str]) -> None:
-    address, model = served
-    chosen = engines.choose_model(job(workspace, address, f"model.name={model}"), 0.0)
-    assert (chosen.sections.model.server, chosen.sections.model.structure) == ("other", "prompt")
-
-
-def test_transformers_serve_reads_pages_and_counts_their_tokens(workspace: Workspace, served: tuple[str, str]) -> None:
-    address, model = served
-    given = job(workspace, address, f"model.name={model}", "model.structure=prompt", "model.server=other", "model.logprobs=false")
-    with closing(engines.load_engine(given)) as engine:
-        one, two = (asyncio.run(engine.complete(request(0, "", pages=pages, max_tokens=8))) for pages in (1, 2))
-    assert two.usage.prompt_tokens - one.usage.prompt_tokens == 2 * 3 + len(("<|vision_start|>", "<|vision_end|>"))
-    assert one.usage.completion_tokens <= 8
-
-
-def test_transformers_serve_refuses_what_it_does_not_know(workspace: Workspace, served: tuple[str, str]) -> None:
-    address, model = served
-    with pytest.raises(JobError, match=r"answers 422: Unexpected fields in the request: \{'top_k'\}"):
-        engines.choose_model(job(workspace, address, f"model.name={model}", "sampling.top_k=5"), 0.0)

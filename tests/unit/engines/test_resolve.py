@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import subprocess
 import sys
@@ -13,12 +12,9 @@ import pytest
 from pipeline import engines
 from pipeline.engines import DEMO_CHECKPOINT
 from pipeline.errors import JobError
-from pipeline.stages.ask import AskStage
-from pipeline.stages.requests import Row
 from pipeline.version import __version__
 from tests.support.workspace import SCHEMA, Workspace
 
-PAGE = {"page_no": 1, "width_px": 448, "height_px": 448, "dpi": 200.0, "visual_tokens": 256, "warnings": []}
 HUB = "model.name=Qwen/Qwen2.5-VL-7B-Instruct-AWQ"
 
 
@@ -104,19 +100,11 @@ def test_the_demonstration_lies_in_the_package(workspace: Workspace) -> None:
     assert engines.find_model_folder(workspace.job()) == DEMO_CHECKPOINT
 
 
-def test_the_jobs_limit_of_tokens_reaches_the_engine_and_no_key(workspace: Workspace) -> None:
-    job = workspace.job("limits.max_request_tokens=300")
-    engine = engines.load_engine(job, threads=1)
-    asked: Row = {"key": "k", "first_page": 1, "last_page": 1, "page_count": 1, "pages": [PAGE], "pixels": [bytes(448 * 448 * 3)]}
-    row = asyncio.run(AskStage(job, engine).answer({**asked, "attempt": 1}))
-    engine.close()
-    assert (row["failure"]["kind"], row["asks"]) == ("too_long", 0)
-    assert "limits.max_request_tokens allows 300: lower pages.per_request" in row["failure"]["message"]
-    assert job.fingerprint == workspace.job().fingerprint
-
-
 def test_choosing_and_checking_load_no_model_library(workspace: Workspace) -> None:
-    code = "import sys; from pipeline import Job, engines\nengines.check_engine(engines.choose_model(Job.load(sys.argv[1]), 0)); print(*sys.modules)"
+    code = (
+        "import sys; from pipeline import Job, engines\n"
+        "engines.check_engine(engines.choose_model(Job.load(sys.argv[1]), 0)); print(*sys.modules)"
+    )
     command = [sys.executable, "-c", code, str(workspace.file)]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3]).stdout
     assert not {"torch", "transformers", "ray"} & set(loaded.split())

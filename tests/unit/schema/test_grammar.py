@@ -189,7 +189,10 @@ def test_a_schema_that_cannot_constrain_is_refused_with_llguidances_reason(schem
 
 
 def test_checking_a_schema_loads_neither_torch_nor_transformers() -> None:
-    program = "import sys; from pipeline.schema.grammar import check_grammar; check_grammar('{}'); print({'torch', 'transformers'} & set(sys.modules))"
+    program = (
+        "import sys; from pipeline.schema.grammar import check_grammar\n"
+        "check_grammar('{}'); print({'torch', 'transformers'} & set(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "set()"
 
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from pipeline import cli, engines
-from pipeline.cli import exit_codes
+from pipeline.cli import console, exit_codes
 from pipeline.errors import DocumentError, EngineDead, JobError, RunError, SourceError
 from pipeline.output import Output
 from pipeline.output.ledger import LedgerWriter
@@ -34,7 +34,7 @@ def invoke(*arguments: str | Path) -> Result:
 
 def shell(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run Python as a process of its own, where nothing can hide what it writes."""
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3])
 
 
 def refusal(*arguments: str | Path) -> str:
@@ -219,13 +219,6 @@ def test_preview_of_what_is_no_document_is_exit_code_1(workspace: Workspace) -> 
     assert result.stderr.startswith("failed: the content is none of PDF")
 
 
-def test_the_demonstration_answers_without_a_warning(workspace: Workspace) -> None:
-    ended = shell("-m", "pipeline.cli", "preview", workspace.file, workspace.put("a.pdf"), "--json", "--set", "sampling.max_tokens=200")
-    found = json.loads(ended.stdout)
-    assert (found["status"], found["model"], found["engine"], found["errors"]) == ("extracted", "demo", "transformers", [])
-    assert (ended.returncode, ended.stderr) == (0, "")
-
-
 # --- status
 
 
@@ -324,7 +317,7 @@ def test_a_second_signal_to_the_same_end_does_not_disturb_it(capsys: pytest.Capt
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
-            cli.say("written")
+            console.print_message("written")
 
     assert ended(write_what_there_is) == 143
     assert capsys.readouterr().err.startswith("written\n")
