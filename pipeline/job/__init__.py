@@ -1,7 +1,10 @@
-"""A YAML file -> a frozen `Job`: what to read, how to look at it, whom to ask, where to write. Starts nothing.
+"""Job: one YAML file, checked, as an immutable value.
 
-An unknown key, a wrong value or an unreadable schema is a JobError that names file, line, key, what was found and what
-is allowed. The keys are in `keys`.
+In: a job file, `--set` options and the JSON Schema that the file names. Out: a frozen `Job` that says which documents are
+read, how pages are rendered, which model answers and where the results are written; nothing is started.
+
+An unknown key, a wrong value or an unreadable schema raises a JobError that names file, line, key, what was found and what
+is allowed. The keys are declared in `sections.py` and `model_section.py`.
 """
 
 from __future__ import annotations
@@ -27,12 +30,12 @@ from pipeline.storage.location import Location, is_store_url, parse_location
 from pipeline.version import __version__
 
 DEMO_MODEL = "demo"
-IN_PROCESS = {"name", "revision", "dtype", "rope_scaling", "lora"}
-IN_VLLM = IN_PROCESS | {"engine", "quantization", "kv_cache_dtype", "engine_args"}
-AT_SERVER = {"engine", "name", "server", "structure", "image_format", "extra_body"}
-"""What decides a model's answer in this process, in vLLM's and at a server: not how many GPUs or requests share the work, nor a
-server's address, behind which the same model answers the same."""
-DECIDES = {"openai": AT_SERVER, "vllm": IN_VLLM}
+TRANSFORMERS_KEYS = {"name", "revision", "dtype", "rope_scaling", "lora"}
+VLLM_KEYS = TRANSFORMERS_KEYS | {"engine", "quantization", "kv_cache_dtype", "engine_args"}
+SERVER_KEYS = {"engine", "name", "server", "structure", "image_format", "extra_body"}
+DECISIVE_MODEL_KEYS = {"openai": SERVER_KEYS, "vllm": VLLM_KEYS}
+"""The keys of the section `model` that decide an answer, by engine; `TRANSFORMERS_KEYS` for all others. The number of GPUs or of
+concurrent requests does not, nor does a server's address: the same model gives the same answer at another one."""
 
 
 @dataclass(frozen=True)
@@ -48,22 +51,22 @@ class Job:
     def load(cls, file: str | Path, settings: Sequence[str] = (), output: str | Path | None = None) -> Job:
         """Return the job in a YAML file, changed by `key=value` settings with dotted keys.
 
-        Raises JobError.
+        `output` replaces `output.path` and is relative to the working directory, not to the job file. Raises JobError.
         """
         path = Path(file).absolute()
-        written, places = read_yaml(path)
+        data, positions = read_yaml(path)
         for setting in settings:
-            apply_setting(written, setting, places)
+            apply_setting(data, setting, positions)
         try:
-            sections = JobSections.model_validate(written)
+            sections = JobSections.model_validate(data)
         except ValidationError as error:
-            raise JobError(explain_errors(error, JobSections, path, places)) from None
-        folder = parse_location(str(output) if output else sections.output.path)
-        if isinstance(folder, Path):
-            folder = folder.absolute() if output else (path.parent / folder.expanduser()).resolve()
-        job = cls(path, sections, schema.load_schema(path.parent / sections.extract.schema_file.expanduser()), folder)
+            raise JobError(explain_errors(error, JobSections, path, positions)) from None
+        target = parse_location(str(output) if output else sections.output.path)
+        if isinstance(target, Path):
+            target = target.absolute() if output else (path.parent / target.expanduser()).resolve()
+        job = cls(path, sections, schema.load_schema(path.parent / sections.extract.schema_file.expanduser()), target)
         try:
-            _ = job.system_message
+            _ = job.system_message  # raises for instructions or a schema that hold a control token
         except JobError as error:
             raise JobError(f"{path}: {error}") from None
         return job
@@ -89,20 +92,23 @@ class Job:
         """Return the job with the demonstration model in place of its own."""
         return self.with_model(name=DEMO_MODEL, revision=__version__, lora=None, rope_scaling=None)
 
-    def with_model(self, **found: Any) -> Job:
-        """Return the job with other keys in its section `model`."""
-        model = self.sections.model.model_copy(update=found)
+    def with_model(self, **keys: Any) -> Job:
+        """Return the job with these keys of the section `model` replaced."""
+        model = self.sections.model.model_copy(update=keys)
         return Job(self.file, self.sections.model_copy(update={"model": model}), self.schema, self.output)
 
     def with_resolved_model(self, model: Mapping[str, Any]) -> Job:
-        """Return the job with what an earlier run chose, as its `job.yaml` keeps it: the demonstration model, or what its server is."""
-        mine = self.sections.model
-        if mine.engine != "openai":
+        """Return the job with the model that an earlier run resolved, given the section `model` of that run's `job.yaml`.
+
+        The demonstration model and the revision of a model in an object store are taken over; of a server, each key that is `auto`.
+        """
+        own = self.sections.model
+        if own.engine != "openai":
             if model["name"] == DEMO_MODEL:
                 return self.with_demo()
-            found = model["revision"] if is_store_url(mine.name) and model["name"] == mine.name and mine.revision is None else mine.revision
-            return self.with_model(revision=found)
-        return self.with_model(**{key: model.get(key, "auto") for key in ("name", "server", "structure") if getattr(mine, key) == "auto"})
+            unpinned = is_store_url(own.name) and model["name"] == own.name and own.revision is None
+            return self.with_model(revision=model["revision"] if unpinned else own.revision)
+        return self.with_model(**{key: model.get(key, "auto") for key in ("name", "server", "structure") if getattr(own, key) == "auto"})
 
     def resolve_local_path(self, name: str) -> Path:
         """Return the path of a name in the job: relative to the job file, `~` expanded."""
@@ -114,7 +120,7 @@ class Job:
 
     @property
     def decisive_keys(self) -> dict[str, Any]:
-        """Everything that decides an answer, and so belongs to a request's key."""
+        """Everything that can change an answer and therefore is part of a request's key."""
         sections = self.sections
         return {
             "extract": {
@@ -122,7 +128,7 @@ class Job:
                 "re_asks": sections.extract.re_asks,
                 "schema": json.loads(schema.dump_compact_schema(self.schema)),
             },
-            "model": sections.model.model_dump(include=DECIDES.get(sections.model.engine, IN_PROCESS)),
+            "model": sections.model.model_dump(include=DECISIVE_MODEL_KEYS.get(sections.model.engine, TRANSFORMERS_KEYS)),
             "pages": sections.pages.model_dump() | {"per_request": self.pages_per_request},
             "prompt": self.system_message,
             "sampling": asdict(self.sampling),
@@ -130,22 +136,22 @@ class Job:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that change whenever an answer could."""
+        """16 hex digits that change whenever a decisive key does: the start of the SHA-256 of their canonical JSON."""
         text = json.dumps(self.decisive_keys, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def dump_keys(self) -> dict[str, Any]:
-        """Return every key with its value, as `check` prints and `job.yaml` keeps it."""
+        """Return every key with its value, as `pipeline check` prints it and `job.yaml` records it."""
         return self.sections.model_dump(mode="json", by_alias=True)
 
 
 def find_differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return the dotted keys whose values differ."""
-    found = []
+    """Return the dotted keys whose values differ; a schema counts as one value."""
+    changed = []
     for key in sorted({*before, *now}):
         old, new, name = before.get(key), now.get(key), f"{prefix}{key}"
         if name != "extract.schema" and isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += find_differences(old, new, f"{name}.")
+            changed += find_differences(old, new, f"{name}.")
         elif old != new:
-            found.append(name)
-    return found
+            changed.append(name)
+    return changed

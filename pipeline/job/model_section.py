@@ -1,4 +1,7 @@
-"""The keys of a job file that choose a model and how it is served, whoever runs it: the section `model`."""
+"""Pydantic model of a job file's section `model`: the keys that choose a model and the engine that serves it.
+
+Also `Section`, the base class of all sections.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
-    """A part of the job file: frozen, and closed to keys it does not know."""
+    """A section of the job file: immutable; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -18,19 +21,20 @@ class Section(BaseModel):
 class ModelSection(Section):
     name: str = Field(
         description="Hub id or folder of a Qwen2.5-VL or Qwen2-VL checkpoint, AWQ or not; `demo` is the one in this package. With the "
-        "engine `openai` the server's own name of its model; `auto`, the default there, takes the only one that it lists."
+        "engine `openai`, the server's name for its model; `auto`, the default there, takes the only one that the server lists."
     )
-    revision: str | None = Field(None, description="Commit of the hub repository; without it the newest one.")
+    revision: str | None = Field(None, description="Commit of the hub repository; default: the newest one.")
     engine: Literal["auto", "transformers", "vllm", "openai"] = Field(
         "auto",
-        description="Who runs the model. `auto` is `transformers`, in this process. `vllm` answers many more requests at once on a GPU; it "
-        "must be installed (`pipeline[vllm]`), takes a minute or more to start and nearly all of the GPU's memory. `openai` is any server "
-        "of Chat Completions at `model.base_url`: it needs no GPU here, and every page leaves this machine.",
+        description="What runs the model. `auto` is `transformers`, in this process. `vllm` answers many more requests at once on a "
+        "GPU; it must be installed (`pipeline[vllm]`), takes a minute or more to start and nearly all of the GPU's "
+        "memory. `openai` is any Chat Completions server at `model.base_url`: it needs no GPU here, and every page leaves "
+        "this machine.",
     )
     without_gpu: Literal["stop", "demo", "cpu"] = Field(
         "stop",
-        description="What to do where there is no GPU: stop with exit code 2, use the demonstration model of this package (said aloud and "
-        "in every record), or run the named model on the CPU (minutes per page for 7B).",
+        description="What to do where there is no GPU: stop with exit code 2, use the demonstration model of this package (reported on the "
+        "terminal and noted in every record), or run the named model on the CPU (minutes per page for 7B).",
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto",
@@ -41,13 +45,13 @@ class ModelSection(Section):
         8,
         ge=1,
         le=512,
-        description="Requests that the engine `transformers` answers together. More use the GPU better and need more of its memory.",
+        description="Requests that the engine `transformers` answers together. More use the GPU better and cost more of its memory.",
     )
     max_model_len: int | None = Field(
         None, ge=256, description="Longest prompt and answer in tokens; a request that exceeds it fails. Default: the model's own."
     )
     rope_scaling: dict[str, Any] | None = Field(
-        None, description="YaRN settings for contexts beyond 32,768 tokens. Costs accuracy of positions on short ones."
+        None, description="YaRN settings for contexts beyond 32,768 tokens. Costs accuracy of positions in short contexts."
     )
     lora: str | None = Field(
         None,
@@ -70,111 +74,117 @@ class ModelSection(Section):
         None,
         gt=0,
         le=1,
-        description="Share of the GPU's memory that `vllm` takes, by default 0.92 (its own choice). More holds more requests at once; too "
+        description="Share of the GPU's memory that `vllm` takes; default: 0.92, vLLM's own. More holds more requests at once; too "
         "much leaves none for large pages. On a CPU the default is 4 GiB of attention cache.",
     )
     max_num_seqs: int = Field(
         64,
         ge=1,
         le=4096,
-        description="Requests that `vllm` answers together; as many again wait beside them, each with its pages, 3 MB a page, in memory. "
-        "More use the GPU better until its cache is full; from then on `vllm` does work twice.",
+        description="Requests that `vllm` answers together; as many again wait in memory with their pages, 3 MB each. More use the GPU "
+        "better until its cache is full; from then on `vllm` does work twice.",
     )
     limit_mm_per_prompt: dict[str, int] | None = Field(
         None,
-        description="Most images of a prompt, for which `vllm` keeps room: by default `{image: pages.per_request, video: 0}`. More keeps "
-        "room in vain; fewer is refused.",
+        description="Most images in a prompt, for which `vllm` reserves memory; default: `{image: pages.per_request, video: 0}`. More "
+        "reserves memory that is never used; fewer is refused.",
     )
     quantization: str | None = Field(
         None,
-        description="How `vllm` runs quantised weights. By default it takes its fastest way for the checkpoint (awq_marlin for AWQ on "
+        description="How `vllm` runs quantised weights. By default it takes its fastest kernel for the checkpoint (awq_marlin for AWQ on "
         "newer GPUs); naming `awq` forces a slower one.",
     )
     kv_cache_dtype: str = Field(
         "auto",
-        description="Type of the attention cache of `vllm`; `auto` is the weights'. `fp8` holds twice the requests, less exactly.",
+        description="Type of the attention cache of `vllm`; `auto` is the weights'. `fp8` holds twice as many requests and costs accuracy.",
     )
     enforce_eager: bool = Field(
         False,
-        description="Let `vllm` run without compiled kernels and CUDA graphs: starts a minute sooner and answers slower.",
+        description="Run `vllm` without compiled kernels and CUDA graphs: starts a minute sooner and answers more slowly.",
     )
     enable_prefix_caching: bool = Field(
         True,
-        description="Let `vllm` compute the beginning that requests share, the instructions and at a re-ask the pages, once. Costs next to "
-        "nothing.",
+        description="Compute the prefix that requests share, the instructions and in a re-ask the pages, only once in `vllm`. Costs "
+        "next to nothing.",
     )
     engine_args: dict[str, Any] = Field(
         {},
-        description="Any other argument of vLLM's engine, by its name there. All count as changing answers, so an output under way cannot "
-        "change them. `distributed_executor_backend: ray` spreads one model over several machines.",
+        description="Any other argument of vLLM's engine, by its vLLM name. All count as changing answers, so they cannot be changed once "
+        "an output has been started. `distributed_executor_backend: ray` spreads one model over several machines.",
     )
     base_url: str | None = Field(
         None,
-        description="Address of the server that the engine `openai` asks, without `/chat/completions`; mostly ends in `/v1`.",
+        description="Address of the server that the engine `openai` asks, without `/chat/completions`; usually ends in `/v1`.",
     )
     api_key_env: str | None = Field(
-        None, description="Name of the environment variable that holds the server's key. The key itself is written nowhere."
+        None, description="Name of the environment variable that holds the server's key. The key itself is never written anywhere."
     )
     server: Literal["auto", "vllm", "other"] = Field(
         "auto",
-        description="Which server that is. `vllm` is also sent every sampling setting, in place of the checkpoint's defaults, and must "
-        "leave pages their size, which costs two short requests before the run; `other` resizes them as it likes. `auto` asks the server.",
+        description="Kind of server. `vllm` is also sent every sampling setting, in place of the checkpoint's defaults, and must not "
+        "resize pages, which costs two short requests before the run to check; `other` may resize them. `auto` asks the server.",
     )
     structure: Literal["auto", "json_schema", "tool", "prompt"] = Field(
         "auto",
-        description="How the server is held to the schema: decoding under it, a forced tool call, or the schema in the prompt alone, which "
-        "costs its tokens in every request and more re-asks. `auto` tries them in this order before the run, in a few short requests.",
+        description="How the server is made to follow the schema: constrained decoding, a forced tool call, or the schema in the prompt "
+        "alone, which costs its tokens in every request and more re-asks. `auto` tries them in this order before the run, in a few short "
+        "requests.",
     )
     logprobs: bool | None = Field(
-        None, description="Have the server send every token's log-probability. Costs bytes, ten times the answer's; default: if it can."
+        None, description="Ask the server for every token's log-probability. Costs ten times the answer's bytes; default: if it can."
     )
     image_format: Literal["png", "jpeg"] = Field(
         "png",
-        description="How pages travel to the server. `png` keeps every pixel; `jpeg` is a quarter of it for scans and blurs small print.",
+        description="Format of the pages sent to the server. `png` keeps every pixel; `jpeg` is a quarter of its size for scans and "
+        "blurs small print.",
     )
     extra_body: dict[str, Any] = Field(
         {},
-        description="Keys put into every request to the server, over its own; null takes one away. job.yaml shows it: no secrets.",
+        description="Keys added to every request to the server, replacing the request's own; null removes one. job.yaml shows them: "
+        "no secrets.",
     )
     concurrency: int = Field(
-        16, ge=1, le=1024, description="Requests under way at the server at once, per actor. More use it better, until it answers 429."
+        16, ge=1, le=1024, description="Concurrent requests to the server, per actor. More use it better, until it answers 429."
     )
     idle_timeout_s: float = Field(
         120.0,
         gt=0,
-        description="Longest silence of the server, before an answer or within it; then it is asked again. Too short for a server with a "
-        "queue asks it everything twice.",
+        description="Longest time without data from the server, before an answer or within it; then the request is sent again. Too short "
+        "for a server with a queue sends every request twice.",
     )
     timeout_s: float = Field(
-        900.0, gt=0, description="Longest time for one answer of the server; then it is cut and fails (`timeout`), its tokens paid for."
+        900.0,
+        gt=0,
+        description="Longest time for one answer of the server; then it is cut off and fails (`timeout`), and its tokens are still "
+        "charged.",
     )
     max_retries: int = Field(
         6,
         ge=0,
         le=100,
         description="How often a request is sent again after 429, 5xx, a lost connection or a stalled answer, 1 s later, then 2, 4, … up "
-        "to 60 s. More outlast longer outages; each may be charged.",
+        "to 60 s. More survive longer outages; each may be charged.",
     )
 
     @property
     def gpus(self) -> int:
-        """GPUs that one engine is spread over."""
+        """Number of GPUs that one engine uses."""
         return self.tensor_parallel_size * self.pipeline_parallel_size if self.engine == "vllm" else 1
 
     @property
     def reserves_gpus_itself(self) -> bool:
-        """Whether vLLM asks Ray for the GPUs, instead of its actor."""
+        """Whether vLLM itself reserves the GPUs from Ray; otherwise its actor does."""
         return self.engine == "vllm" and self.engine_args.get("distributed_executor_backend") == "ray"
 
     @model_validator(mode="before")
     @classmethod
-    def unnamed(cls, data: Any) -> Any:
-        """Let a server say its model's name."""
+    def add_server_model_name(cls, data: Any) -> Any:
+        """Make `auto` the default of `name` with the engine `openai`."""
         return {"name": "auto"} | data if isinstance(data, dict) and data.get("engine") == "openai" else data
 
     @model_validator(mode="after")
-    def reachable(self) -> ModelSection:
-        """Refuse an address or a name of a key that cannot be one; what was written is not repeated, it may be a secret."""
+    def check_engine_keys(self) -> ModelSection:
+        """Raise ValueError for `engine_args` and server keys that cannot be used. Messages repeat no value: it may be a secret."""
         check_engine_args(self.engine_args)
         if self.engine != "openai":
             for key in ("base_url", "api_key_env"):
@@ -183,49 +193,50 @@ class ModelSection(Section):
             return self
         check_server_address(self.base_url)
         if self.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
-            raise ValueError("api_key_env is no name of an environment variable; the key itself does not belong into a job")
+            raise ValueError("api_key_env is not the name of an environment variable; the key itself must not be in a job")
         if taken := sorted({"messages", "model", "stream"} & self.extra_body.keys()):
             raise ValueError(f"extra_body cannot change {' and '.join(taken)}")
         return self
 
 
-ELSEWHERE = {
+ARGUMENTS_WITH_OWN_KEY = {
     "model": "model.name",
     "enable_lora": "model.lora",
     "mm_processor_kwargs": "pages.min_pixels and pages.max_pixels",
     **{name: f"model.{name}" for name in ModelSection.model_fields if name not in ("name", "engine", "rope_scaling", "engine_args")},
 }
-"""What the arguments of vLLM's engine that a job has a key of its own for are called there."""
-FIXED = {
+"""Arguments of vLLM's engine that are set by other keys of a job, and those keys."""
+FIXED_ARGUMENTS = {
     "trust_remote_code": "no code that comes with a checkpoint is run",
     "load_format": "only safetensors are read",
     "structured_outputs_config": "records depend on it",
     "logprobs_mode": "the ledger depends on it",
     "hf_token": "job.yaml shows it; set the environment variable HF_TOKEN",
 }
+"""Arguments of vLLM's engine that no job may set, and why."""
 
 
-def check_engine_args(given: dict[str, Any]) -> None:
-    """Raise ValueError for arguments that vLLM's engine is given by other keys, or that no job may change."""
-    for name in given:
-        if name in ELSEWHERE:
-            raise ValueError(f"engine_args: {name} is said by {ELSEWHERE[name]}")
-        if name in FIXED:
-            raise ValueError(f"engine_args cannot change {name}: {FIXED[name]}")
+def check_engine_args(arguments: dict[str, Any]) -> None:
+    """Raise ValueError for arguments of vLLM's engine that other keys set, or that no job may set."""
+    for name in arguments:
+        if name in ARGUMENTS_WITH_OWN_KEY:
+            raise ValueError(f"engine_args: {name} is set by {ARGUMENTS_WITH_OWN_KEY[name]}")
+        if name in FIXED_ARGUMENTS:
+            raise ValueError(f"engine_args cannot change {name}: {FIXED_ARGUMENTS[name]}")
 
 
 def check_server_address(base_url: str | None) -> None:
-    """Raise ValueError for what is not a server's address, or holds a secret."""
+    """Raise ValueError for a text that is not a server's http(s) address, or holds a secret."""
     if base_url is None:
         raise ValueError("the engine openai needs base_url, the server's address (http://127.0.0.1:8000/v1)")
     try:
         url = urlsplit(base_url)
-        sound = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        is_valid = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
     except ValueError:
-        sound = False
-    if not sound:
+        is_valid = False
+    if not is_valid:
         raise ValueError("base_url is not an http(s) address such as http://127.0.0.1:8000/v1")
     if "@" in url.netloc or url.query or url.fragment:
         raise ValueError("base_url holds a user, a password or a query: name the variable that holds the key in api_key_env instead")
     if url.path.rstrip("/").endswith("/chat/completions"):
-        raise ValueError("base_url ends in /chat/completions: leave that out")
+        raise ValueError("base_url ends in /chat/completions: remove that part")

@@ -1,6 +1,7 @@
-"""Every key of a job file, with its type, its bounds, its default and what choosing it costs. Knows no file and no schema.
+"""Pydantic models of a job file: every key with its type, bounds, default and what choosing it costs.
 
-README's table of keys is made from these descriptions.
+In: the mapping that `yaml_file.py` reads. Out: a frozen `JobSections`, or pydantic's ValidationError. The documentation's table
+of keys is generated from the descriptions.
 """
 
 from __future__ import annotations
@@ -21,26 +22,28 @@ class SourceSection(Section):
         min_length=1,
         description="Files, folders (read recursively), globs and manifests (.txt, .csv, .jsonl, .parquet with a `path` column), "
         "relative to the job file; http(s) URLs of single files; objects, prefixes and globs in object stores (s3://, gs://, az://). A "
-        "manifest's other columns travel into the records.",
+        "manifest's other columns are copied into the records.",
     )
     password_env: str | None = Field(None, description="Name of the environment variable that holds the password of encrypted PDFs.")
     allow_outside: bool = Field(
-        False, description="Let a manifest name files outside its own folder. Costs safety: whoever writes the manifest reads your disk."
+        False,
+        description="Let a manifest name files outside its own folder. Costs safety: the author of a manifest can then have any file "
+        "on your disk read.",
     )
     allow_private: bool = Field(
         False,
-        description="Let http(s) URLs lead to private, loopback and link-local addresses. Costs safety: whoever writes the manifest, or "
-        "a server it names, reaches your network and your cloud's metadata.",
+        description="Let http(s) URLs lead to private, loopback and link-local addresses. Costs safety: the author of a manifest, "
+        "or a server that it names, can then reach your network and your cloud's metadata.",
     )
 
 
 class PagesSection(Section):
     dpi: int = Field(200, ge=36, le=1200, description="Resolution at which a PDF page is measured before the pixel budget applies.")
-    min_pixels: int = Field(200_704, description="Least pixels per page, 784 to a visual token: smaller pages are enlarged.")
+    min_pixels: int = Field(200_704, description="Fewest pixels per page, 784 to a visual token; smaller pages are enlarged.")
     max_pixels: int = Field(
         1_003_520,
-        description="Most pixels per page. 1,003,520 is 1,280 visual tokens, an A4 page at about 100 dpi; compute grows "
-        "with it, small print may need more.",
+        description="Most pixels per page. 1,003,520 is 1,280 visual tokens, an A4 page at about 100 dpi. More costs "
+        "compute in proportion; small print may need it.",
     )
     resized_height: int | None = Field(
         None, description="Fixed height in pixels for every page instead of the two bounds; needs `resized_width`."
@@ -49,11 +52,15 @@ class PagesSection(Section):
         None, description="Fixed width in pixels for every page; one of another shape keeps its proportions, the rest stays white."
     )
     per_request: int = Field(
-        4, ge=1, le=64, description="Most pages in one request. More see more context and need a longer one; longer documents are split."
+        4,
+        ge=1,
+        le=64,
+        description="Most pages in one request; longer documents are split. More show the model more of a document at once and cost a "
+        "longer context.",
     )
 
     @model_validator(mode="after")
-    def possible(self) -> PagesSection:
+    def check_pixel_budget(self) -> PagesSection:
         check_budget(self.budget)
         return self
 
@@ -74,16 +81,17 @@ class ExtractSection(Section):
         1,
         ge=0,
         le=5,
-        description="How often an answer that does not validate is asked for again, its errors shown. Each costs a whole request.",
+        description="How often a request is repeated, with the validation errors added, after an answer that does not validate. Each costs "
+        "a whole request.",
     )
 
 
 class SamplingSection(Section):
-    temperature: float = Field(0.0, ge=0, le=2, description="0 always takes the likeliest token, and the same pages give the same record.")
+    temperature: float = Field(0.0, ge=0, le=2, description="0 always takes the likeliest token: the same pages give the same record.")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens that make up this share.")
-    top_k: int = Field(0, ge=0, description="Sample from so many likeliest tokens; 0 from all.")
+    top_k: int = Field(0, ge=0, description="Sample from this many of the likeliest tokens; 0 means all.")
     repetition_penalty: float = Field(1.0, gt=0, le=2, description="Above 1 discourages repeated tokens. Harms tables of equal values.")
-    max_tokens: int = Field(2048, ge=1, description="Longest answer. One that reaches it is a failure, never a result.")
+    max_tokens: int = Field(2048, ge=1, description="Longest answer in tokens. One that reaches it is a failure, never a result.")
     seed: int = Field(0, ge=0, description="Seed of the sampling; has no effect at temperature 0.")
 
 
@@ -101,26 +109,26 @@ class LimitsSection(Section):
         120.0,
         gt=0,
         le=86_400,
-        description="Longest time to fetch an http(s) URL, redirects and all; then it fails. More waits longer for slow servers, with a "
-        "renderer idle meanwhile.",
+        description="Longest time to fetch an http(s) URL, redirects included; then it fails. More waits longer for slow servers and keeps "
+        "a renderer idle meanwhile.",
     )
     max_image_megapixels: int = Field(
-        300, ge=1, description="Largest image; a larger one (a decompression bomb, mostly) fails before it is decoded."
+        300, ge=1, description="Largest image; a larger one (usually a decompression bomb) fails before it is decoded."
     )
     max_request_tokens: int = Field(
         32_768,
         ge=256,
-        description="Most tokens of one request, `sampling.max_tokens` included; one that needs more fails (`too_long`) before it is "
-        "asked. More read more pages at once, in memory that grows with it, and beyond 32,768 these models need `model.rope_scaling`.",
+        description="Most tokens of one request, `sampling.max_tokens` included; one that needs more fails (`too_long`) before it reaches "
+        "the model. More allow more pages per request and cost memory; beyond 32,768 these models need `model.rope_scaling`.",
     )
     max_failure_ratio: float = Field(
         1.0,
         ge=0,
         le=1,
-        description="Share of the last 1,000 requests that may fail before the run stops (exit code 3). 1 never stops it; 0.5 saves a "
-        "night when a disk or an engine is lost, and stops for a folder of broken files too.",
+        description="Share of the last 1,000 requests that may fail before the run stops (exit code 3). 1 never stops it; 0.5 "
+        "saves a night when a disk or an engine fails, but also stops for a folder of broken files.",
     )
-    min_requests: int = Field(20, ge=1, description="Requests that must have come back before `max_failure_ratio` counts.")
+    min_requests: int = Field(20, ge=1, description="Requests that must have finished before `max_failure_ratio` applies.")
 
 
 class OutputSection(Section):
@@ -131,7 +139,7 @@ class OutputSection(Section):
 
     @field_validator("path")
     @classmethod
-    def writable(cls, value: str) -> str:
+    def check_path(cls, value: str) -> str:
         return location.check_store_url(value) if location.is_url(value) else str(Path(value))
 
 
@@ -140,31 +148,32 @@ def check_cluster_address(address: str | None) -> None:
     if address in (None, "auto", "local"):
         return
     if re.match(r"https?://", str(address)):
-        raise ValueError("an http(s) address is a cluster's job server, which `pipeline submit --address` speaks to")
+        raise ValueError("an http(s) address is a cluster's job server, which is what `pipeline submit --address` expects")
     host = r"([^\s/:@]+|\[[0-9A-Fa-f:]+\])"
     if not re.fullmatch(rf"ray://{host}(:\d+)?|{host}:\d+", str(address)):
-        raise ValueError("a cluster's address is auto, local, HOST:6379 or ray://HOST:10001")
+        raise ValueError("a cluster's address must be auto, local, HOST:6379 or ray://HOST:10001")
 
 
 class RaySection(Section):
     address: str | None = Field(
         None,
-        description="Ray cluster to join: `auto` for the one that was started on this machine, `HOST:6379` from a machine of it, "
-        "`ray://HOST:10001` from outside. Default: the environment's RAY_ADDRESS, else a Ray of its own here, which `local` always means. "
-        "Costs: documents and output must be reachable from all its machines, and every worker starts with a copy of this package.",
+        description="Ray cluster to join: `auto` for the one that was started on this machine, `HOST:6379` from a machine of the "
+        "cluster, `ray://HOST:10001` from outside. Default: the environment's RAY_ADDRESS, else a new Ray on this "
+        "machine, which `local` always means. Costs: documents and output must be reachable from all its machines, and "
+        "every worker starts with a copy of this package.",
     )
     shared_filesystem: bool = Field(
         False,
-        description="The cluster's machines have this job's local paths at the same place. Without that `pipeline submit` and `ray://` "
-        "refuse local paths; where it is not true, files are not found, and results lie on a machine of the cluster.",
+        description="States that the cluster's machines have this job's local paths at the same place. Without it `pipeline submit` and "
+        "`ray://` refuse local paths; where it is not true, files are not found, and results stay on a machine of the cluster.",
     )
     actors: int | tuple[int, int] = Field(
         1,
         description="Engine actors; each loads the model once. Two numbers, `[1, 8]`, let Ray start more when all are busy, and new "
-        "machines for them where the cluster can; each costs the time that the model takes to load.",
+        "machines for them where the cluster can; each costs the time to load the model.",
     )
     max_restarts: int = Field(
-        3, ge=0, description="How often an engine actor that died is replaced, the model loaded anew, before the run stops (exit code 3)."
+        3, ge=0, description="How often a dead engine actor is replaced, which loads the model again, before the run stops (exit code 3)."
     )
     gpus_per_actor: float = Field(1.0, ge=0, description="GPUs an actor reserves, where there are any.")
     cpus_per_actor: float | None = Field(
@@ -176,16 +185,16 @@ class RaySection(Section):
 
     @field_validator("address")
     @classmethod
-    def joinable(cls, value: str | None) -> str | None:
+    def check_address(cls, value: str | None) -> str | None:
         check_cluster_address(value)
         return value
 
     @field_validator("actors")
     @classmethod
-    def some(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+    def check_actors(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
         least, most = value if isinstance(value, tuple) else (value, value)
         if not 1 <= least <= most:
-            raise ValueError("actors is a number from 1 on, or the least and the most of them, such as [1, 8]")
+            raise ValueError("actors must be a number of at least 1, or the least and the most actors, such as [1, 8]")
         return value
 
     @property
@@ -198,7 +207,7 @@ class RaySection(Section):
 
 
 class JobSections(Section):
-    """The job file as written."""
+    """The whole job file, defaults filled in."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="Name of the job.")
     source: SourceSection
@@ -211,21 +220,22 @@ class JobSections(Section):
     ray: RaySection = RaySection()
 
     @model_validator(mode="after")
-    def enough_images(self) -> JobSections:
-        """Refuse room for fewer images than a request has."""
+    def check_image_limit(self) -> JobSections:
+        """Raise ValueError for a limit below the number of images that a request has."""
         needed = 1 if self.extract.per == "page" else self.pages.per_request
         kept = (self.model.limit_mm_per_prompt or {}).get("image", needed)
         if kept < needed:
-            raise ValueError(f"model.limit_mm_per_prompt allows {kept} images, a request has up to {needed} (pages.per_request)")
+            raise ValueError(f"model.limit_mm_per_prompt allows {kept} images, but a request has up to {needed} (pages.per_request)")
         return self
 
     @model_validator(mode="before")
     @classmethod
-    def written(cls, data: Any) -> Any:
-        """Take a section whose keys are all commented out for one that is not there."""
+    def drop_empty_sections(cls, data: Any) -> Any:
+        """Treat a section whose keys are all commented out as absent."""
         return {name: value for name, value in data.items() if value is not None or name not in cls.model_fields}
 
     @field_validator("name", mode="before")
     @classmethod
-    def text(cls, value: Any) -> Any:
+    def convert_name(cls, value: Any) -> Any:
+        """Accept a name that YAML reads as a number, such as 2024."""
         return str(value) if isinstance(value, int | float) else value

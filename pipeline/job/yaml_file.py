@@ -1,6 +1,7 @@
-"""A YAML file and `--set` options -> a mapping, with the place of every key; and what is wrong with it, in one sentence.
+"""YAML reader that remembers where each key was written, for error messages.
 
-Knows no key of a job: `keys` does.
+In: a YAML file, `--set` options, and later pydantic's ValidationError. Out: a plain mapping with the position of every key, and
+one sentence that names the position of what is wrong. The keys themselves are declared in `sections.py`.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from pipeline.errors import JobError
 from pipeline.storage.location import redact_url
 
 KeyPositions = dict[tuple[str | int, ...], str]
-"""Where each key was given: `jobs/invoices.yaml:12`, or the --set that changed it."""
+"""Where each key was set: `jobs/invoices.yaml:12`, or the `--set` option that changed it."""
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], KeyPositions]:
-    """Return a YAML file's mapping and the place of each key.
+    """Return a YAML file's mapping and the position of each key.
 
-    Stricter than YAML: a key given twice is refused, and so are aliases, which can blow up a small file into gigabytes.
+    Stricter than YAML: duplicate keys are refused, and so are aliases, which can expand a small file to gigabytes. Raises JobError.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise JobError(f"cannot read the job file {path}: {describe_yaml_error(error)}") from None
+        raise JobError(f"cannot read the job file {path}: {describe_read_error(error)}") from None
     try:
         for event in yaml.parse(text, yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
@@ -39,36 +40,36 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], KeyPositions]:
         raise JobError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(node, yaml.MappingNode):
         raise JobError(f"{path}: a job file is a mapping of keys (name, source, extract, model, output, …)")
-    places: KeyPositions = {}
-    record_positions(node, (), places, path)
-    return data, places
+    positions: KeyPositions = {}
+    record_positions(node, (), positions, path)
+    return data, positions
 
 
-def describe_yaml_error(error: Exception) -> str:
+def describe_read_error(error: Exception) -> str:
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
-def record_positions(node: yaml.Node, at: tuple[str | int, ...], places: KeyPositions, path: Path) -> None:
-    """Note the place of each key below a node; refuse one given twice."""
+def record_positions(node: yaml.Node, prefix: tuple[str | int, ...], positions: KeyPositions, path: Path) -> None:
+    """Add the position of each key below a node to `positions`. Raises JobError for a duplicate key."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            name, place = (*at, str(key.value)), f"{path}:{key.start_mark.line + 1}"
-            if name in places:
-                raise JobError(f"{place}: the key {'.'.join(map(str, name))} is given twice")
-            places[name] = place
-            record_positions(value, name, places, path)
+            name, position = (*prefix, str(key.value)), f"{path}:{key.start_mark.line + 1}"
+            if name in positions:
+                raise JobError(f"{position}: the key {'.'.join(map(str, name))} is given twice")
+            positions[name] = position
+            record_positions(value, name, positions, path)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            record_positions(value, (*at, index), places, path)
+            record_positions(value, (*prefix, index), positions, path)
 
 
-def apply_setting(written: dict[str, Any], setting: str, places: KeyPositions) -> None:
-    """Apply one `section.key=value`, the value read as YAML, and note that it came from there."""
+def apply_setting(data: dict[str, Any], setting: str, positions: KeyPositions) -> None:
+    """Apply one `section.key=value` option, its value parsed as YAML, to `data`, and record it as the key's position."""
     key, equals, value = setting.partition("=")
     if not equals or not key.strip():
         raise JobError(f"--set {setting!r}: expected key=value, for example --set sampling.max_tokens=512")
     *sections, last = path = tuple(key.strip().split("."))
-    section = written
+    section = data
     for name in sections:
         if section.get(name) is None:
             section[name] = {}
@@ -79,43 +80,42 @@ def apply_setting(written: dict[str, Any], setting: str, places: KeyPositions) -
         section[last] = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise JobError(f"--set {setting!r}: the value is not valid YAML") from None
-    for place in [place for place in places if place[: len(path)] == path]:
-        del places[place]
-    places[path] = f"--set {redact_url(setting)}"
+    for overridden in [name for name in positions if name[: len(path)] == path]:
+        del positions[overridden]
+    positions[path] = f"--set {redact_url(setting)}"
 
 
-def explain_errors(error: ValidationError, model: type[BaseModel], path: Path, places: KeyPositions) -> str:
-    """Return one sentence for the first thing that is wrong, and how many more there are."""
-    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")  # a misspelt key is missing, too
+def explain_errors(error: ValidationError, model: type[BaseModel], path: Path, positions: KeyPositions) -> str:
+    """Return one sentence about the first error, with its position and the number of further errors."""
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")  # a misspelt key is also a missing one
     first = problems[0]
-    place = first["loc"]
-    where = next((places[place[:n]] for n in range(len(place), 0, -1) if place[:n] in places), path)
+    name = first["loc"]
+    where = next((positions[name[:n]] for n in range(len(name), 0, -1) if name[:n] in positions), path)
     more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{where}: {describe_problem(first, model)}{more}"
 
 
 def describe_problem(problem: Any, model: type[BaseModel]) -> str:
-    """Say in words what pydantic found."""
-    place = problem["loc"]
-    key = ".".join(map(str, place))
+    """Return a sentence for one of pydantic's errors."""
+    name = problem["loc"]
+    key = ".".join(map(str, name))
     if problem["type"] == "extra_forbidden":
-        known = list_allowed_keys(model, place[:-1])
-        near = get_close_matches(str(place[-1]), known, 1, 0.5)
+        known = list_allowed_keys(model, name[:-1])
+        near = get_close_matches(str(name[-1]), known, 1, 0.5)
         return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}")
     if problem["type"] == "missing":
         return f"the key {key} is missing"
     if problem["type"] == "model_type":
-        return (
-            f"{key} is a section with keys of its own ({', '.join(list_allowed_keys(model, place))}), found {str(problem['input'])[:80]!r}"
-        )
+        allowed = ", ".join(list_allowed_keys(model, name))
+        return f"{key} is a section with keys of its own ({allowed}), found {str(problem['input'])[:80]!r}"
     found = "" if isinstance(problem["input"], dict) else f", found {redact_url(str(problem['input']))[:80]!r}"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{key or 'the job'}: {message}{found}"
 
 
-def list_allowed_keys(model: type[BaseModel], place: tuple[str | int, ...]) -> list[str]:
-    """Return the keys that a section knows."""
+def list_allowed_keys(model: type[BaseModel], name: tuple[str | int, ...]) -> list[str]:
+    """Return the keys that the section of this name may have."""
     section: Any = model
-    for name in place:
-        section = section.model_fields[str(name)].annotation
-    return [field.alias or name for name, field in section.model_fields.items()]
+    for part in name:
+        section = section.model_fields[str(part)].annotation
+    return [field.alias or key for key, field in section.model_fields.items()]

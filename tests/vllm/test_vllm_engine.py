@@ -81,16 +81,16 @@ def test_room_for_images_is_what_a_request_has(workspace: Workspace) -> None:
     by_page = launch.collect_arguments(job_of(workspace, "extract.per=page"))["limit_mm_per_prompt"]
     by_document = launch.collect_arguments(job_of(workspace, "pages.per_request=3"))["limit_mm_per_prompt"]
     assert (by_page, by_document) == ({"image": 1, "video": 0}, {"image": 3, "video": 0})
-    with pytest.raises(JobError, match=r"model\.limit_mm_per_prompt allows 2 images, a request has up to 3"):
+    with pytest.raises(JobError, match=r"model\.limit_mm_per_prompt allows 2 images, but a request has up to 3"):
         job_of(workspace, "pages.per_request=3", "model.limit_mm_per_prompt={image: 2}")
 
 
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("model: other", "engine_args: model is said by model.name"),
-        ("dtype: half", "engine_args: dtype is said by model.dtype"),
-        ("enable_lora: true", "engine_args: enable_lora is said by model.lora"),
+        ("model: other", "engine_args: model is set by model.name"),
+        ("dtype: half", "engine_args: dtype is set by model.dtype"),
+        ("enable_lora: true", "engine_args: enable_lora is set by model.lora"),
         ("trust_remote_code: true", "engine_args cannot change trust_remote_code: no code that comes with a checkpoint is run"),
         ("load_format: pt", "engine_args cannot change load_format: only safetensors are read"),
         ("hf_token: hf_x", "engine_args cannot change hf_token: job.yaml shows it"),

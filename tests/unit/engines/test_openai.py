@@ -615,11 +615,11 @@ def test_a_missing_key_stops_the_job(workspace: Workspace, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        (f"model.api_key_env={KEY}", "api_key_env is no name of an environment variable"),
+        (f"model.api_key_env={KEY}", "api_key_env is not the name of an environment variable"),
         (f"model.base_url=https://user:{KEY}@host/v1", "base_url holds a user, a password or a query"),
         (f"model.base_url=https://host/v1?key={KEY}", "base_url holds a user, a password or a query"),
         ("model.base_url=localhost:8000", "base_url is not an http"),
-        ("model.base_url=http://host/v1/chat/completions", "base_url ends in /chat/completions: leave that out"),
+        ("model.base_url=http://host/v1/chat/completions", "base_url ends in /chat/completions: remove that part"),
         ("model.base_url=null", "the engine openai needs base_url"),
         ("model.engine=transformers", "base_url is for the engine openai, and model.engine is transformers"),
         ("model.extra_body={messages: []}", "extra_body cannot change messages"),
