@@ -98,9 +98,9 @@ def answer(words: Any, vocabulary: Vocabulary, at: int) -> tuple[Constraint, lis
     name, value = ("invoice", INVOICE) if at % 2 else ("receipt", RECEIPT)
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     tokens = words(text, add_special_tokens=False)["input_ids"]
-    constraint = vocabulary.start((ROOT / "schemas" / f"{name}.json").read_text())
+    constraint = vocabulary.start_constraint((ROOT / "schemas" / f"{name}.json").read_text())
     for token in tokens[: 3 * at]:  # so that rows are in different places
-        constraint.accept(token)
+        constraint.accept_token(token)
     return constraint, tokens[3 * at :]
 
 
@@ -109,9 +109,9 @@ def write(vocabulary: Vocabulary, rows: list[tuple[Constraint, list[int]]]) -> l
     constraints, steps = [row[0] for row in rows], []
     for at in range(min(len(tokens) for _, tokens in rows)):
         start_s, start_cpu_s = time.perf_counter(), time.process_time()
-        vocabulary.masks(constraints)
+        vocabulary.compute_masks(constraints)
         for constraint, tokens in rows:
-            constraint.accept(tokens[at])
+            constraint.accept_token(tokens[at])
         steps.append(((time.perf_counter() - start_s) * 1000, (time.process_time() - start_cpu_s) * 1000))
     return steps
 

@@ -95,11 +95,11 @@ def drawing(count: int) -> tuple[int, int, int, int]:
         size = file.tell()
         peaks = []
         with Sandbox(RenderSettings(max_pages=count, max_file_bytes=2**31)) as sandbox:
-            sandbox.start()
+            sandbox.start_child()
             idle = peak_bytes()
             file.seek(0)
             assert sandbox.open(file.read()) == count
-            for page in sandbox.pages():
+            for page in sandbox.draw_pages():
                 assert sandbox.child is not None
                 assert len(page.words) > 100
                 peaks.append(peak_bytes(sandbox.child.pid))

@@ -2,7 +2,7 @@
 
     with Sandbox(settings) as sandbox:
         page_count = sandbox.open(data)
-        for page in sandbox.pages(1, 4): ...
+        for page in sandbox.draw_pages(1, 4): ...
 
 The child gets one socket and no secrets, no network, no children, no core dumps, next to nothing to write, and a bounded
 address space (`confine.py`). Each call has a deadline, kept here by killing the child and there by a limit of CPU time;
@@ -83,7 +83,7 @@ class Sandbox:
         self.page_count = self.twice(self.load)
         return self.page_count
 
-    def pages(self, first_page: int = 1, last_page: int | None = None) -> Iterator[Page]:
+    def draw_pages(self, first_page: int = 1, last_page: int | None = None) -> Iterator[Page]:
         """Yield pages of the open document, each drawn when it is asked for. Raises DocumentError; others may be asked for then."""
         for page_no in range(first_page, min(last_page or self.page_count, self.page_count) + 1):
             yield self.twice(partial(self.draw, page_no))
@@ -105,7 +105,7 @@ class Sandbox:
         if self.child is not None and (self.child.poll() is not None or self.documents >= DOCUMENTS_PER_PROCESS):
             self.end()
         if self.child is None:
-            self.start()
+            self.start_child()
         self.documents += 1
         return self.ask("the document", {}, self.data, lambda header, _: protocol.parse_page_count(header, self.settings.max_pages))
 
@@ -129,7 +129,7 @@ class Sandbox:
             spent = f"the document has taken {self.spent_s:.0f} s; its {self.page_count} pages together may take {allowed_s:.0f} s"
             raise DocumentError("timeout", f"page {page_no} was not tried: {spent} at this `limits.timeout_s`")
 
-    def start(self) -> None:
+    def start_child(self) -> None:
         """Start a child. Tries again, because a machine that is short of memory or processes may have them a moment later."""
         for _ in range(CHILD_START_ATTEMPTS - 1):
             with suppress(RunError):

@@ -45,7 +45,7 @@ class ArrowPlan:
         self.notes = list(list_notes(self.root, "$"))
         """A sentence for each property that is JSON in a string, or whose column holds less than the schema admits."""
 
-    def row(self, value: Any) -> dict[str, Any]:
+    def build_row(self, value: Any) -> dict[str, Any]:
         """Return a value as one row of `schema`, every column present.
 
         Raises ValueError with the path of what a column cannot hold exactly.
@@ -151,7 +151,7 @@ def build_number_column(part: Schema) -> Column:
 def build_union_column(options: list[Any], seen: tuple[str, ...], root: Schema) -> Column:
     """Return the one column of all alternatives but null."""
     columns = [build_typed_column(*flatten_part(option, root, seen), root) for option in options if not is_null_type(option)]
-    kinds = {option.cell for option in columns}
+    kinds = {option.convert for option in columns}
     if columns and all(option == columns[0] for option in columns):
         return columns[0]
     if kinds and kinds <= {arrow_values.convert_text, arrow_values.convert_date, arrow_values.convert_date_time}:

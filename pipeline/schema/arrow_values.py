@@ -26,7 +26,7 @@ class Column:
     """A property as Arrow sees it: its type and what turns a value into a cell of it."""
 
     type: pa.DataType
-    cell: Callable[[Column, Any, str], Any]
+    convert: Callable[[Column, Any, str], Any]
     fields: dict[str, Column] = field(default_factory=dict)
     """A struct's fields by name; a list's items under ""."""
     note: str = ""
@@ -38,7 +38,7 @@ def make_misfit_error(path: str, value: Any, why: str) -> ValueError:
 
 def convert_value(part: Column, value: Any, path: str) -> Any:
     """Return a value, null included, as a cell of its column."""
-    return None if value is None else part.cell(part, value, path)
+    return None if value is None else part.convert(part, value, path)
 
 
 def convert_struct(part: Column, value: Any, path: str) -> dict[str, Any]:

@@ -193,18 +193,18 @@ class Vocabulary:
         self._workers = LLExecutor(num_threads=threads)
         self._prototype = lru_cache(maxsize=KEPT_GRAMMARS)(self._compile)
 
-    def start(self, schema_text: str) -> Constraint:
+    def start_constraint(self, schema_text: str) -> Constraint:
         """Return the constraint of a new answer; "" allows any text, but no control token and no broken UTF-8.
 
         Raises JobError for a schema that cannot constrain.
         """
         return Constraint(self._prototype(schema_text).deep_copy(), self.eos_ids)
 
-    def bytes_of(self, token: int) -> bytes:
+    def decode_token(self, token: int) -> bytes:
         """Return what a token writes; part of a character, perhaps."""
         return self._tokenizer.decode_bytes([token])
 
-    def masks(self, rows: Sequence[Constraint]) -> Masks:
+    def compute_masks(self, rows: Sequence[Constraint]) -> Masks:
         """Return which tokens may come next in each row; rows may follow different schemas.
 
         Raises nothing: a constraint that failed says so in `Constraint.error`.
@@ -229,7 +229,7 @@ class Constraint:
         self._eos_ids = eos_ids
 
     @property
-    def done(self) -> bool:
+    def is_done(self) -> bool:
         """Whether the answer is complete and nothing can follow it."""
         return bool(self.matcher.is_stopped()) and not self.matcher.is_error()
 
@@ -238,12 +238,12 @@ class Constraint:
         """Why the grammar gave up (too complex), "" while it has not."""
         return extract_first_line(self.matcher.get_error()) if self.matcher.is_error() else ""
 
-    def accept(self, token: int) -> None:
+    def accept_token(self, token: int) -> None:
         """Move on by one token. Raises DocumentError when the grammar does not allow it."""
         if not self.matcher.consume_token(token):
             raise DocumentError("grammar", f"decoding left the schema's grammar: {self.error}")
 
-    def forced(self) -> list[int]:
+    def take_forced_tokens(self) -> list[int]:
         """Return the tokens that must come next, whatever the model thinks, and move on past them."""
         tokens = [token for token in self.matcher.compute_ff_tokens() if token not in self._eos_ids]
         if tokens and not self.matcher.consume_tokens(tokens):

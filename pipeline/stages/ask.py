@@ -96,7 +96,7 @@ class AskStage:
             value = schema.parse_json(completion.text)
         except ValueError as error:
             return [str(error)]
-        return [str(violation) for violation in self.validator.errors(value)] if whole else []
+        return [str(violation) for violation in self.validator.find_violations(value)] if whole else []
 
 
 def make_outcome_row(completion: Completion, errors: list[str]) -> Row:

@@ -40,7 +40,7 @@ def render_preview(job: Job, file: Path | str, page_no: int) -> PreviewPage:
         page_count = sandbox.open(data)
         if page_no > page_count:
             raise JobError(f"{file} has {page_count} pages, there is no page {page_no}")
-        page = next(iter(sandbox.pages(page_no, page_no)))
+        page = next(iter(sandbox.draw_pages(page_no, page_no)))
     facts = {**describe_page(page), "file": str(file), "page_count": page_count, "words": len(page.words)}
     return PreviewPage(page, facts, str(prompt.build_messages(job.system_message, [page.pixels])[-1].parts[-1]))
 

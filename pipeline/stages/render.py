@@ -81,7 +81,7 @@ class RenderStage:
     def draw(self, first_page: int, last_page: int) -> Row:
         """Return the page images of one request, or why there are none."""
         try:
-            pages = list(self.sandbox.pages(first_page, last_page))
+            pages = list(self.sandbox.draw_pages(first_page, last_page))
         except DocumentError as error:
             return make_failed_row(Stage.RENDER, error)
         return {"pages": [describe_page(page) for page in pages], "pixels": [page.pixels.tobytes() for page in pages]}

@@ -115,9 +115,9 @@ class SettleStage:
             wrong = next(request for request in asked if request["errors"])
             return row | make_invalid_columns(wrong["errors"]) | {"_answer": wrong["answer"]}
         merged = merge_parts(self.given, parts)
-        errors = [str(violation) for violation in self.validator.errors(merged.value)]
+        errors = [str(violation) for violation in self.validator.find_violations(merged.value)]
         try:
-            row |= self.plan.row(merged.value)
+            row |= self.plan.build_row(merged.value)
         except ValueError as error:
             errors = errors or [str(error)]
         row |= {"_disagreements": list_disagreements(merged), "_status": str(Status.EXTRACTED)}

@@ -313,7 +313,10 @@ def test_requests_of_one_length_are_taken_together(engine: TransformersEngine) -
 @torch.inference_mode()
 def test_compacting_takes_padding_away_and_nothing_else(shared_engine: TransformersEngine) -> None:
     asked = [request(0), request(1)]
-    rows = [BatchRow(encoder(shared_engine).encode(r.messages), r.sampling, shared_engine._model.vocabulary.start(FLAT), 50) for r in asked]
+    rows = [
+        BatchRow(encoder(shared_engine).encode(r.messages), r.sampling, shared_engine._model.vocabulary.start_constraint(FLAT), 50)
+        for r in asked
+    ]
     batch = Batch(rows)
     run_step(shared_engine._model, batch)
     total = batch.columns + 100
@@ -389,15 +392,15 @@ def test_a_request_that_cannot_be_written_down_fails_alone(engine: TransformersE
 
 def test_a_fault_while_a_token_is_taken_is_its_rows_own(engine: TransformersEngine) -> None:
     expected = [answer.text for answer in ask(engine, [request(key, seed=key, temperature=1.0) for key in range(4)])]
-    start = engine._model.vocabulary.start
+    start = engine._model.vocabulary.start_constraint
 
     def fragile(schema: str) -> Any:
         constraint = start(schema)
         if schema != FLAT:
-            vars(constraint)["accept"] = lambda token: 1 // 0
+            vars(constraint)["accept_token"] = lambda token: 1 // 0
         return constraint
 
-    vars(engine._model.vocabulary)["start"] = fragile
+    vars(engine._model.vocabulary)["start_constraint"] = fragile
     failed, *answers = ask(engine, [request(9, FLAT + " "), *(request(key, seed=key, temperature=1.0) for key in range(4))])
     assert (failed.kind, "ZeroDivisionError" in str(failed)) == ("engine", True)
     assert [answer.text for answer in answers] == expected

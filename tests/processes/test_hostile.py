@@ -221,7 +221,7 @@ def outcome(document: Document, root: Path, sandbox: Sandbox) -> tuple[str, tupl
         return error.kind, (error.message,)
     for page_no in range(1, page_count + 1):
         try:
-            (page,) = sandbox.pages(page_no, page_no)
+            (page,) = sandbox.draw_pages(page_no, page_no)
             kinds.append("ok" if page.page_no == page_no else "misnumbered")
         except DocumentError as error:
             kinds.append(error.kind)
@@ -289,7 +289,7 @@ def test_no_message_is_long_or_empty(seen: dict[str, Seen]) -> None:
 
 def test_no_file_makes_the_renderer_larger_than_it_may_be(seen: dict[str, Seen]) -> None:
     with Sandbox(SETTINGS) as sandbox:
-        sandbox.start()
+        sandbox.start_child()
         idle = status_bytes(sandbox, "VmSize")
     assert max(it.peak_bytes for it in seen.values()) <= idle + SETTINGS.memory_bytes
 
@@ -299,7 +299,7 @@ def test_what_a_pdf_refers_to_is_not_read(tmp_path: Path) -> None:
     data = drawn(f"<</Length 0/F({tmp_path / 'black'})>>stream\n\nendstream".encode())
     with Sandbox(SETTINGS) as sandbox:
         sandbox.open(data)
-        assert next(sandbox.pages()).pixels.min() == 255
+        assert next(sandbox.draw_pages()).pixels.min() == 255
 
 
 def test_paths_that_are_no_files_are_rows_and_not_opened(tmp_path: Path) -> None:
@@ -362,7 +362,7 @@ def test_mutants_are_pages_or_document_errors() -> None:
         for _, data in mutants(1, 150):
             try:
                 sandbox.open(data)
-                kinds |= {"ok" for _ in sandbox.pages(1, 3)}
+                kinds |= {"ok" for _ in sandbox.draw_pages(1, 3)}
             except DocumentError as error:
                 kinds.add(error.kind if error.message else "silence")
     assert {"ok", "broken"} <= kinds <= KINDS

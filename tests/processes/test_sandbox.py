@@ -65,7 +65,7 @@ def stub(tmp_path: Path) -> Iterator[Sandbox]:
 
 def kind_of(sandbox: Sandbox, page_no: int) -> str:
     with pytest.raises(DocumentError) as caught:
-        list(sandbox.pages(page_no, page_no))
+        list(sandbox.draw_pages(page_no, page_no))
     return caught.value.kind
 
 
@@ -82,7 +82,7 @@ def ended(pid: int) -> bool:
 def test_a_page_comes_out_as_it_went_in(real: Sandbox) -> None:
     data = make_page_pdf(content=b"1 0 0 rg 0 0 50 50 re f BT /F 20 Tf 60 60 Td (Gr\374n 1) Tj ET /Nope Do", extra="/Rotate 90")
     assert real.open(data) == 1
-    (ours,), (theirs,) = real.pages(), render_pages(data, real.settings)
+    (ours,), (theirs,) = real.draw_pages(), render_pages(data, real.settings)
     assert np.array_equal(ours.pixels, theirs.pixels)
     facts = [(p.page_no, p.dpi, p.width_pt, p.height_pt, p.visual_tokens, p.words, p.warnings) for p in (ours, theirs)]
     assert facts[0] == facts[1]
@@ -91,14 +91,14 @@ def test_a_page_comes_out_as_it_went_in(real: Sandbox) -> None:
 
 def test_pages_come_in_ranges(real: Sandbox) -> None:
     assert real.open(make_pages_pdf(7)) == 7
-    assert [page.page_no for page in real.pages(3, 5)] == [3, 4, 5]
-    assert [page.page_no for page in real.pages(6)] == [6, 7]
+    assert [page.page_no for page in real.draw_pages(3, 5)] == [3, 4, 5]
+    assert [page.page_no for page in real.draw_pages(6)] == [6, 7]
 
 
 def test_an_abandoned_page_does_not_come_back_as_another(real: Sandbox) -> None:
     real.open(make_pages_pdf(5))
-    next(real.pages(1, 5))
-    assert next(real.pages(4)).page_no == 4
+    next(real.draw_pages(1, 5))
+    assert next(real.draw_pages(4)).page_no == 4
 
 
 @pytest.mark.parametrize(("data", "kind"), [(b"", "empty"), (b"dear customer", "unrecognised"), (b"%PDF-1.7", "broken")])
@@ -106,7 +106,7 @@ def test_failures_keep_their_kind(real: Sandbox, data: bytes, kind: str) -> None
     with pytest.raises(DocumentError) as caught:
         real.open(data)
     assert caught.value.kind == kind
-    assert list(real.pages()) == []
+    assert list(real.draw_pages()) == []
 
 
 @pytest.mark.parametrize(
@@ -127,21 +127,21 @@ def test_a_renderer_that_dies_costs_one_page(stub: Sandbox, harm: str, kind: str
     pid = stub.child.pid
     assert kind_of(stub, 2) == kind
     assert ended(pid)
-    assert next(stub.pages(1)).page_no == 1
+    assert next(stub.draw_pages(1)).page_no == 1
 
 
 def test_a_renderer_that_somebody_kills_costs_nothing(stub: Sandbox, tmp_path: Path) -> None:
     once = f"os.path.exists({str(tmp_path / 'killed')!r}) or (open({str(tmp_path / 'killed')!r}, 'w').close(), os.kill(os.getpid(), 9))"
     stub.open(once.encode())
-    assert [page.page_no for page in stub.pages(1, 3)] == [1, 2, 3]
+    assert [page.page_no for page in stub.draw_pages(1, 3)] == [1, 2, 3]
     assert len(stub.deaths) == 1
 
 
 def test_a_worn_out_renderer_is_replaced_before_a_document_lacks_memory(stub: Sandbox) -> None:
     stub.open(b"global worn; worn = bytearray(200 * 2**20)")
-    next(stub.pages(2))
+    next(stub.draw_pages(2))
     stub.open(b"bytearray(200 * 2**20)")
-    assert next(stub.pages(2)).page_no == 2
+    assert next(stub.draw_pages(2)).page_no == 2
 
 
 HONEST = {"page_no": 2, "shape": [28, 28, 3], "words": [["a", 1, 2, 3, 4]], "warnings": ["b"], "dpi": 1, "width_pt": 1, "height_pt": 1}
@@ -195,7 +195,7 @@ def test_what_a_renderer_sends_instead_of_a_page_costs_one_page(stub: Sandbox) -
         b"send_message(socket.socket(fileno=os.dup(int(sys.argv[1]))), {'a': 1})"
     )
     assert kind_of(stub, 2) == "crash"
-    assert next(stub.pages(1)).page_no == 1
+    assert next(stub.draw_pages(1)).page_no == 1
 
 
 @pytest.mark.parametrize("lengths", [(2**31, 0), (2, 2**40)])
@@ -207,7 +207,7 @@ def test_a_renderer_cannot_make_its_parent_hold_more_than_a_page(stub: Sandbox, 
 def test_a_long_message_is_cut(stub: Sandbox) -> None:
     stub.open(b"from pipeline.errors import DocumentError; raise DocumentError('broken', 'x' * 3_000_000)")
     with pytest.raises(DocumentError, match=r"^x{1000}$"):
-        list(stub.pages(2))
+        list(stub.draw_pages(2))
 
 
 def test_a_renderer_that_goes_on_talking_is_killed(stub: Sandbox) -> None:
@@ -220,7 +220,7 @@ def test_a_renderer_that_goes_on_talking_is_killed(stub: Sandbox) -> None:
 
 def test_a_renderer_has_a_limit_of_cpu_time_of_its_own(tmp_path: Path) -> None:
     with Sandbox(RenderSettings(timeout_s=0.5)) as sandbox:
-        sandbox.start()
+        sandbox.start_child()
         sandbox.settings = RenderSettings(timeout_s=60)
         sandbox.open(make_endless_pdf())
         assert kind_of(sandbox, 1) == "timeout"
@@ -240,9 +240,9 @@ def test_a_renderer_that_hangs_is_killed(stub: Sandbox) -> None:
 def test_an_interrupted_call_leaves_no_answer_behind(stub: Sandbox) -> None:
     stub.open(b"os.kill(os.getppid(), 2); import time; time.sleep(60)")
     with pytest.raises(KeyboardInterrupt):
-        list(stub.pages(2))
+        list(stub.draw_pages(2))
     assert stub.child is None
-    assert next(stub.pages(1)).page_no == 1
+    assert next(stub.draw_pages(1)).page_no == 1
 
 
 def test_a_document_that_ends_every_renderer_is_given_up(stub: Sandbox) -> None:
@@ -256,9 +256,9 @@ def test_a_document_whose_pages_are_all_slow_is_given_up(stub: Sandbox) -> None:
     assert 0 < stub.spent_s < 30
     stub.spent_s = 30 * (10 + 9 / 10) + 1
     with pytest.raises(DocumentError, match=r"page 3 was not tried: .* 9 pages together may take 327 s"):
-        list(stub.pages(3))
+        list(stub.draw_pages(3))
     stub.open(b"pass")
-    assert next(stub.pages(3)).page_no == 3
+    assert next(stub.draw_pages(3)).page_no == 3
 
 
 def test_a_real_page_without_end_times_out() -> None:
@@ -279,7 +279,7 @@ def test_a_100_megapixel_photograph_is_served_in_little_memory() -> None:
     photograph = encode_image(Image.new("L", (10_000, 10_000), 200), "JPEG")
     with Sandbox(RenderSettings(memory_bytes=96 * 2**20)) as sandbox:
         sandbox.open(photograph)
-        assert np.all(next(sandbox.pages()).pixels == 200)
+        assert np.all(next(sandbox.draw_pages()).pixels == 200)
 
 
 def test_a_killed_renderer_is_replaced(real: Sandbox) -> None:
@@ -304,7 +304,7 @@ def test_a_renderer_is_replaced_after_some_pages(real: Sandbox, monkeypatch: pyt
     monkeypatch.setattr(module, "PAGES_PER_PROCESS", 2)
     real.close()
     real.open(make_pages_pdf(5))
-    pids = [(page.page_no, real.child.pid) for page in real.pages() if real.child is not None]
+    pids = [(page.page_no, real.child.pid) for page in real.draw_pages() if real.child is not None]
     assert [page_no for page_no, _ in pids] == [1, 2, 3, 4, 5]
     assert [pids.index(next(p for p in pids if p[1] == pid)) for _, pid in pids] == [0, 0, 2, 2, 4]
 
@@ -326,14 +326,14 @@ def test_a_renderer_that_does_not_start_says_why() -> None:
 def test_the_child_sees_no_secrets(stub: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("API_KEY", "hush")
     stub.open(b"global said; said = tuple(os.environ.values()) + tuple(sys.argv)")
-    said = next(stub.pages(2)).warnings
+    said = next(stub.draw_pages(2)).warnings
     assert len(said) > 3
     assert not any("hush" in text for text in said)
 
 
 def test_the_child_loads_neither_torch_nor_ray(stub: Sandbox) -> None:
     stub.open(b"from pipeline.render import document; global said; said = tuple(sys.modules)")
-    loaded = set(next(stub.pages(2)).warnings)
+    loaded = set(next(stub.draw_pages(2)).warnings)
     assert "pymupdf" in loaded
     assert not {"torch", "ray", "transformers", "pyarrow", "pydantic"} & loaded
 
@@ -370,7 +370,7 @@ def work():
     sandbox.open(make_endless_pdf())
     print(sandbox.child.pid, flush=True)
     threading.Timer(1, lambda: os._exit(1) if "exit" in sys.argv else os.kill(os.getpid(), 9)).start()
-    next(sandbox.pages())
+    next(sandbox.draw_pages())
 
 threading.Thread(target=work, daemon=True).start() if "thread" in sys.argv else print(end="")
 time.sleep(60) if "thread" in sys.argv else work()
@@ -393,7 +393,7 @@ def test_odd_pdfs_are_pages_or_document_errors(real: Sandbox) -> None:
     outcomes = []
     for file in files:
         try:
-            pages = list(real.pages(1, 3)) if real.open(file.read_bytes()) else []
+            pages = list(real.draw_pages(1, 3)) if real.open(file.read_bytes()) else []
             outcomes.append(len(pages) > 0)
         except DocumentError as error:
             outcomes.append(bool(error.kind) and bool(error.message))

@@ -106,7 +106,7 @@ class TransformersEngine:
         try:
             prompt = self._model.encoder.encode(request.messages)
             check_token_length(len(prompt.ids), request.sampling.max_tokens, self.max_model_len, self.max_request_tokens)
-            self._model.vocabulary.start(request.schema)
+            self._model.vocabulary.start_constraint(request.schema)
         except JobError as error:
             raise DocumentError("schema", str(error)) from None
         except Exception as error:  # any: a template or a tokenizer may stumble over this request's text
@@ -160,7 +160,7 @@ class TransformersEngine:
         """Return the row that answers a request; None when it failed at once."""
         sampling = asked.request.sampling
         try:
-            constraint = self._model.vocabulary.start(asked.request.schema)
+            constraint = self._model.vocabulary.start_constraint(asked.request.schema)
             row = BatchRow(asked.prompt, sampling, constraint, min(sampling.max_tokens, self.max_model_len - len(asked.prompt.ids)))
         except DocumentError as error:
             asked.settle(error)
@@ -221,7 +221,7 @@ class TransformersEngine:
     def _completion(self, row: BatchRow) -> Completion:
         """Return a finished row as an answer."""
         reason = row.ended if isinstance(row.ended, FinishReason) else FinishReason.LENGTH
-        return build_completion(row.tokens, row.logprobs, reason, len(row.prompt.ids), self._model.vocabulary.bytes_of)
+        return build_completion(row.tokens, row.logprobs, reason, len(row.prompt.ids), self._model.vocabulary.decode_token)
 
 
 def join_batches(one: Batch, other: Batch) -> Batch:

@@ -58,10 +58,10 @@ class BatchRow:
 
     def force(self) -> None:
         """Append what the grammar leaves no choice about."""
-        forced = self.constraint.forced()
+        forced = self.constraint.take_forced_tokens()
         if len(self.tokens) + len(forced) > self.room:
             forced, self.ended = forced[: self.room - len(self.tokens)], FinishReason.LENGTH
-        elif self.constraint.done:
+        elif self.constraint.is_done:
             self.ended = FinishReason.STOP
         elif len(self.tokens) + len(forced) == self.room:
             self.ended = FinishReason.LENGTH

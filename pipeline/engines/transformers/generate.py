@@ -54,7 +54,7 @@ def run_step(model: LoadedModel, batch: Batch) -> None:
             **images,
         ).last_hidden_state
         # 2) While a GPU is still computing, the CPU finds what may come next.
-        masks = model.vocabulary.masks([row.constraint for row in batch.rows])
+        masks = model.vocabulary.compute_masks([row.constraint for row in batch.rows])
         # 3) Logits only where one is needed: before each forced token and at the end.
         places = [(at, back) for at, row in enumerate(batch.rows) for back in range(row.unscored, -1, -1)]
         rows, back = torch.tensor(places, device=hidden.device).unbind(1)
@@ -130,7 +130,7 @@ def append_token(row: BatchRow, token: int, logprob: float, vocabulary: Vocabula
         row.ended = FinishReason.STOP
     else:
         try:
-            row.constraint.accept(token)
+            row.constraint.accept_token(token)
             row.tokens.append(token)
             row.logprobs.append(logprob)
             row.pending = [token]
@@ -138,4 +138,6 @@ def append_token(row: BatchRow, token: int, logprob: float, vocabulary: Vocabula
         except Exception as error:  # any: the other rows' tokens are chosen already
             row.ended = convert_request_error(error)
     if len(row.tokens) // LOOP_EVERY > before // LOOP_EVERY and row.ended is None and (repeated := find_loop(row.tokens)):
-        row.ended = make_loop_error(b"".join(map(vocabulary.bytes_of, repeated)).decode(errors="replace"), len(repeated), len(row.tokens))
+        row.ended = make_loop_error(
+            b"".join(map(vocabulary.decode_token, repeated)).decode(errors="replace"), len(repeated), len(row.tokens)
+        )

@@ -123,7 +123,7 @@ class VLLMEngine:
                 logprobs += [scores[token].logprob for token, scores in zip(more.token_ids, more.logprobs, strict=True)]
                 reason = more.finish_reason
                 if reason is None and len(tokens) // LOOP_EVERY > before // LOOP_EVERY and (repeated := find_loop(tokens)):
-                    said = b"".join(map(self._vocabulary.bytes_of, repeated)).decode(errors="replace")
+                    said = b"".join(map(self._vocabulary.decode_token, repeated)).decode(errors="replace")
                     raise make_loop_error(said, len(repeated), len(tokens))
         return self._completion(request, prompt, tokens, logprobs, reason)
 
@@ -135,7 +135,7 @@ class VLLMEngine:
             raise DocumentError("engine", f"vLLM ended the answer after {len(tokens)} tokens with the reason {reason!r}")
         length = min(len(tokens) - (reason == "stop"), request.sampling.max_tokens)
         finished = FinishReason.STOP if reason == "stop" else FinishReason.LENGTH
-        return build_completion(tokens[:length], logprobs[:length], finished, len(prompt.ids), self._vocabulary.bytes_of)
+        return build_completion(tokens[:length], logprobs[:length], finished, len(prompt.ids), self._vocabulary.decode_token)
 
 
 def make_lora_request(folder: Path | None) -> Any:

@@ -32,18 +32,18 @@ def vocabulary() -> Vocabulary:
 
 
 def allowed(vocabulary: Vocabulary, constraint: Constraint) -> set[int]:
-    masks = vocabulary.masks([constraint])
+    masks = vocabulary.compute_masks([constraint])
     return set(np.flatnonzero(np.unpackbits(masks.view(np.uint8), bitorder="little")).tolist())
 
 
 def accepts(vocabulary: Vocabulary, schema: str, text: str) -> bool:
     """Write a text token by token and say whether the grammar lets it stand as a whole answer."""
-    constraint = vocabulary.start(schema)
+    constraint = vocabulary.start_constraint(schema)
     for token in WORDS(text)["input_ids"]:
         if token not in allowed(vocabulary, constraint):
             return False
-        constraint.accept(token)
-    return constraint.done or END in allowed(vocabulary, constraint)
+        constraint.accept_token(token)
+    return constraint.is_done or END in allowed(vocabulary, constraint)
 
 
 @pytest.mark.parametrize("text", ['{"total":1}', '{"total":-0.5}', '{"total":12.34}', '{"total":0}'])
@@ -73,19 +73,19 @@ def test_dates_are_dates(vocabulary: Vocabulary) -> None:
 
 def test_forced_text_is_known_without_a_model_and_uses_the_longest_tokens(vocabulary: Vocabulary) -> None:
     schema = '{"type": "object", "properties": {"invoice_number": {"type": "string"}}, "required": ["invoice_number"]}'
-    assert WORDS.convert_ids_to_tokens(vocabulary.start(schema).forced()) == ['{"invoice_number":', '"']
+    assert WORDS.convert_ids_to_tokens(vocabulary.start_constraint(schema).take_forced_tokens()) == ['{"invoice_number":', '"']
 
 
 def test_a_complete_answer_is_done_without_an_end_token(vocabulary: Vocabulary) -> None:
-    constraint = vocabulary.start(TOTAL)
+    constraint = vocabulary.start_constraint(TOTAL)
     for token in WORDS('{"total":12.34}')["input_ids"]:
-        constraint.accept(token)
-    assert constraint.done
+        constraint.accept_token(token)
+    assert constraint.is_done
 
 
 def test_added_tokens_that_are_text_may_be_written_and_control_tokens_never(vocabulary: Vocabulary) -> None:
-    constraint = vocabulary.start('{"type": "string"}')
-    constraint.forced()
+    constraint = vocabulary.start_constraint('{"type": "string"}')
+    constraint.take_forced_tokens()
     control, ordinary = (set(WORDS.convert_tokens_to_ids(list(tokens))) for tokens in (tiny_checkpoint.CONTROL, tiny_checkpoint.ORDINARY))
     inside = allowed(vocabulary, constraint)
     assert not control & inside
@@ -95,32 +95,32 @@ def test_added_tokens_that_are_text_may_be_written_and_control_tokens_never(voca
 def test_free_text_may_be_anything_but_control_tokens_and_padding(vocabulary: Vocabulary) -> None:
     real = set(range(len(WORDS)))
     control = set(WORDS.convert_tokens_to_ids(list(tiny_checkpoint.CONTROL)))
-    assert allowed(vocabulary, vocabulary.start("")) == real - control | {END}
+    assert allowed(vocabulary, vocabulary.start_constraint("")) == real - control | {END}
 
 
 def test_token_ids_beyond_the_tokenizer_are_never_allowed(vocabulary: Vocabulary) -> None:
     assert len(WORDS) < tiny_checkpoint.VOCABULARY
     for schema in ("", TOTAL, "{}"):
-        assert max(allowed(vocabulary, vocabulary.start(schema))) < len(WORDS)
+        assert max(allowed(vocabulary, vocabulary.start_constraint(schema))) < len(WORDS)
 
 
 def test_a_batch_mixes_schemas(vocabulary: Vocabulary) -> None:
-    rows = [vocabulary.start(schema) for schema in (INVOICE, "", TOTAL, RECEIPT)]
-    together = vocabulary.masks(rows)
-    assert all((together[at] == vocabulary.masks([row])[0]).all() for at, row in enumerate(rows))
+    rows = [vocabulary.start_constraint(schema) for schema in (INVOICE, "", TOTAL, RECEIPT)]
+    together = vocabulary.compute_masks(rows)
+    assert all((together[at] == vocabulary.compute_masks([row])[0]).all() for at, row in enumerate(rows))
 
 
 def test_answers_to_one_schema_do_not_move_each_other(vocabulary: Vocabulary) -> None:
-    one, other = vocabulary.start(TOTAL), vocabulary.start(TOTAL)
+    one, other = vocabulary.start_constraint(TOTAL), vocabulary.start_constraint(TOTAL)
     before = allowed(vocabulary, other)
-    one.accept(WORDS.convert_tokens_to_ids("{"))
+    one.accept_token(WORDS.convert_tokens_to_ids("{"))
     assert allowed(vocabulary, other) == before
 
 
 def test_a_token_that_does_not_fit_fails_the_answer(vocabulary: Vocabulary) -> None:
-    constraint = vocabulary.start(TOTAL)
+    constraint = vocabulary.start_constraint(TOTAL)
     with pytest.raises(DocumentError, match="grammar"):
-        constraint.accept(WORDS.convert_tokens_to_ids("]"))
+        constraint.accept_token(WORDS.convert_tokens_to_ids("]"))
     assert constraint.error
 
 
@@ -128,14 +128,14 @@ def test_a_token_that_does_not_fit_fails_the_answer(vocabulary: Vocabulary) -> N
 def test_random_answers_to_the_shipped_schemas_validate(vocabulary: Vocabulary, schema: str) -> None:
     chance = np.random.default_rng(7)
     for _ in range(3):
-        constraint, written = vocabulary.start(schema), []
-        while not constraint.done:
-            written += constraint.forced()
-            if not constraint.done:
+        constraint, written = vocabulary.start_constraint(schema), []
+        while not constraint.is_done:
+            written += constraint.take_forced_tokens()
+            if not constraint.is_done:
                 options = sorted(allowed(vocabulary, constraint))
                 short = [token for token in options if WORDS.decode([token]) in ('"', "null", "]", "}", ".")]
                 written.append(int(chance.choice(short or options)))
-                constraint.accept(written[-1])
+                constraint.accept_token(written[-1])
         value = json.loads(WORDS.decode(written))
         assert [error.message for error in Draft202012Validator(json.loads(schema)).iter_errors(value)] == []
 
@@ -218,6 +218,6 @@ def test_the_published_tokenizers_padding_and_control_tokens_are_masked() -> Non
 
     words = AutoTokenizer.from_pretrained(SHARED / "qwen2.5-vl-7b-awq")
     vocabulary = Vocabulary(words.backend_tokenizer.to_str(), size=152_064, eos_ids=[151_645, 151_643])
-    free = allowed(vocabulary, vocabulary.start(""))
+    free = allowed(vocabulary, vocabulary.start_constraint(""))
     assert {token for token in free if token >= 151_643} == {151_643, 151_645}
-    assert words.decode(vocabulary.start(INVOICE).forced()).startswith('{"seller_name')
+    assert words.decode(vocabulary.start_constraint(INVOICE).take_forced_tokens()).startswith('{"seller_name')

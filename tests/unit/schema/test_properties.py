@@ -97,7 +97,7 @@ def test_merging_loses_no_value_and_invents_none(values: list[Any]) -> None:
 def test_shards_full_half_empty_and_of_nothing_have_one_schema(data: st.DataObject) -> None:
     part, values = data.draw(test_arrow.PARTS)
     columns = ArrowPlan({"type": "object", "additionalProperties": False, "properties": {"x": part, "y": {"type": "string"}}})
-    full = [columns.row({"x": value}) for value in data.draw(st.lists(values, min_size=1, max_size=3))]
+    full = [columns.build_row({"x": value}) for value in data.draw(st.lists(values, min_size=1, max_size=3))]
     shards = [test_arrow.stored(columns, rows) for rows in ([], [{}], full, [*full, {}])]
     assert all(shard.schema == columns.schema for shard in shards)
     assert len({str(shard.schema) for shard in shards}) == 1

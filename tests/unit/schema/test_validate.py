@@ -21,7 +21,7 @@ OTHER_PLACES = {"refRemote", "dynamicRef", "vocabulary", "format", "pattern", "p
 
 
 def wrong(part: Any, value: Any) -> list[Violation]:
-    return Validator({"type": "object", "properties": {"x": part}}).errors({"x": value})
+    return Validator({"type": "object", "properties": {"x": part}}).find_violations({"x": value})
 
 
 @pytest.mark.parametrize("amount", ["19.99", "0.07", "0", "-1.1", "1E+2", "123456789012345678901234567890.12", "1e300"])
@@ -132,8 +132,8 @@ def test_odd_alternatives_are_judged_without_a_crash(alternatives: list[Any]) ->
 @pytest.mark.parametrize("draft", schemas.DRAFTS)
 def test_formats_are_checked_in_both_drafts(draft: str, name: str, good: str, bad: str) -> None:
     validator = Validator({"$schema": f"http://{draft}", "format": name})
-    assert validator.errors(good) == []
-    assert [error.keyword for error in validator.errors(bad)] == ["format"]
+    assert validator.find_violations(good) == []
+    assert [error.keyword for error in validator.find_violations(bad)] == ["format"]
 
 
 @given(st.text(max_size=40), st.sampled_from(sorted(schemas.FORMATS.checkers)))
@@ -143,26 +143,30 @@ def test_no_text_makes_a_format_crash(text: str, name: str) -> None:
 
 def test_the_draft_decides() -> None:
     tuple_of_draft_07 = {"$schema": "http://json-schema.org/draft-07/schema#", "items": [{"type": "string"}], "additionalItems": False}
-    assert [str(error) for error in Validator(tuple_of_draft_07).errors([1])] == ["$[0]: 1 is not of type string"]
-    assert Validator(tuple_of_draft_07).errors(["a", "b"]) != []
+    assert [str(error) for error in Validator(tuple_of_draft_07).find_violations([1])] == ["$[0]: 1 is not of type string"]
+    assert Validator(tuple_of_draft_07).find_violations(["a", "b"]) != []
 
 
 def test_the_deepest_answer_that_parses_is_judged() -> None:
     tree = {"$defs": {"n": {"anyOf": [{"type": "array", "items": {"$ref": "#/$defs/n"}}, {"type": "null"}]}}, "$ref": "#/$defs/n"}
-    assert Validator(tree).errors(schemas.parse_json("[" * 100 + "null" + "]" * 100)) == []
+    assert Validator(tree).find_violations(schemas.parse_json("[" * 100 + "null" + "]" * 100)) == []
 
 
 def test_a_reference_is_never_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     monkeypatch.setattr("urllib.request.urlopen", lambda request: asked.append(request))
     with pytest.raises(Exception, match=r"Unresolvable.*example\.com"):
-        Validator({"$ref": "https://example.com/schema.json"}).errors(1)
+        Validator({"$ref": "https://example.com/schema.json"}).find_violations(1)
     assert asked == []
 
 
 def test_a_validator_travels() -> None:
     validator = Validator({"properties": {"x": MONEY}})
-    assert pickle.loads(pickle.dumps(validator)).errors({"x": Decimal("0.001")}) == validator.errors({"x": Decimal("0.001")}) != []
+    assert (
+        pickle.loads(pickle.dumps(validator)).find_violations({"x": Decimal("0.001")})
+        == validator.find_violations({"x": Decimal("0.001")})
+        != []
+    )
 
 
 @pytest.mark.skipif(not SUITE.exists(), reason="the shared corpus is absent")
@@ -174,7 +178,7 @@ def test_the_official_suite_agrees(draft: str) -> None:
     differing, judged = [], 0
     for group in groups:
         validator = Validator({**group["schema"], "$schema": uri})
-        differing += [(group, test) for test in group["tests"] if (validator.errors(test["data"]) == []) is not test["valid"]]
+        differing += [(group, test) for test in group["tests"] if (validator.find_violations(test["data"]) == []) is not test["valid"]]
         judged += len(group["tests"])
     assert differing == []
     assert judged > 600

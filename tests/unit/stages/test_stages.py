@@ -111,14 +111,14 @@ def test_a_file_that_was_not_there_when_listed_says_so(workspace: Workspace, sta
 def test_a_page_that_cannot_be_drawn_costs_its_request_alone(
     workspace: Workspace, stage: RenderStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn = stage.sandbox.pages
+    drawn = stage.sandbox.draw_pages
 
     def torn(first_page: int, last_page: int) -> Iterator[Any]:  # a page whose content MuPDF gives up on, without the work to make one
         if first_page == 3:
             raise DocumentError("timeout", "page 3 took more than 60 s and was given up")
         return drawn(first_page, last_page)
 
-    monkeypatch.setattr(stage.sandbox, "pages", torn)
+    monkeypatch.setattr(stage.sandbox, "draw_pages", torn)
     rows = list(stage(make_listing_row(workspace.put("a.pdf", draw_slip(1, 2, 3, 4, 5)), workspace.folder)))
     assert [row.get("failure", {}).get("kind") for row in rows] == [None, "timeout", None]
 
