@@ -1,6 +1,9 @@
-"""The job's paths -> a table of documents; one document -> its bytes. Knows no format, no job and no page.
+"""Sources: the listing of the input documents, and the bytes of each.
 
-    find(["scans", "sent/**/*.pdf", "list.csv"], root)
+`find_documents` takes the paths of a job and returns a table with one row per document. `read_document` takes one of these rows
+and returns the document's bytes; the format of a document is not looked at here.
+
+    find_documents(["scans", "sent/**/*.pdf", "list.csv"], root)
 
     source                size_bytes  version               customer
     list/a.pdf                 70123  1760000000000000000   ACME
@@ -8,12 +11,12 @@
     scans/gone.pdf                -1  vanished              null
     https://example.com/c.pdf   null                        null
 
-Every file that is named, by the job, in a folder or in a manifest, is one row. What cannot be read is a row too: its
-size is -1 and its version is the kind of failure that `read` will raise. Dot-files are left out unless the job or a
-manifest names them. An http(s) URL is one file, of which nothing is asked before it is read: its size is null.
+Every file that the job, a folder or a manifest names is one row. A file that cannot be read is a row too: its size is -1
+and its version is the kind of failure that `read_document` will raise. Dot-files are left out unless the job or a manifest
+names them. An http(s) URL is one file, and no request is sent before it is read: its size is null.
 
-`source` is the path relative to the job's folder, or absolute where it leads out of it: the same wherever a run is
-started. A name that is not UTF-8 stands as a `file://` URL of percent-encoded bytes, which no other name looks like.
+`source` is the path relative to the job's folder, or absolute if it is outside, and does not depend on the working directory
+of a run. A name that is not UTF-8 becomes a `file://` URL of percent-encoded bytes, which cannot collide with another name.
 """
 
 from __future__ import annotations
@@ -44,8 +47,8 @@ from pipeline.storage import location, object_store
 
 LISTING_COLUMNS = pa.schema([("source", pa.string()), ("size_bytes", pa.int64()), ("version", pa.string())])
 REMOTE_URL = re.compile(r"(?!file://)([A-Za-z][A-Za-z0-9+.-]*)(://|::)")
-REMOTE = (*location.STORE_PACKAGES, "memory")
-CANNOT_BE_READ = {
+OBJECT_STORE_SCHEMES = (*location.STORE_PACKAGES, "memory")
+UNREADABLE_REASONS = {
     "vanished": "there is no such file",
     "unreadable": "it is no readable regular file",
     "outside": "it leads out of the folder that names it; `source.allow_outside: true` lets it in",
@@ -56,10 +59,10 @@ CANNOT_BE_READ = {
 def find_documents(paths: Sequence[str], root: Path, *, allow_outside: bool = False) -> pa.Table:
     """Return every document that the paths name, one row each, sorted by `source`; relative paths start at `root`.
 
-    Raises SourceError when a path that the job itself names cannot be read or holds nothing.
+    Raises SourceError when a path that the job itself names cannot be read or names no file.
     """
-    home = os.path.realpath(root)
-    tables = [table for path in paths for table in [list_path(path, home, allow_outside)]]
+    real_root = os.path.realpath(root)
+    tables = [list_path(path, real_root, allow_outside) for path in paths]
     try:
         table = pa.concat_tables([LISTING_COLUMNS.empty_table(), *tables], promote_options="default")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
@@ -67,30 +70,33 @@ def find_documents(paths: Sequence[str], root: Path, *, allow_outside: bool = Fa
     return drop_duplicate_sources(table.combine_chunks().sort_by("source"))
 
 
-def read_document(document: Document, root: Path, max_bytes: int, access: http.DownloadPolicy = http.PUBLIC_ONLY) -> bytes:
-    """Return the bytes of a document as it was listed, those of a URL as its server has them now. Raises DocumentError."""
+def read_document(document: Document, root: Path, max_bytes: int, policy: http.DownloadPolicy = http.PUBLIC_ONLY) -> bytes:
+    """Return the bytes of a document, unchanged since it was listed; those of an http(s) URL as its server sends them now.
+
+    Raises DocumentError: a kind of `UNREADABLE_REASONS`, `too_large`, `changed`, or what `http.fetch_url` raises.
+    """
     if document.size_bytes is None:
-        return http.fetch_url(document.source, max_bytes, access)
+        return http.fetch_url(document.source, max_bytes, policy)
     if document.size_bytes < 0:
-        raise DocumentError(document.version, f"{document.source} cannot be read: {CANNOT_BE_READ[document.version]}")
+        raise DocumentError(document.version, f"{document.source} cannot be read: {UNREADABLE_REASONS[document.version]}")
     if document.size_bytes > max_bytes:
         allowed = f"`limits.max_file_mib` allows {max_bytes / 2**20:g} MiB"
         raise DocumentError("too_large", f"{document.source} has {document.size_bytes} bytes; {allowed}")
     try:
         if REMOTE_URL.match(document.source):
             return check_unchanged(document, *object_store.fetch_object(document.source, document.size_bytes))
-        return read_local_file(document, root, document.size_bytes + 1)  # one more than there should be shows that there is more
+        return read_local_file(document, root, document.size_bytes + 1)  # one byte more than listed: a file that has grown is noticed
     except (FileNotFoundError, NotADirectoryError):
         raise DocumentError("vanished", f"{document.source} was there when it was listed and is gone") from None
     except OSError as error:
         raise DocumentError("unreadable", f"{document.source} cannot be read: {error.strerror or error}") from None
 
 
-# ---- Paths of the job ---------------------------------------------------------------------------------------------
+# ---- Listing -------------------------------------------------------------------------------------------------------
 
 
 def list_path(path: str, root: str, allow_outside: bool) -> pa.Table:
-    """Return what one path of the job names: a file, a folder, a manifest, a glob or a URL."""
+    """Return the documents of one path of the job: a file, a folder, a manifest, a glob or a URL. Raises SourceError."""
     if http.is_http_url(path):
         return make_document_table(path, [make_url_document(path)])
     if REMOTE_URL.match(path):
@@ -105,26 +111,26 @@ def list_path(path: str, root: str, allow_outside: bool) -> pa.Table:
     except (OSError, ValueError) as error:
         raise SourceError(f"source {path!r} cannot be read: {error}") from None
     if not os.access(full, os.R_OK) or not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
-        raise SourceError(f"source {path!r} cannot be read: it is no readable file or folder")
+        raise SourceError(f"source {path!r} cannot be read: it is not a readable file or folder")
     if stat.S_ISDIR(mode):
         return make_document_table(path, walk_folder(full, root, allow_outside))
     if manifest.find_suffix(full) not in manifest.READERS:
         return make_document_table(path, [make_local_document(full, root)])
     names, columns = manifest.read_manifest(full)
     folder = os.path.dirname(full)
-    forbidden = None if allow_outside else make_outside_predicate(folder)
-    return make_document_table(path, (make_manifest_entry(name, folder, root, forbidden) for name in names), columns)
+    is_forbidden = None if allow_outside else make_outside_predicate(folder)
+    return make_document_table(path, (make_manifest_entry(name, folder, root, is_forbidden) for name in names), columns)
 
 
-def make_manifest_entry(name: str, folder: str, root: str, forbidden: Predicate | None) -> Document:
-    """Return the file that a manifest in `folder` lists. A URL that cannot be is a row like any other: `read` refuses it."""
+def make_manifest_entry(name: str, folder: str, root: str, is_forbidden: Predicate | None) -> Document:
+    """Return the document that a manifest in `folder` lists. An http(s) URL is not checked here: `read_document` refuses a bad one."""
     if http.is_http_url(name):
         return Document(http.format_listed_url(name), None, "")
     if not REMOTE_URL.match(name):
-        return make_local_document(make_absolute(name, folder), root, forbidden)
+        return make_local_document(make_absolute(name, folder), root, is_forbidden)
     if location.has_secret(name):
         return Document(location.redact_url(name), -1, "refused")
-    if forbidden:
+    if is_forbidden:
         return Document(name.encode("utf-8", "backslashreplace").decode("utf-8"), -1, "outside")
     check_url_scheme(name)
     found = call_store(object_store.find_object, name)
@@ -132,7 +138,7 @@ def make_manifest_entry(name: str, folder: str, root: str, forbidden: Predicate 
 
 
 def make_document_table(path: str, documents: Iterable[Document], extras: Mapping[str, pa.Array] | None = None) -> pa.Table:
-    """Return documents as a table, their extra columns beside them."""
+    """Return documents as a table with a manifest's extra columns. Raises SourceError when there is none."""
     rows = [(d.source, d.size_bytes, d.version) for d in documents]
     if not rows:
         raise SourceError(f"source {path!r} holds no files")
@@ -144,7 +150,10 @@ def make_document_table(path: str, documents: Iterable[Document], extras: Mappin
 
 
 def drop_duplicate_sources(table: pa.Table) -> pa.Table:
-    """Return a sorted table with one row per source. A row with a manifest's columns stands before one without."""
+    """Return a sorted table with one row per source, one with values in a manifest's columns if there is one.
+
+    Raises SourceError when two rows of one source have different values in them.
+    """
     names = table["source"].to_pylist()
     first = {name: row for row, name in reversed(list(enumerate(names)))}
     if len(first) == len(names):
@@ -153,42 +162,42 @@ def drop_duplicate_sources(table: pa.Table) -> pa.Table:
     repeated = {name for name, count in Counter(names).items() if count > 1} if extras.column_names else set()
     rows = [row for row, name in enumerate(names) if name in repeated]
     known: dict[str, dict[str, Any]] = {}
-    for row, cells in zip(rows, extras.take(pa.array(rows, pa.int64())).to_pylist() if rows else [], strict=True):
-        given = {key: value for key, value in cells.items() if value is not None}
-        if given and known.setdefault(names[row], given) != given:
+    for row, values in zip(rows, extras.take(pa.array(rows, pa.int64())).to_pylist() if rows else [], strict=True):
+        present = {key: value for key, value in values.items() if value is not None}
+        if present and known.setdefault(names[row], present) != present:
             name = http.redact_query(names[row]) if http.is_http_url(names[row]) else names[row]
-            raise SourceError(f"{name} is listed twice, with different columns: {known[names[row]]} and {given}")
-        if given is known.get(names[row]):
+            raise SourceError(f"{name} is listed twice, with different columns: {known[names[row]]} and {present}")
+        if present is known.get(names[row]):
             first[names[row]] = row
     return table.take(pa.array(sorted(first.values()), pa.int64()))
 
 
-# ---- What was listed ------------------------------------------------------------------------------------------------
+# ---- Reading local files -------------------------------------------------------------------------------------------
 
 
-def read_local_file(document: Document, root: Path, most_bytes: int) -> bytes:
-    """Return a local file's bytes. Never waits for a pipe or a device, should the file have become one."""
+def read_local_file(document: Document, root: Path, max_bytes: int) -> bytes:
+    """Return at most `max_bytes` of a local file. Does not block if the file has become a pipe or a device."""
     path = make_absolute(document.source, os.path.realpath(root))
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(CANNOT_BE_READ["unreadable"])
+        raise OSError(UNREADABLE_REASONS["unreadable"])
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
-        data = file.read(most_bytes)
+        data = file.read(max_bytes)
         found = os.fstat(file.fileno())
     return check_unchanged(document, data, str(found.st_mtime_ns))
 
 
 def check_unchanged(document: Document, data: bytes, version: str) -> bytes:
-    """Return the bytes if they are what was listed."""
+    """Return the bytes if size and version are as listed; raise DocumentError `changed` otherwise."""
     if len(data) != document.size_bytes or version != document.version:
         raise DocumentError("changed", f"{document.source} changed since it was listed; run again to read it as it is")
     return data
 
 
-# ---- Other file systems -------------------------------------------------------------------------------------------
+# ---- URLs and object stores ----------------------------------------------------------------------------------------
 
 
 def make_url_document(url: str) -> Document:
-    """Return the file at an http(s) URL of the job, unseen. Raises SourceError when no such URL can be fetched."""
+    """Return the document of an http(s) URL of the job; no request is sent. Raises SourceError for a URL that cannot be fetched."""
     name = http.format_listed_url(url)
     try:
         http.parse_http_url(name)
@@ -198,7 +207,7 @@ def make_url_document(url: str) -> Document:
 
 
 def list_remote_objects(url: str) -> Iterator[Document]:
-    """Yield the objects at, below or matched by a URL, dot-files left out. Raises SourceError when there is no way to them."""
+    """Yield the objects at, below or matched by an object store's URL, without dot-files. Raises SourceError."""
     check_url_scheme(url)
     is_glob = GLOB_CHARACTERS.search(url) is not None
     for found in call_store(object_store.list_objects, url, is_glob):
@@ -208,16 +217,16 @@ def list_remote_objects(url: str) -> Iterator[Document]:
 
 
 def check_url_scheme(url: str) -> None:
-    """Raise SourceError for a URL of something that is no object store."""
-    if location.parse_scheme(url) not in REMOTE:
-        allowed = ", ".join(f"{scheme}://" for scheme in ("file", *http.HTTP_PORTS, *REMOTE))
+    """Raise SourceError for a URL whose scheme is not an object store's."""
+    if location.parse_scheme(url) not in OBJECT_STORE_SCHEMES:
+        allowed = ", ".join(f"{scheme}://" for scheme in ("file", *http.HTTP_PORTS, *OBJECT_STORE_SCHEMES))
         raise SourceError(f"source {location.redact_url(url)!r} cannot be read; allowed are paths and URLs that begin with {allowed}")
 
 
-def call_store(ask: Callable[..., Any], url: str, *given: object) -> Any:
-    """Return what an object store answers about a URL. Raises SourceError."""
+def call_store(function: Callable[..., Any], url: str, *arguments: object) -> Any:
+    """Return `function(url, *arguments)`, its JobError and OSError turned into a SourceError."""
     try:
-        return ask(url, *given)
+        return function(url, *arguments)
     except JobError as error:
         raise SourceError(f"source {location.redact_url(url)!r} cannot be listed: {error}") from None
     except OSError as error:

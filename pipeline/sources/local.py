@@ -1,7 +1,7 @@
-"""A folder, a glob or a file of this machine -> its documents, one each. Knows no job, no manifest and no other file system.
+"""Local files: a file, a folder or a glob in, one `Document` per file out.
 
-Nothing is opened here and no file is left out but dot-files: what cannot be read, or leads out of where it may lead, is a
-document too, whose size is -1 and whose version is the kind of failure that reading it raises.
+No file is opened here, and none is left out but dot-files: a file that cannot be read, or that lies outside the allowed folder,
+is a document too. Its size is -1 and its version is the kind of failure that reading it raises.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from pipeline.records import Document
 GLOB_CHARACTERS = re.compile(r"[*?\[]")
 LOCAL_URL = "file://"
 Predicate = Callable[[str], bool]
+"""A test of an absolute path."""
 
 
-def make_local_document(path: str, root: str, forbidden: Predicate | None = None) -> Document:
-    """Return one file as it stands, without looking at it where it is forbidden."""
+def make_local_document(path: str, root: str, is_forbidden: Predicate | None = None) -> Document:
+    """Return one file with its present size and mtime; a forbidden one is not looked at."""
     source = format_source(path, root)
     try:
-        if forbidden and forbidden(path):
+        if is_forbidden and is_forbidden(path):
             return Document(source, -1, "outside")
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -37,16 +38,19 @@ def make_local_document(path: str, root: str, forbidden: Predicate | None = None
     return Document(source, found.st_size, str(found.st_mtime_ns))
 
 
-def walk_folder(top: str, root: str, allow_outside: bool, wanted: Predicate | None = None, depth: int | None = None) -> Iterator[Document]:
-    """Yield every file in a folder and the folders below, each folder once, so that links in a circle end.
+def walk_folder(
+    top: str, root: str, allow_outside: bool, is_wanted: Predicate | None = None, depth: int | None = None
+) -> Iterator[Document]:
+    """Yield every file in a folder and at most `depth` levels of folders, each folder once, so that circular links end.
 
-    A link that leads out of `top` is a row and not followed, unless that is allowed; so is a folder that cannot be read.
+    A link that leads out of `top` is a document (`outside`) and not followed, unless `allow_outside`; a folder that cannot be read
+    is a document too (`unreadable`).
     """
-    forbidden = None if allow_outside else make_outside_predicate(top)
+    is_forbidden = None if allow_outside else make_outside_predicate(top)
     entered: set[tuple[int, int]] = set()
-    ahead = deque([top])
-    while ahead:
-        folder = ahead.popleft()
+    queue = deque([top])
+    while queue:
+        folder = queue.popleft()
         try:
             found = os.stat(folder)
             entries = scan_folder(folder) if (found.st_dev, found.st_ino) not in entered else []
@@ -55,27 +59,27 @@ def walk_folder(top: str, root: str, allow_outside: bool, wanted: Predicate | No
             continue
         entered.add((found.st_dev, found.st_ino))
         deeper = depth is None or folder.count("/") - top.count("/") + 1 < depth
-        for e in entries:
-            check = forbidden if e.is_symlink() else None
-            is_folder = os.path.isdir(e.path) if e.is_symlink() else e.is_dir()
-            if is_folder and not (check and check(e.path)):
-                # Links wait behind all real folders, so that a file goes by its real name.
+        for entry in entries:
+            check = is_forbidden if entry.is_symlink() else None
+            is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+            if is_folder and not (check and check(entry.path)):
+                # Linked folders come after all real ones, so that a file is listed under its real path.
                 if deeper:
-                    ahead.append(e.path) if e.is_symlink() else ahead.appendleft(e.path)
-            elif wanted is None or wanted(e.path):
-                yield make_local_document(e.path, root, check)
+                    queue.append(entry.path) if entry.is_symlink() else queue.appendleft(entry.path)
+            elif is_wanted is None or is_wanted(entry.path):
+                yield make_local_document(entry.path, root, check)
 
 
 def scan_folder(folder: str) -> list[os.DirEntry[str]]:
-    """Return what stands in a folder, dot-files left out."""
+    """Return a folder's entries sorted by name, without dot-files."""
     with os.scandir(folder) as entries:
         return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
 
 
 def list_glob(pattern: str, root: str, allow_outside: bool) -> Iterator[Document]:
-    """Yield the files that a glob matches; `**` stands for any folders. Folders that it matches are not entered.
+    """Yield the files that a glob matches; `**` stands for any number of folders. Folders that it matches are not entered.
 
-    What it shares with the job's folder is meant as it stands: that may have brackets in its name.
+    The part of the pattern that is the job's folder is taken literally: that name may contain brackets.
     """
     parts = pattern.split("/")
     shared = len(os.path.commonpath([pattern, root]).rstrip("/").split("/"))
@@ -97,40 +101,40 @@ def is_glob_match(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def make_absolute(path: str, folder: str) -> str:
-    """Return the absolute path of a path or `file://` URL. Only `..` makes the links before it be resolved."""
+    """Return the absolute path of a path or `file://` URL. Links are resolved only in a path that contains `..`."""
     joined = os.path.join(folder, convert_file_url(path))
     return os.path.realpath(joined) if ".." in joined.split("/") and "\0" not in joined else os.path.normpath(joined)
 
 
 def make_outside_predicate(folder: str) -> Predicate:
-    """Return what says whether a path's real place is outside a folder."""
+    """Return a predicate: whether a path, its links resolved, lies outside a folder. Results are cached per parent folder."""
     limit = os.path.realpath(folder)
     known: dict[str, bool] = {}
 
-    def is_out(path: str) -> bool:
+    def resolves_outside(path: str) -> bool:
         return os.path.commonpath([os.path.realpath(path), limit]) != limit
 
-    def forbidden(path: str) -> bool:
+    def is_outside(path: str) -> bool:
         if os.path.islink(path):
-            return is_out(path)
+            return resolves_outside(path)
         parent = os.path.dirname(path)
         if parent not in known:
-            known[parent] = is_out(parent)
+            known[parent] = resolves_outside(parent)
         return known[parent]
 
-    return forbidden
+    return is_outside
 
 
 def format_source(path: str, root: str) -> str:
-    """Return the `source` text of an absolute path."""
-    inside = path[len(root) :].lstrip("/") if path.startswith(root.rstrip("/") + "/") else path
+    """Return the `source` of an absolute path: relative to `root` if inside, a `file://` URL if it is not UTF-8."""
+    relative = path[len(root) :].lstrip("/") if path.startswith(root.rstrip("/") + "/") else path
     try:
-        inside.encode("utf-8")
+        relative.encode("utf-8")
     except UnicodeEncodeError:
         return LOCAL_URL + quote_from_bytes(os.fsencode(path))
-    return inside
+    return relative
 
 
 def convert_file_url(path: str) -> str:
-    """Return the local path that a `file://` URL stands for; any other path as it is."""
+    """Return the local path of a `file://` URL; any other path unchanged."""
     return os.fsdecode(unquote_to_bytes(path[len(LOCAL_URL) :])) if path.startswith(LOCAL_URL) else path

@@ -1,7 +1,8 @@
-"""A manifest file -> the paths it lists and its other columns. Knows not whether the paths exist.
+"""Manifest reader: a `.txt`, `.csv`, `.jsonl` or `.parquet` file in, its paths and its other columns out.
 
-A `.txt` has one path a line. A `.csv`, `.jsonl` or `.parquet` has a column `path`; its other columns travel with the
-documents into the records, a CSV's as text (a customer number 0042 stays 0042), the others' in their own types.
+A `.txt` file has one path per line. The others have a column `path`; their remaining columns are copied into the records: those
+of a CSV as text (a customer number 0042 stays 0042), those of JSON lines and Parquet in their own types. Whether the paths exist
+is not checked here.
 """
 
 from __future__ import annotations
@@ -17,52 +18,54 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import SourceError
 
-PATH = "path"
-OURS = ("source", "size_bytes", "version")
+PATH_COLUMN = "path"
+RESERVED_COLUMNS = ("source", "size_bytes", "version")
+"""The columns of a listing, which a manifest cannot have."""
 
 Columns = dict[str, list[Any]]
 Manifest = tuple[list[str], dict[str, pa.Array]]
-"""Paths, and the other columns as Arrow arrays of the same length."""
+"""The paths, and the other columns as Arrow arrays of the same length."""
 
 
 def read_manifest(path: str) -> Manifest:
-    """Return what a manifest lists. Raises SourceError that names the file and the line, row or column."""
+    """Return the paths and columns of a manifest. Raises SourceError that names the file and the line, row or column."""
     try:
         names, columns = READERS[find_suffix(path)](path)
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}") from None
     for row, name in enumerate(names, 1):
         if not isinstance(name, str) or not name:
-            raise SourceError(f"{path}, row {row}: `{PATH}` is {name!r}; it must be a path")
+            raise SourceError(f"{path}, row {row}: `{PATH_COLUMN}` is {name!r}; it must be a path")
     for name in columns:
-        if not name or name.startswith("_") or name in OURS:
-            raise SourceError(f"{path}: a column may not be called {name!r}: names with `_` and {', '.join(OURS)} are taken")
+        if not name or name.startswith("_") or name in RESERVED_COLUMNS:
+            reserved = f"names that begin with `_` and {', '.join(RESERVED_COLUMNS)} are reserved"
+            raise SourceError(f"{path}: a column may not be called {name!r}: {reserved}")
     return names, {name: make_arrow_column(values, f"{path}: column {name!r}") for name, values in columns.items()}
 
 
 def find_suffix(path: str) -> str:
-    """Return a path's ending as the readers know it."""
+    """Return a path's suffix in lower case, as in `READERS`."""
     return os.path.splitext(path)[1].lower()
 
 
 def read_txt(path: str) -> tuple[list[str], Columns]:
-    """Read one path a line; empty lines are left out. Bytes that are not UTF-8 stay what they are."""
+    """Read one path per line, without empty lines. Bytes that are not UTF-8 become surrogate escapes, as in file names."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         return [name for line in file if (name := line.rstrip("\r\n"))], {}
 
 
 def read_csv(path: str) -> tuple[list[str], Columns]:
-    """Read a comma-separated table with a header; an empty cell is null."""
+    """Read a comma-separated table with a header row; an empty cell is null."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
             header = next(reader, [])
-            if PATH not in header or len(set(header)) < len(header):
-                raise SourceError(f"{path}: the first line must name a column `{PATH}`, and each column once; found {header}")
+            if PATH_COLUMN not in header or len(set(header)) < len(header):
+                raise SourceError(f"{path}: the first line must name a column `{PATH_COLUMN}`, and each column once; found {header}")
             rows = []
             for cells in reader:
                 if cells and len(cells) != len(header):
-                    raise SourceError(f"{path}, line {reader.line_num}: {len(cells)} cells under {len(header)} columns")
+                    raise SourceError(f"{path}, line {reader.line_num}: {len(cells)} cells, but {len(header)} columns")
                 if cells:
                     rows.append([cell or None for cell in cells])
         except csv.Error as error:
@@ -71,12 +74,12 @@ def read_csv(path: str) -> tuple[list[str], Columns]:
 
 
 def read_jsonl(path: str) -> tuple[list[str], Columns]:
-    """Read one JSON object a line; a key that a line lacks is null."""
-    columns: Columns = {PATH: []}
+    """Read one JSON object per line; a key that is missing in a line is null."""
+    columns: Columns = {PATH_COLUMN: []}
     with open(path, encoding="utf-8-sig") as file:
         for row, (number, item) in enumerate(iterate_json_objects(path, file)):
-            if PATH not in item:
-                raise SourceError(f"{path}, line {number}: no key `{PATH}`; found {sorted(item)}")
+            if PATH_COLUMN not in item:
+                raise SourceError(f"{path}, line {number}: no key `{PATH_COLUMN}`; found {sorted(item)}")
             for name in item:
                 columns.setdefault(name, [None] * row)
             for name, values in columns.items():
@@ -85,7 +88,7 @@ def read_jsonl(path: str) -> tuple[list[str], Columns]:
 
 
 def iterate_json_objects(path: str, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the objects of a JSON lines file with their line numbers."""
+    """Yield the objects of a JSON lines file with their line numbers, from 1. Raises SourceError."""
     number = 0
     try:
         for number, line in enumerate(lines, 1):
@@ -95,33 +98,36 @@ def iterate_json_objects(path: str, lines: Iterator[str]) -> Iterator[tuple[int,
                     raise SourceError(f"{path}, line {number}: found {line.strip()[:40]!r}; each line must be a JSON object")
                 yield number, item
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}, line {number}: no JSON in UTF-8: {error}") from None
+        raise SourceError(f"{path}, line {number}: not JSON in UTF-8: {error}") from None
 
 
 def read_parquet(path: str) -> tuple[list[str], Columns]:
-    """Read a Parquet file."""
+    """Read a Parquet file; its columns keep their types."""
     try:
         table = pq.ParquetFile(path).read()
     except pa.ArrowException as error:
-        raise SourceError(f"{path} is no Parquet file that can be read: {error}") from None
-    if PATH not in table.column_names:
-        raise SourceError(f"{path}: no column `{PATH}`; found {table.column_names}")
-    return table[PATH].to_pylist(), {name: table[name] for name in table.column_names if name != PATH}
+        raise SourceError(f"{path} is not a readable Parquet file: {error}") from None
+    if PATH_COLUMN not in table.column_names:
+        raise SourceError(f"{path}: no column `{PATH_COLUMN}`; found {table.column_names}")
+    return table[PATH_COLUMN].to_pylist(), {name: table[name] for name in table.column_names if name != PATH_COLUMN}
 
 
 def split_columns(columns: Columns) -> tuple[list[str], Columns]:
-    """Return the column of paths, and the others."""
-    return columns.pop(PATH, []), columns
+    """Return the column of paths, and the other columns."""
+    return columns.pop(PATH_COLUMN, []), columns
 
 
-def make_arrow_column(values: Any, what: str) -> Any:
-    """Return a column in Arrow; one of nulls alone is text, so that the next manifest may fill it."""
+def make_arrow_column(values: Any, label: str) -> Any:
+    """Return a column as an Arrow array. A column of nulls is text, so that another manifest's text column has the same type.
+
+    Raises SourceError, which begins with `label`, when the values have different types.
+    """
     if isinstance(values, pa.ChunkedArray):
         return values
     try:
         array = pa.array(values)
     except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
-        raise SourceError(f"{what} has no single type: {error}") from None
+        raise SourceError(f"{label} has values of different types: {error}") from None
     return array.cast(pa.string()) if pa.types.is_null(array.type) else array
 
 

@@ -1,8 +1,9 @@
-"""A host and a port -> a connection to a public address of that host. Knows not what is said over it.
+"""Connections protected against server-side request forgery (SSRF): a host and a port in, a socket to a public address out.
 
-Whoever names a host shall not reach the network that this runs in. So a name is looked up once, every address it has is
-checked, and the connection goes to an address that was checked, whatever the name means a moment later. Certificates
-are checked against the name. Everything has a deadline, also what the system's own calls have none for.
+The author of a URL must not reach the private network that this process runs in. A name is therefore looked up once, all its
+addresses are checked, and the connection goes to a checked address, even if the name resolves to another one a moment later (DNS
+rebinding). Certificates are checked against the name. Every step has a deadline, including the name look-up, for which the
+operating system has none.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from pipeline.deadline import compute_time_left
 from pipeline.errors import DocumentError
 
 ADDRESS_CONNECT_S = 10.0
-"""For one address of several, so that one that is dead leaves time for the next."""
+"""Timeout for each address of a host, so that an unreachable one leaves time for the next."""
 
-# Own tables, from IANA's registries of special-purpose addresses: Python's `is_global` took 6to4 for public before 3.11.10,
-# and still takes 10.0.0.1 behind NAT64 and 168.63.129.16 for it.
+# Own tables, from IANA's registries of special-purpose addresses: Python's `is_global` said that 6to4 is public before
+# 3.11.10, and still says so of 10.0.0.1 behind NAT64 and of 168.63.129.16.
 NOT_PUBLIC_4 = tuple(
     ip_network(net)
     for net in (
@@ -32,35 +33,35 @@ NOT_PUBLIC_4 = tuple(
     ).split()
 )
 PUBLIC_6 = ip_network("2000::/3")
-"""All that has been given out; loopback, link-local, unique local, site-local and multicast addresses are not in it."""
+"""All unicast addresses allocated so far; loopback, link-local, unique local, site-local and multicast ones are outside."""
 NOT_PUBLIC_6 = tuple(ip_network(net) for net in ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"))
-"""Teredo and other protocols' own, documentation, 6to4, documentation."""
+"""Teredo and other protocol assignments, documentation, 6to4, documentation."""
 NAT64 = ip_network("64:ff9b::/96")
 
 Address = tuple[Any, ...]
-"""What a socket connects to: an address and a port, for IPv6 two numbers more."""
+"""A socket address: (address, port), for IPv6 with flow info and scope id."""
 
 
 def connect_checked(host: str, port: int, secure: bool, allow_private: bool, deadline: float) -> socket.socket:
-    """Return a connection to an address that was checked; a secure one speaks TLS and has shown a certificate for the name.
+    """Return a connection to a checked address of a host; if `secure`, with TLS and a certificate verified for the host name.
 
     Raises DocumentError `refused` for an address that is not public, TimeoutError, and OSError.
     """
     found = look_up_host(host, port, deadline)
     for _, (address, *_) in found:
         if not allow_private and not is_public_address(ip_address(address.partition("%")[0])):
-            lets_in = "`source.allow_private: true` lets it in"
-            raise DocumentError("refused", f"{host} has the address {address}, which is not public; {lets_in}")
+            remedy = "`source.allow_private: true` lets it in"
+            raise DocumentError("refused", f"{host} has the address {address}, which is not public; {remedy}")
     connection = dial_addresses(found, deadline)
     if not secure:
         return connection
-    with connection:  # which is empty once the other has taken it over
+    with connection:  # wrap_socket detaches it on success
         connection.settimeout(compute_time_left(deadline))
         return make_tls_context().wrap_socket(connection, server_hostname=host, suppress_ragged_eofs=False)
 
 
 def is_public_address(address: IPv4Address | IPv6Address) -> bool:
-    """Say whether an address is anyone's on the internet. One that embeds another is as public as that."""
+    """Say whether an address is public. An IPv6 address that embeds an IPv4 address is public if that is."""
     if isinstance(address, IPv4Address):
         return not any(address in net for net in NOT_PUBLIC_4)
     if address.ipv4_mapped or address in NAT64:
@@ -69,18 +70,21 @@ def is_public_address(address: IPv4Address | IPv6Address) -> bool:
 
 
 def look_up_host(host: str, port: int, deadline: float) -> list[tuple[int, Address]]:
-    """Return the addresses of a host. In a thread of its own, for the system's look-up knows no deadline."""
-    answers: SimpleQueue[Any] = SimpleQueue()
+    """Return the address families and addresses of a host. Runs in a thread: the system's look-up takes no timeout.
 
-    def wait() -> None:
+    Raises TimeoutError, and what `socket.getaddrinfo` raises.
+    """
+    results: SimpleQueue[Any] = SimpleQueue()
+
+    def resolve() -> None:
         try:
-            answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            results.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
         except (OSError, UnicodeError) as error:
-            answers.put(error)
+            results.put(error)
 
-    Thread(target=wait, daemon=True).start()
+    Thread(target=resolve, daemon=True).start()
     try:
-        found = answers.get(timeout=compute_time_left(deadline))
+        found = results.get(timeout=compute_time_left(deadline))
     except Empty:
         raise TimeoutError from None
     if isinstance(found, Exception):
@@ -89,7 +93,7 @@ def look_up_host(host: str, port: int, deadline: float) -> list[tuple[int, Addre
 
 
 def dial_addresses(found: list[tuple[int, Address]], deadline: float) -> socket.socket:
-    """Return a connection to the first of these addresses that takes one."""
+    """Return a connection to the first address that accepts one. Raises the last OSError if none does."""
     problem = OSError("its name has no address")
     for family, address in found:
         try:
@@ -100,7 +104,7 @@ def dial_addresses(found: list[tuple[int, Address]], deadline: float) -> socket.
 
 
 def connect_address(family: int, address: Address, timeout_s: float) -> socket.socket:
-    """Return a connection to an address, without looking anything up."""
+    """Return a TCP connection to an address; no name is looked up."""
     connection = socket.socket(family, socket.SOCK_STREAM)
     try:
         connection.settimeout(timeout_s)
@@ -113,7 +117,7 @@ def connect_address(family: int, address: Address, timeout_s: float) -> socket.s
 
 @cache
 def make_tls_context() -> ssl.SSLContext:
-    """Return how this process checks certificates: against the system's, or those of SSL_CERT_FILE."""
+    """Return the TLS settings of this process; it trusts the system's certificates, or those of SSL_CERT_FILE."""
     context = ssl.create_default_context()
     context.set_alpn_protocols(["http/1.1"])
     return context

@@ -20,7 +20,7 @@ STORE_PACKAGES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "az": ("adlfs", 
 """Schemes of object stores: the package that each needs, and the extra of this package that brings it."""
 URL_PATTERN = re.compile(rf"([A-Za-z][A-Za-z0-9+.-]*)://(.*)|({'|'.join(STORE_PACKAGES)}):/[^/]", re.DOTALL)
 """A URL, or what pathlib makes of an object store's."""
-URL_SECRET = re.compile(r"(?<=://).*@", re.DOTALL)
+CREDENTIALS = re.compile(r"(?<=://).*@", re.DOTALL)
 
 
 def is_url(text: str) -> bool:
@@ -49,7 +49,12 @@ def has_secret(url: str) -> bool:
 
 def redact_url(url: str) -> str:
     """Return a URL as messages may show it."""
-    return URL_SECRET.sub("***@", url) if has_secret(url) else url
+    return hide_credentials(url) if has_secret(url) else url
+
+
+def hide_credentials(url: str) -> str:
+    """Return a URL with `***` in place of everything from `://` to the last `@`."""
+    return CREDENTIALS.sub("***@", url)
 
 
 def check_store_url(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Every file that is named is one row, by the same name wherever a run starts; none leads where it should not."""
+"""Listing and reading documents: folders, globs, manifests, links, URLs and object stores."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def rows(root: Path, *paths: str, **options: bool) -> dict[str, str]:
-    """Return source -> "" for files that are there, else why they cannot be read."""
+    """Return by source the kind of failure that reading raises, "" for readable files."""
     return {
         row["source"]: row["version"] if (row["size_bytes"] or 0) < 0 else "" for row in find_documents(paths, root, **options).to_pylist()
     }
@@ -45,13 +45,13 @@ def documents(root: Path, *paths: str) -> list[Document]:
     return [Document(row["source"], row["size_bytes"], row["version"]) for row in find_documents(paths, root).to_pylist()]
 
 
-def kind_of(document: Document, root: Path, max_bytes: int = 1000) -> str:
+def read_error_kind(document: Document, root: Path, max_bytes: int = 1000) -> str:
     with pytest.raises(DocumentError) as caught:
         read_document(document, root, max_bytes)
     return caught.value.kind
 
 
-# ---- What is named ------------------------------------------------------------------------------------------------
+# ---- Files and globs -----------------------------------------------------------------------------------------------
 
 
 def test_a_folder_is_every_file_below_it_but_dot_files(root: Path) -> None:
@@ -74,7 +74,7 @@ def test_globs(root: Path, pattern: str, found: list[str]) -> None:
     assert names(root, pattern) == [f"scans/{name}" for name in found]
 
 
-def test_a_name_with_brackets_is_a_name_first(root: Path) -> None:
+def test_an_existing_name_with_brackets_is_not_a_glob(root: Path) -> None:
     (root / "x[1].pdf").touch()
     assert names(root, "x[1].pdf") == ["x[1].pdf"]
 
@@ -86,11 +86,11 @@ def test_a_job_folder_with_brackets_is_no_glob(tmp_path: Path) -> None:
 
 
 def test_a_file_named_twice_is_one_row(root: Path) -> None:
-    ways = ("scans/b.pdf", str(root / "scans/b.pdf"), "./scans/../scans/*.pdf", f"file://{root}/scans/b.pdf")
-    assert names(root, "scans", *ways) == names(root, "scans")
+    spellings = ("scans/b.pdf", str(root / "scans/b.pdf"), "./scans/../scans/*.pdf", f"file://{root}/scans/b.pdf")
+    assert names(root, "scans", *spellings) == names(root, "scans")
 
 
-def test_a_row_says_what_tells_a_changed_file_apart(root: Path) -> None:
+def test_a_row_has_size_and_version(root: Path) -> None:
     found = os.stat(root / "scans/b.pdf")
     assert find_documents(["scans/b.pdf"], root).to_pylist() == [
         {"source": "scans/b.pdf", "size_bytes": found.st_size, "version": str(found.st_mtime_ns)}
@@ -143,10 +143,10 @@ def test_a_folder_that_cannot_be_listed_is_a_row(root: Path, monkeypatch: pytest
     assert rows(root, "scans")["scans/2024/05"] == "unreadable"
 
 
-# ---- Names and things that are no files ---------------------------------------------------------------------------
+# ---- Odd names, pipes and links -----------------------------------------------------------------------------------
 
 
-def test_names_that_are_not_utf8_are_urls_that_lead_back(root: Path) -> None:
+def test_names_that_are_not_utf8_are_listed_as_file_urls_and_read(root: Path) -> None:
     name = os.fsencode(root) + b"/scans/caf\xe9 100%.pdf"
     with open(name, "wb") as file:
         file.write(b"coffee")
@@ -165,7 +165,7 @@ def test_odd_names_are_kept(root: Path, name: str) -> None:
 
 
 @given(st.lists(st.binary(min_size=1, max_size=9).filter(lambda part: b"/" not in part and b"\0" not in part), min_size=1, max_size=4))
-def test_every_path_has_one_name_that_leads_back(parts: list[bytes]) -> None:
+def test_every_path_has_one_source_that_converts_back(parts: list[bytes]) -> None:
     path = "/" + "/".join(os.fsdecode(part) for part in parts if part not in (b".", b".."))
     name = format_source(path, "/home")
     assert make_absolute(name, "/home") == path.rstrip("/") or path == "/"
@@ -178,10 +178,10 @@ def test_pipes_and_links_to_nothing_are_rows_and_never_opened(root: Path) -> Non
     (root / "scans/self").symlink_to("self")
     found = rows(root, "scans")
     assert (found["scans/pipe"], found["scans/dangling"], found["scans/self"]) == ("unreadable", "vanished", "unreadable")
-    assert [kind_of(d, root) for d in documents(root, "scans") if d.size_bytes == -1] == ["vanished", "unreadable", "unreadable"]
+    assert [read_error_kind(d, root) for d in documents(root, "scans") if d.size_bytes == -1] == ["vanished", "unreadable", "unreadable"]
 
 
-def test_links_in_a_circle_end_and_files_go_by_their_real_names(root: Path) -> None:
+def test_circular_links_end_and_files_are_listed_under_their_real_paths(root: Path) -> None:
     (root / "scans/again").symlink_to(root / "scans")
     (root / "scans/2024/up").symlink_to("..")
     (root / "scans/0").symlink_to("2024")
@@ -193,14 +193,14 @@ def test_links_that_lead_out_are_rows_and_not_followed(root: Path, tmp_path: Pat
     (root / "scans/folder").symlink_to(tmp_path)
     found = rows(root, "scans")
     assert (found["scans/file.pdf"], found["scans/folder"]) == ("outside", "outside")
-    assert kind_of(documents(root, "scans")[-1], root) == "outside"
+    assert read_error_kind(documents(root, "scans")[-1], root) == "outside"
     assert rows(root, "scans", allow_outside=True)["scans/folder/secret.pdf"] == ""
 
 
 # ---- Manifests ----------------------------------------------------------------------------------------------------
 
 
-def test_a_manifest_names_files_beside_it_and_its_columns_travel(root: Path) -> None:
+def test_a_manifest_names_files_beside_it_and_its_columns_are_kept(root: Path) -> None:
     (root / "scans/list.csv").write_text("path,customer\nb.pdf,ACME\n2024/c,\ngone.pdf,EVIL\n")
     table = find_documents(["scans/list.csv", "scans/a.PDF"], root)
     assert table.column_names == ["source", "size_bytes", "version", "customer"]
@@ -218,10 +218,12 @@ def test_a_manifest_found_in_a_folder_is_a_file_like_any_other(root: Path) -> No
     assert "scans/list.csv" in names(root, "scans")
 
 
-@pytest.mark.parametrize("way", ["../../secret.pdf", "{tmp}/secret.pdf", "file://{tmp}/secret.pdf", "link/secret.pdf", "s3://bucket/a.pdf"])
-def test_a_manifest_does_not_lead_out_of_its_folder(root: Path, tmp_path: Path, way: str) -> None:
+@pytest.mark.parametrize(
+    "path", ["../../secret.pdf", "{tmp}/secret.pdf", "file://{tmp}/secret.pdf", "link/secret.pdf", "s3://bucket/a.pdf"]
+)
+def test_a_manifest_does_not_lead_out_of_its_folder(root: Path, tmp_path: Path, path: str) -> None:
     (root / "scans/link").symlink_to(tmp_path)
-    (root / "scans/list.txt").write_text(f"b.pdf\n{way.format(tmp=tmp_path)}\n")
+    (root / "scans/list.txt").write_text(f"b.pdf\n{path.format(tmp=tmp_path)}\n")
     assert sorted(rows(root, "scans/list.txt").values()) == ["", "outside"]
 
 
@@ -236,7 +238,7 @@ def test_a_file_in_a_folder_and_a_manifest_keeps_the_manifests_columns(root: Pat
     assert [row["customer"] for row in table.to_pylist()] == [None, None, None, "ACME"]
 
 
-def test_a_file_listed_with_two_truths_is_refused(root: Path) -> None:
+def test_a_file_listed_with_different_columns_is_refused(root: Path) -> None:
     (root / "list.csv").write_text("path,customer\nscans/b.pdf,ACME\nscans/./b.pdf,EVIL\n")
     with pytest.raises(SourceError, match=r"scans/b\.pdf is listed twice.*ACME.*EVIL"):
         find_documents(["list.csv"], root)
@@ -249,7 +251,7 @@ def test_manifests_that_disagree_on_a_type_are_refused(root: Path) -> None:
         find_documents(["a.csv", "b.jsonl"], root)
 
 
-def test_a_manifest_of_nothing_is_refused(root: Path) -> None:
+def test_an_empty_manifest_is_refused(root: Path) -> None:
     (root / "list.txt").write_text("\n\n")
     with pytest.raises(SourceError, match="holds no files"):
         find_documents(["list.txt"], root)
@@ -260,7 +262,7 @@ def test_a_path_that_no_file_system_has_is_a_row(root: Path) -> None:
     assert sorted(rows(root, "list.txt").values()) == ["unreadable", "vanished", "vanished", "vanished"]
 
 
-# ---- Bytes --------------------------------------------------------------------------------------------------------
+# ---- Reading ------------------------------------------------------------------------------------------------------
 
 
 def test_a_document_is_read_as_it_was_listed(root: Path) -> None:
@@ -270,29 +272,29 @@ def test_a_document_is_read_as_it_was_listed(root: Path) -> None:
 def test_a_document_that_is_gone_has_vanished(root: Path) -> None:
     document = documents(root, "scans/b.pdf")[0]
     (root / "scans/b.pdf").unlink()
-    assert kind_of(document, root) == "vanished"
+    assert read_error_kind(document, root) == "vanished"
 
 
 @pytest.mark.parametrize("text", ["other text!", "longer than it was", "short"])
-def test_a_document_that_was_written_to_has_changed(root: Path, text: str) -> None:
+def test_a_document_modified_since_the_listing_has_changed(root: Path, text: str) -> None:
     document = documents(root, "scans/b.pdf")[0]
     (root / "scans/b.pdf").write_text(text)
     os.utime(root / "scans/b.pdf", ns=(1, 1))
-    assert kind_of(document, root) == "changed"
+    assert read_error_kind(document, root) == "changed"
 
 
-def test_a_document_that_became_a_pipe_is_not_waited_for(root: Path) -> None:
+def test_a_document_that_became_a_pipe_does_not_block(root: Path) -> None:
     document = documents(root, "scans/b.pdf")[0]
     (root / "scans/b.pdf").unlink()
     os.mkfifo(root / "scans/b.pdf")
-    assert kind_of(document, root) == "unreadable"
+    assert read_error_kind(document, root) == "unreadable"
 
 
 def test_a_document_larger_than_allowed_is_not_read(root: Path) -> None:
-    assert kind_of(documents(root, "scans/b.pdf")[0], root, max_bytes=3) == "too_large"
+    assert read_error_kind(documents(root, "scans/b.pdf")[0], root, max_bytes=3) == "too_large"
 
 
-# ---- Elsewhere ----------------------------------------------------------------------------------------------------
+# ---- Object stores and URLs-----------------------------------------------------------------------------------------
 
 
 def test_other_file_systems_are_listed_and_read(root: Path) -> None:
@@ -303,10 +305,10 @@ def test_other_file_systems_are_listed_and_read(root: Path) -> None:
     assert [read_document(d, root, 10) for d in found] == [b"A", b"BB"]
     assert names(root, "memory://bucket/in/*.pdf") == ["memory:///bucket/in/a.pdf"]
     files.pipe("/bucket/in/a.pdf", b"changed")
-    assert kind_of(found[0], root) == "changed"
+    assert read_error_kind(found[0], root) == "changed"
 
 
-def test_a_url_is_one_file_of_which_nothing_is_asked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url_is_one_file_and_listing_sends_no_request(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(socket, "getaddrinfo")
     url = "HTTPS://example.com/a%20b.pdf?signature=x#page=2"
     assert find_documents([url, "http://[::1]:8080"], root).to_pylist() == [
@@ -325,7 +327,7 @@ def test_a_url_of_a_manifest_that_cannot_be_fetched_is_a_row(root: Path) -> None
     (root / "list.txt").write_bytes(b"https://example.com/*.pdf\nhttp://127.0.0.1:1/caf\xe9.pdf\nhttps://[x/\n")
     found = documents(root, "list.txt")
     assert [d.source for d in found] == ["http://127.0.0.1:1/caf%E9.pdf", "https://[x/", "https://example.com/*.pdf"]
-    assert [kind_of(d, root) for d in found] == ["refused"] * 3
+    assert [read_error_kind(d, root) for d in found] == ["refused"] * 3
 
 
 def test_a_password_in_a_url_is_not_listed(root: Path) -> None:
@@ -337,7 +339,7 @@ def test_a_password_in_a_url_is_not_listed(root: Path) -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_a_url_listed_with_two_truths_is_refused_without_its_signature(root: Path) -> None:
+def test_a_url_listed_with_different_columns_is_refused_without_its_signature(root: Path) -> None:
     (root / "list.csv").write_text("path,n\nhttps://example.com/a?key=secret,1\nhttps://example.com/a?key=secret,2\n")
     with pytest.raises(SourceError, match=r"^https://example\.com/a\?… is listed twice") as caught:
         find_documents(["list.csv"], root)
@@ -348,10 +350,10 @@ def test_a_url_listed_with_two_truths_is_refused_without_its_signature(root: Pat
     ("path", "pattern", "expected"),
     [("a/b/c", "a/**/c", True), ("a/c", "a/**/c", True), ("a/b", "a", False), ("a", "**/**", True), ("A", "a", False), ("a/b", "*", False)],
 )
-def test_matches(path: str, pattern: str, expected: bool) -> None:
+def test_glob_matches(path: str, pattern: str, expected: bool) -> None:
     assert is_glob_match(path.split("/"), pattern.split("/")) is expected
 
 
 def test_every_reason_has_a_sentence(root: Path) -> None:
-    for kind in sources.CANNOT_BE_READ:
-        assert kind_of(Document("a.pdf", -1, kind), root) == kind
+    for kind in sources.UNREADABLE_REASONS:
+        assert read_error_kind(Document("a.pdf", -1, kind), root) == kind

@@ -1,4 +1,4 @@
-"""Which addresses are anyone's, and that waiting for them ends. What is refused over a real connection is in test_web.py."""
+"""Which addresses are public, and that look-ups and connections end in time. Refusals over a real connection: test_http.py."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_addresses_that_are_public(address: str) -> None:
     assert ssrf.is_public_address(ip_address(address))
 
 
-def test_an_address_that_is_dead_leaves_the_next_one(port: int) -> None:
+def test_after_an_unreachable_address_the_next_one_is_tried(port: int) -> None:
     found = [(socket.AF_INET6, ("::1", 0, 0, 0)), (socket.AF_INET, ("127.0.0.1", port))]
     with ssrf.dial_addresses(found, time.monotonic() + 20) as connection:
         assert connection.getpeername() == ("127.0.0.1", port)
@@ -51,21 +51,21 @@ def test_no_address_at_all_is_an_error() -> None:
         ssrf.dial_addresses([], time.monotonic() + 20)
 
 
-def test_a_deadline_that_is_over_dials_nothing(port: int) -> None:
+def test_after_the_deadline_nothing_is_connected_to(port: int) -> None:
     with pytest.raises(TimeoutError):
         ssrf.dial_addresses([(socket.AF_INET, ("127.0.0.1", port))], time.monotonic())
 
 
-def test_a_name_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    over = threading.Event()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: over.wait() and [])
+def test_a_silent_name_server_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: stopped.wait() and [])
     with pytest.raises(TimeoutError):
         ssrf.look_up_host("files.example", 80, time.monotonic() + 0.3)
-    over.set()
+    stopped.set()
 
 
 @pytest.mark.parametrize("error", [socket.gaierror(socket.EAI_NONAME, "unknown"), UnicodeError("label too long")])
-def test_what_a_look_up_raises_is_raised_here(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_an_error_of_the_look_up_is_raised(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def look_up(*_: object, **__: object) -> None:
         raise error
 
