@@ -1,11 +1,13 @@
-"""A JSON Schema file -> a `Schema` that is known to be sound, and a JSON text -> its value. Knows no grammar and no column.
+"""JSON Schema: a schema file comes in and a checked `Schema` goes out, from which prompt, grammar, validation and columns are built.
+The text of an answer comes in and its JSON value goes out, with exact numbers.
 
-Numbers with a fraction are `Decimal`s on both sides, so that 19.99 is a multiple of 0.01 and stays 19.99:
+Numbers with a fraction are `Decimal`s in both, so that 19.99 is a multiple of 0.01 and stays 19.99:
 
-    schemas/invoice.json --load--> {"properties": {"total": {"type": "number", "multipleOf": Decimal("0.01")}, …}, …}
-    '{"total": 19.99}'   --parse-> {"total": Decimal("19.99")}
+    schemas/invoice.json --load_schema--> {"properties": {"total": {"type": "number", "multipleOf": Decimal("0.01")}, …}, …}
+    '{"total": 19.99}'   --parse_json---> {"total": Decimal("19.99")}
 
-What `load` returns is an object with properties, valid by its draft, without misspelt keywords, every `$ref` of it local.
+The root of a schema from `load_schema` is an object with properties. The schema is valid by its draft, has no misspelt keywords,
+and all its `$ref`s are local.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ Schema = dict[str, Any]
 
 
 class LenientFormatChecker(FormatChecker):
-    """Checks the formats of 2020-12 in both drafts, and takes a checker that stumbles over a text for a no."""
+    """Format checker with the formats of 2020-12 in both drafts; a text on which the check of a format raises is invalid."""
 
     checkers = Draft202012Validator.FORMAT_CHECKER.checkers
 
@@ -47,8 +49,8 @@ FORMATS = LenientFormatChecker()
 ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"}
 PASSIVE = {*ANNOTATIONS, "$schema", "$id", "$anchor", "$defs", "definitions", "then", "else", "contentEncoding", "contentMediaType"}
 """Keywords that are known but have no rule of their own in a validator."""
-UNREAD = ("$schema", "$id", "$comment")
-"""Keywords that change nothing in a schema that passed `check`."""
+OMITTED = ("$schema", "$id", "$comment")
+"""Keywords that have no effect in a schema that passed `check_schema`; `dump_compact_schema` omits them."""
 KEYWORDS: dict[type[Validator], set[str]] = {
     Draft7Validator: {*PASSIVE, *Draft7Validator.VALIDATORS},
     Draft202012Validator: {*PASSIVE, *Draft202012Validator.VALIDATORS, "minContains", "maxContains", "contentSchema"},
@@ -59,18 +61,18 @@ NESTED = {"additionalItems", "additionalProperties", "allOf", "anyOf", "contains
 NESTED |= {"oneOf", "prefixItems", "propertyNames", "then", "unevaluatedItems", "unevaluatedProperties"}
 """Keywords whose value is a schema or a list of them."""
 IN_PLACE = ("allOf", "anyOf", "oneOf", "if", "then", "else", "dependentSchemas")
-"""Keywords whose schemas speak of the same value as the schema they stand in."""
+"""Keywords whose schemas apply to the same value as the schema that contains them."""
 
 MAX_DEPTH = 100
-"""Levels of nesting in a JSON text: more than any document has, few enough for every recursion over its value."""
+"""Most levels of nesting in a JSON text: more than documents have, few enough for a recursion over the value."""
 MAX_EXPONENT = 308
-"""Powers of ten in a JSON number: what a 64-bit float holds. Exact arithmetic on 1e999999999 would fill the memory."""
+"""Largest power of ten in a JSON number: that of a 64-bit float. Exact arithmetic on 1e999999999 would fill the memory."""
 
 
 def load_schema(path: str | Path) -> Schema:
     """Return the schema in a file.
 
-    Raises JobError with one sentence that names the file, the place in it, what was found and what is allowed.
+    Raises JobError with one sentence that names the file, the JSON pointer, what was found and what is allowed.
     """
     try:
         return check_schema(parse_json(Path(path).read_text(encoding="utf-8-sig")))
@@ -83,7 +85,7 @@ def load_schema(path: str | Path) -> Schema:
 
 
 def check_schema(schema: Any) -> Schema:
-    """Return the schema, a `$ref` at its root put in place; raises ValueError with the pointer to what is wrong."""
+    """Return the schema with a `$ref` at its root resolved. Raises ValueError with the JSON pointer and what is wrong there."""
     if not isinstance(schema, dict):
         raise ValueError(f"the root is {format_value(schema)}; it must be an object with 'type' and 'properties'")
     draft = find_draft(schema)
@@ -96,7 +98,7 @@ def check_schema(schema: Any) -> Schema:
 
 
 def find_draft(schema: Schema) -> type[Validator]:
-    """Return the draft that `$schema` names, by default 2020-12."""
+    """Return the draft that `$schema` names, by default 2020-12. Raises ValueError for another draft."""
     given = schema.get("$schema", "https://" + LATEST_DRAFT)
     name = given.partition("://")[2].rstrip("#") if isinstance(given, str) else ""
     if name not in DRAFTS:
@@ -105,7 +107,7 @@ def find_draft(schema: Schema) -> type[Validator]:
 
 
 def check_draft(schema: Schema, draft: type[Validator]) -> None:
-    """Hold the schema against its draft's own schema."""
+    """Raise ValueError if the schema violates its draft's meta-schema."""
     error = best_match(draft(draft.META_SCHEMA, format_checker=FORMATS).iter_errors(schema))
     if error:
         message = re.sub(r"Decimal\('(.*?)'\)", r"\1", error.message)
@@ -113,39 +115,40 @@ def check_draft(schema: Schema, draft: type[Validator]) -> None:
 
 
 def check_keywords(schema: Schema, draft: type[Validator]) -> None:
-    """Refuse words that the draft does not know: `requried` would silently require nothing. Formats likewise."""
-    for place, part in walk_schema(schema):
+    """Raise ValueError for an unknown keyword or format: `requried` would silently require nothing."""
+    for pointer, part in walk_schema(schema):
         for key in part:
             if key not in KEYWORDS[draft] and not key.startswith("x-"):
                 guess = suggest_word(key, KEYWORDS[draft])
-                raise ValueError(f"{place}: '{key}' is not a keyword of its draft{guess}; notes of your own must begin with 'x-'")
+                raise ValueError(f"{pointer}: '{key}' is not a keyword of its draft{guess}; your own keywords must begin with 'x-'")
         name = part.get("format", "date")
         if name not in FORMATS.checkers:
             allowed = ", ".join(sorted(FORMATS.checkers))
-            raise ValueError(f"{place}/format is '{name}'{suggest_word(name, FORMATS.checkers)}; allowed are {allowed}")
+            raise ValueError(f"{pointer}/format is '{name}'{suggest_word(name, FORMATS.checkers)}; allowed are {allowed}")
 
 
 def check_references(schema: Schema, draft: type[Validator]) -> None:
-    """Refuse references that leave the file, lead nowhere or in a circle, and base addresses that would bend them."""
-    places = {place for place, _ in walk_schema(schema)}
-    for place, part in walk_schema(schema):
-        if "$dynamicRef" in part or (place != "#" and not part.get("$id", "#").startswith("#")):
-            raise ValueError(f"{place}: '$dynamicRef' and a nested '$id' are not supported; use '$ref' to '#/$defs/…'")
+    """Raise ValueError for a `$ref` that is remote, dangling or circular, and for a nested `$id`, which changes what `$ref`s mean."""
+    pointers = {pointer for pointer, _ in walk_schema(schema)}
+    for pointer, part in walk_schema(schema):
+        if "$dynamicRef" in part or (pointer != "#" and not part.get("$id", "#").startswith("#")):
+            raise ValueError(f"{pointer}: '$dynamicRef' and a nested '$id' are not supported; use '$ref' to '#/$defs/…'")
         if "$ref" not in part:
             continue
         if not part["$ref"].startswith("#"):
-            raise ValueError(f"{place}/$ref is '{part['$ref']}'; allowed are places in this file, '#/…'")
-        if unquote(part["$ref"]) not in places:
-            raise ValueError(f"{place}/$ref is '{part['$ref']}', which is no schema in this file{suggest_word(part['$ref'], places)}")
+            raise ValueError(f"{pointer}/$ref is '{part['$ref']}'; only references within this file are allowed, '#/…'")
+        if unquote(part["$ref"]) not in pointers:
+            guess = suggest_word(part["$ref"], pointers)
+            raise ValueError(f"{pointer}/$ref is '{part['$ref']}', which is not a schema in this file{guess}")
         if any("$ref" in loop for loop in walk_in_place(part, schema)):
-            raise ValueError(f"{place}/$ref is '{part['$ref']}', which leads back to itself without a property or an item between")
+            raise ValueError(f"{pointer}/$ref is '{part['$ref']}', which refers back to itself with no property or item in between")
         beside = [key for key in part if key not in PASSIVE | {"$ref"} and not key.startswith("x-")]
         if beside and draft is Draft7Validator:
-            raise ValueError(f"{place}: draft-07 ignores '{beside[0]}' beside '$ref'; move it, or use draft 2020-12")
+            raise ValueError(f"{pointer}: draft-07 ignores '{beside[0]}' beside '$ref'; move it, or use draft 2020-12")
 
 
 def check_root(root: Schema) -> None:
-    """Refuse a root that gives no columns, or columns that would clash with a record's own."""
+    """Raise ValueError for a root without properties, or with a property whose column could clash with a provenance column."""
     if root.get("type") != "object":
         raise ValueError(
             f"#/type is {format_value(root.get('type'))}; the root must be of type 'object', because its properties become columns"
@@ -155,16 +158,20 @@ def check_root(root: Schema) -> None:
     for name in root["properties"]:
         if name.startswith("_"):
             raise ValueError(
-                f"{format_pointer(['properties', name])}: a column's name must not begin with '_', which marks a record's provenance"
+                f"{format_pointer(['properties', name])}: a column's name must not begin with '_', which is reserved for provenance columns"
             )
 
 
-def walk_schema(schema: Any, place: str = "#") -> Iterator[tuple[str, Schema]]:
-    """Yield the pointer and value of every schema inside a schema, itself first; true and false count as {}."""
+def walk_schema(schema: Any, pointer: str = "#", skip: Collection[str] = ()) -> Iterator[tuple[str, Schema]]:
+    """Yield the JSON pointer and value of every schema inside a schema, itself first; true and false count as {}.
+
+    Schemas under the keywords in `skip` are left out.
+    """
     part = schema if isinstance(schema, dict) else {}
-    yield place, part
+    yield pointer, part
     for path, sub in list_subschemas(part):
-        yield from walk_schema(sub, format_pointer(path, place))
+        if path[0] not in skip:
+            yield from walk_schema(sub, format_pointer(path, pointer), skip)
 
 
 def list_subschemas(part: Schema) -> Iterator[tuple[tuple[str | int, ...], Any]]:
@@ -186,8 +193,8 @@ def format_pointer(path: Collection[str | int], start: str = "#") -> str:
 def resolve_reference(schema: Any, root: Schema, seen: tuple[str, ...] = ()) -> tuple[Schema, tuple[str, ...]]:
     """Return the schema that a `$ref` points to, and the references followed so far.
 
-    A schema that comes back with its `$ref` is one that was already on the way here: a recursion. What stands beside
-    the `$ref` holds too; where both say the same keyword the result is an `allOf`.
+    If the result still has its `$ref`, that reference is already in `seen`: the schema is recursive. The keywords beside a
+    `$ref` apply too; if both sides have the same keyword, the result is an `allOf`.
     """
     if not isinstance(schema, dict):
         return {}, seen
@@ -205,7 +212,7 @@ def resolve_reference(schema: Any, root: Schema, seen: tuple[str, ...] = ()) -> 
 
 
 def walk_in_place(schema: Any, root: Schema, seen: tuple[str, ...] = ()) -> Iterator[Schema]:
-    """Yield every schema that speaks of the same value, this one first, references followed."""
+    """Yield every schema that applies to the same value, this one first, with references resolved."""
     part, path = resolve_reference(schema, root, seen)
     yield part
     for (key, *_), sub in list_subschemas(part):
@@ -214,19 +221,22 @@ def walk_in_place(schema: Any, root: Schema, seen: tuple[str, ...] = ()) -> Iter
 
 
 def dump_compact_schema(schema: Schema) -> str:
-    """Return the schema as the shortest text of the same meaning, its keys in the author's order, which generation follows."""
+    """Return the schema as compact JSON without keywords that have no effect.
+
+    The keys keep the order of the file, in which the model generates them.
+    """
     plain = copy.deepcopy(schema)
     for _, part in walk_schema(plain):
-        for key in UNREAD:
+        for key in OMITTED:
             part.pop(key, None)
     return dump_json(plain)
 
 
 def parse_json(text: str) -> Any:
-    """Return the value of a JSON text, its numbers exact.
+    """Return the value of a JSON text, with exact numbers.
 
-    Raises ValueError with a sentence on anything that another reader might take differently: a key given twice, NaN, a
-    number beyond a 64-bit float's range, half a surrogate pair, endless nesting.
+    Raises ValueError with a sentence for anything that JSON parsers read differently: a duplicate key, NaN, a number
+    beyond the range of a 64-bit float, a lone surrogate, more than `MAX_DEPTH` levels of nesting.
     """
     try:
         value = json.loads(
@@ -243,7 +253,7 @@ def parse_json(text: str) -> Any:
 
 
 def parse_decimal(digits: str) -> Decimal:
-    """Return a number with a fraction or an exponent."""
+    """Return a number with a fraction or an exponent. Raises ValueError beyond the range of a 64-bit float."""
     number = Decimal(digits)
     if abs(number.adjusted()) > MAX_EXPONENT:
         raise ValueError(f"the number {truncate_text(digits, 40)} is beyond the range of a 64-bit float")
@@ -251,7 +261,7 @@ def parse_decimal(digits: str) -> Decimal:
 
 
 def parse_integer(digits: str) -> int:
-    """Return a whole number."""
+    """Return a whole number. Raises ValueError if it has more than `MAX_EXPONENT` digits."""
     if len(digits) > MAX_EXPONENT:
         raise ValueError(f"the number {truncate_text(digits, 40)} is beyond the range of a 64-bit float")
     return int(digits)
@@ -262,7 +272,7 @@ def refuse_constant(constant: str) -> NoReturn:
 
 
 def build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object, refusing a key that is given twice."""
+    """Return an object. Raises ValueError for a duplicate key."""
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
@@ -271,7 +281,7 @@ def build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def dump_json(value: Any, depth: int = 0) -> str:
-    """Return compact JSON; a Decimal is written digit by digit as it is."""
+    """Return compact JSON; a Decimal is written with exactly its digits. Raises RecursionError beyond `MAX_DEPTH`."""
     if depth > MAX_DEPTH:
         raise RecursionError
     if isinstance(value, dict):
@@ -289,7 +299,7 @@ def join_path(path: str, step: str | int) -> str:
 
 
 def format_value(value: Any) -> str:
-    """Return a value as a message shows it."""
+    """Return a value as compact JSON for a message, cut to 80 characters."""
     return truncate_text(dump_json(value), 80)
 
 
@@ -298,6 +308,6 @@ def truncate_text(text: str, length: int) -> str:
 
 
 def suggest_word(word: str, known: Collection[str]) -> str:
-    """Return the question that a misspelt word deserves."""
+    """Return "; did you mean …?" with the most similar known word, or "" if none is similar."""
     close = get_close_matches(word, sorted(known), 1)
     return f"; did you mean '{close[0]}'?" if close else ""

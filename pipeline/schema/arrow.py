@@ -1,12 +1,13 @@
-"""A schema -> Arrow columns, and a valid value -> a row of them. Knows pyarrow's types only, no file and no table.
+"""Arrow columns of a schema: takes a JSON Schema and returns an `ArrowPlan`, which converts a valid value to a row.
 
     {"type": ["number", "null"], "multipleOf": 0.01}           -> decimal128(18, 2)
     {"type": "string", "format": "date"}                       -> date32
     {"enum": ["EUR", "USD", null]}                             -> dictionary<int32, string>
     {"type": "array", "items": {"type": "object", …}}          -> list<struct<…>>
-    {"type": ["string", "number"]}, a free-form object, …      -> string that holds JSON; `notes` says why
+    {"type": ["string", "number"]}, a free-form object, …      -> string that holds JSON; `ArrowPlan.notes` says why
 
-Nothing is dropped, rounded or changed in silence: `row` raises on a value that its column (`cells.py`) cannot hold exactly.
+Nothing is dropped, rounded or changed silently: `build_row` raises ValueError for a value that its column (`arrow_values.py`)
+cannot hold exactly.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ import pyarrow as pa
 from pipeline.schema import Schema, arrow_values, join_path, resolve_reference, walk_in_place
 from pipeline.schema.arrow_values import Column
 
-DIGITS = 18
-"""Of a decimal column: cents up to 10^16 in 8 bytes."""
-SHAPING = {"type", "format", "enum", "const", "multipleOf", "items", "prefixItems", "anyOf", "oneOf", "additionalProperties"}
-SHAPING |= {"patternProperties", "unevaluatedProperties"}
-"""Keywords that decide a column; two different values of one have no simple sum."""
+DECIMAL_DIGITS = 18
+"""Precision of a decimal column: cents up to 10^16, in 8 bytes."""
+TYPE_KEYWORDS = {"type", "format", "enum", "const", "multipleOf", "items", "prefixItems", "anyOf", "oneOf", "additionalProperties"}
+TYPE_KEYWORDS |= {"patternProperties", "unevaluatedProperties"}
+"""Keywords that decide the type of a column; two different values of one cannot be combined."""
 OPEN_KEYWORDS = 'undeclared properties have no column and make a row invalid; the schema should say "additionalProperties": false'
 
 
 class UntypedError(Exception):
-    """This part of the schema has no single Arrow type; the text says why."""
+    """A part of the schema has no single Arrow type; the message says why."""
 
 
 class ArrowPlan:
-    """A schema's columns, decided once: the same for full, empty and failed shards."""
+    """The columns of a schema, decided once: full, empty and failed shards have the same."""
 
     def __init__(self, schema: Schema) -> None:
         try:
@@ -43,26 +44,26 @@ class ArrowPlan:
             self.root = make_struct_column(own, f"{why}; {OPEN_KEYWORDS}")
         self.schema = pa.schema(list(self.root.type))
         self.notes = list(list_notes(self.root, "$"))
-        """A sentence for each property that is JSON in a string, or whose column holds less than the schema admits."""
+        """A sentence for each property that is stored as JSON in a string, or whose column holds less than the schema allows."""
 
     def build_row(self, value: Any) -> dict[str, Any]:
-        """Return a value as one row of `schema`, every column present.
+        """Return a value as one row of `schema`, with every column.
 
-        Raises ValueError with the path of what a column cannot hold exactly.
+        Raises ValueError with the path of a value that its column cannot hold exactly.
         """
         row: dict[str, Any] = arrow_values.convert_struct(self.root, value, "$")
         return row
 
 
 def list_notes(part: Column, path: str) -> Iterator[str]:
-    """Yield what a user should know of a column and of those inside it."""
+    """Yield the notes of a column and of the columns inside it, with their paths."""
     if part.note:
         yield f"{path}: {part.note}"
     for name, inner in part.fields.items():
         yield from list_notes(inner, join_path(path, name) if name else path + "[]")
 
 
-# A schema's part -> its column. `seen` holds the references that led here, `root` is where they point into.
+# From a part of a schema to its column. `seen` holds the references followed so far, `root` is the schema they point into.
 
 
 def build_column(given: Any, seen: tuple[str, ...], root: Schema) -> Column:
@@ -74,7 +75,7 @@ def build_column(given: Any, seen: tuple[str, ...], root: Schema) -> Column:
 
 
 def flatten_part(given: Any, root: Schema, seen: tuple[str, ...]) -> tuple[Schema, tuple[str, ...]]:
-    """Return a part with its `$ref` followed and its `allOf` added up."""
+    """Return a part with its `$ref` resolved and its `allOf` merged. Raises UntypedError for a recursive part."""
     part, path = resolve_reference(given, root, seen)
     if "$ref" in part:
         raise UntypedError(f"it refers to itself through {part['$ref']}")
@@ -88,8 +89,8 @@ def flatten_part(given: Any, root: Schema, seen: tuple[str, ...]) -> tuple[Schem
 
 
 def combine_parts(one: Schema, other: Schema) -> Schema:
-    """Return what holds where two parts hold, as far as it decides a column."""
-    twice = [key for key in one if key in SHAPING and other.get(key, one[key]) != one[key]]
+    """Return the conjunction of two parts, as far as it decides a column. Raises UntypedError if they contradict each other."""
+    twice = [key for key in one if key in TYPE_KEYWORDS and other.get(key, one[key]) != one[key]]
     if twice:
         raise UntypedError(f"its allOf gives '{twice[0]}' twice")
     properties = {**one.get("properties", {}), **other.get("properties", {})}
@@ -99,7 +100,7 @@ def combine_parts(one: Schema, other: Schema) -> Schema:
 
 
 def build_typed_column(part: Schema, seen: tuple[str, ...], root: Schema) -> Column:
-    """Return the column of a part that is flat."""
+    """Return the column of a flattened part. Raises UntypedError if it has no single type."""
     if "enum" in part or "const" in part:
         return build_enum_column(part["enum"] if "enum" in part else [part["const"]])
     given = part.get("type")
@@ -143,13 +144,13 @@ def build_number_column(part: Schema) -> Column:
     if "multipleOf" not in part:
         return arrow_values.NUMBER
     decimals = -int(Decimal(str(part["multipleOf"])).normalize().as_tuple().exponent)
-    if decimals >= DIGITS:
+    if decimals >= DECIMAL_DIGITS:
         return arrow_values.NUMBER
-    return Column(pa.decimal128(DIGITS, decimals), arrow_values.convert_decimal) if decimals > 0 else arrow_values.INTEGER
+    return Column(pa.decimal128(DECIMAL_DIGITS, decimals), arrow_values.convert_decimal) if decimals > 0 else arrow_values.INTEGER
 
 
 def build_union_column(options: list[Any], seen: tuple[str, ...], root: Schema) -> Column:
-    """Return the one column of all alternatives but null."""
+    """Return the column that holds all alternatives except null. Raises UntypedError if there is none."""
     columns = [build_typed_column(*flatten_part(option, root, seen), root) for option in options if not is_null_type(option)]
     kinds = {option.convert for option in columns}
     if columns and all(option == columns[0] for option in columns):
@@ -166,7 +167,7 @@ def is_null_type(option: Any) -> bool:
 
 
 def build_array_column(part: Schema, seen: tuple[str, ...], root: Schema) -> Column:
-    """Return a list of whatever its items are."""
+    """Return the column of an array: a list of its items' type. Raises UntypedError if the items have no declared type."""
     if "prefixItems" in part or not isinstance(part.get("items"), dict):
         raise UntypedError("its items are not of one declared type")
     item = build_column(part["items"], seen, root)
@@ -174,7 +175,7 @@ def build_array_column(part: Schema, seen: tuple[str, ...], root: Schema) -> Col
 
 
 def build_struct_column(part: Schema, seen: tuple[str, ...], root: Schema) -> Column:
-    """Return a struct of the declared properties, if the schema speaks of no others."""
+    """Return a struct of the declared properties. Raises UntypedError if the schema describes other properties too."""
     properties = part.get("properties", {})
     if not properties:
         raise UntypedError("it is an object without declared properties")

@@ -1,7 +1,7 @@
-"""A valid value -> the cell of an Arrow column, or a ValueError that says what does not fit. Knows no schema.
+"""Conversion of valid JSON values to the values of Arrow columns; a value that its column cannot hold exactly is a ValueError.
 
-Nothing is rounded or changed in silence: what a column cannot hold exactly is refused. Two things count as one: null and a
-missing property, and date-times that name the same instant with another offset.
+Nothing is rounded or changed silently, with two exceptions: a missing property becomes null, and a date-time is kept as the
+instant in UTC, without its offset.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ import pyarrow as pa
 from pipeline.schema import dump_json, format_value, join_path
 
 DATE_TIME = re.compile(r"(\d{4}-\d\d-\d\d)[Tt](\d\d:\d\d:\d\d)(?:\.(\d+?)0*)?([Zz]|[+-]\d\d:\d\d)")
-SHIFTED = "kept in UTC, without the offset that was printed"
+UTC_NOTE = "kept in UTC, without the offset that was printed"
 
 
 @dataclass(frozen=True)
 class Column:
-    """A property as Arrow sees it: its type and what turns a value into a cell of it."""
+    """A property's Arrow type and the function that converts a JSON value to it."""
 
     type: pa.DataType
     convert: Callable[[Column, Any, str], Any]
+    """Takes the column, a value other than null and its path. Raises ValueError for a value that does not fit."""
     fields: dict[str, Column] = field(default_factory=dict)
-    """A struct's fields by name; a list's items under ""."""
+    """The fields of a struct by name, or the items of a list under ""."""
     note: str = ""
 
 
@@ -37,7 +38,7 @@ def make_misfit_error(path: str, value: Any, why: str) -> ValueError:
 
 
 def convert_value(part: Column, value: Any, path: str) -> Any:
-    """Return a value, null included, as a cell of its column."""
+    """Return a value, which may be null, as the value of its Arrow column."""
     return None if value is None else part.convert(part, value, path)
 
 
@@ -63,7 +64,7 @@ def convert_boolean(_: Column, value: Any, path: str) -> bool:
 
 
 def to_decimal(value: Any, path: str) -> Decimal:
-    """Return any number as a Decimal; true and false are none."""
+    """Return a number as a Decimal. Raises ValueError for other values, true and false among them."""
     if type(value) not in (int, float, Decimal):
         raise make_misfit_error(path, value, "which is not a number")
     return Decimal(str(value))
@@ -77,7 +78,7 @@ def convert_integer(_: Column, value: Any, path: str) -> int:
 
 
 def convert_number(_: Column, value: Any, path: str) -> float:
-    """Return the float that is the number, or that prints as it."""
+    """Return the float that equals the number or prints as it."""
     nearest = float(to_decimal(value, path))
     if nearest != value and Decimal(repr(nearest)) != value:
         raise make_misfit_error(path, value, "which has more digits than a 64-bit float keeps")
@@ -111,7 +112,7 @@ def convert_date(_: Column, value: Any, path: str) -> date:
 
 
 def convert_date_time(_: Column, value: Any, path: str) -> datetime:
-    """Return the instant in UTC. Python itself would cut off what is finer than a microsecond."""
+    """Return the instant in UTC. Python's parser alone would cut digits after the microseconds."""
     match = DATE_TIME.fullmatch(convert_text(_, value, path))
     day, clock, fraction, offset = match.groups("") if match else ("", "", "", "")
     if len(fraction) > 6:
@@ -131,4 +132,4 @@ INTEGER = Column(pa.int64(), convert_integer)
 NUMBER = Column(pa.float64(), convert_number)
 TEXT = Column(pa.string(), convert_text)
 CHOICE = Column(pa.dictionary(pa.int32(), pa.string()), convert_text)
-STRINGS = {"date": Column(pa.date32(), convert_date), "date-time": Column(pa.timestamp("us", tz="UTC"), convert_date_time, note=SHIFTED)}
+STRINGS = {"date": Column(pa.date32(), convert_date), "date-time": Column(pa.timestamp("us", tz="UTC"), convert_date_time, note=UTC_NOTE)}

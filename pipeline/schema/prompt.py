@@ -1,11 +1,11 @@
-"""A schema and page images -> the messages that ask for them. Knows no model and no tokenizer.
+"""Prompt builder: takes a schema, a job's instructions and page images, and returns the messages of a request.
 
-What all requests of a job share stands first, in the system message, so that a server with prefix caching computes
-it once: the task, the job's instructions, and the schema as an outline of its names, types, titles and descriptions:
+The system message comes first and is the same in all requests of a job, so that a server with prefix caching computes it
+once. It has the task, the instructions, and the schema as an outline of names, types, titles and descriptions:
 
     - invoice_date (date YYYY-MM-DD or null): Invoice date. The day the invoice was issued.
 
-Then come the pages in order, and one short line after them.
+The user message has the pages in order and one short line after them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CONTROL_TOKEN = re.compile(r"<\|[^|<>]*\|>|</?tool_call>")
 def build_system_message(schema: Schema, instructions: str = "") -> str:
     """Return the system message of every request of a job.
 
-    Raises JobError when the schema or the instructions hold text that a tokenizer would take for a control token.
+    Raises JobError if the schema or the instructions contain text that a tokenizer would encode as a control token.
     """
     paragraphs = [TASK, instructions.strip(), format_heading(schema) + "\n" + "\n".join(outline_properties(schema, schema))]
     text = "\n".join(p for p in paragraphs if p)
@@ -41,9 +41,9 @@ def build_system_message(schema: Schema, instructions: str = "") -> str:
 
 
 def build_messages(system_text: str, pages: Sequence[Pixels], first_page: int = 1, page_count: int | None = None) -> tuple[Message, ...]:
-    """Return the conversation that asks for one request's pages.
+    """Return the messages of a request for these pages.
 
-    A document that is split says which of its pages these are, because page 5 may have no heading of its own.
+    If they are not the whole document, the last line has their page numbers, because page 5 may have no heading of its own.
     """
     last_page = first_page + len(pages) - 1
     whole = page_count is None or len(pages) == page_count
@@ -52,20 +52,20 @@ def build_messages(system_text: str, pages: Sequence[Pixels], first_page: int = 
 
 
 def build_correction(messages: tuple[Message, ...], answer: str, errors: Sequence[str]) -> tuple[Message, ...]:
-    """Return the conversation extended by an answer that did not validate and by what was wrong with it."""
+    """Return the messages extended by an answer that did not validate and by its errors."""
     wrong = "\n".join(f"- {error}" for error in errors)
     again = f"That does not satisfy the schema:\n{wrong}\nLook at the pages again and return the corrected JSON object."
     return (*messages, Message("assistant", (answer,)), Message("user", (CONTROL_TOKEN.sub(" ", again),)))
 
 
 def format_heading(schema: Schema) -> str:
-    """Return the line above the outline: what kind of document this is."""
+    """Return the line above the outline: the title and description of the schema."""
     title = schema.get("title", "Document")
     return " ".join(f"{title}. {schema.get('description', '')}".split())
 
 
 def outline_properties(schema: Schema, root: Schema, depth: int = 0, seen: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield one line per property, nested ones indented; a `$ref` is followed once on each path."""
+    """Yield one line per property, nested ones indented; a recursive `$ref` is followed once on each path."""
     for name, given in schema.get("properties", {}).items():
         part, path = resolve_reference(given, root, seen)
         text = " ".join(f"{part.get('title', '')}. {part.get('description', '')}".strip(" .").split())
@@ -77,7 +77,7 @@ def outline_properties(schema: Schema, root: Schema, depth: int = 0, seen: tuple
 
 
 def list_nested(part: Schema) -> Iterator[Any]:
-    """Yield the schemas whose properties belong under a property: its own, its items', its alternatives'."""
+    """Yield the schemas whose properties are listed under a property: its own, its items' and its alternatives'."""
     yield part
     if "items" in part:
         yield part["items"]
@@ -86,7 +86,7 @@ def list_nested(part: Schema) -> Iterator[Any]:
 
 
 def describe_type(part: Schema) -> str:
-    """Say a property's type in words."""
+    """Return a property's type in English."""
     if "const" in part:
         return dump_json(part["const"])
     if "enum" in part:
@@ -96,11 +96,9 @@ def describe_type(part: Schema) -> str:
             return " or ".join(dict.fromkeys(describe_type(p) if isinstance(p, dict) else "any" for p in part[word]))
     types = part.get("type", "any" if "$ref" not in part else "object")
     names = [types] if isinstance(types, str) else list(types)
-    said = {"string": FORMAT_PHRASES.get(part.get("format", ""), "string"), "array": "array" + describe_items(part)}
-    return " or ".join(said.get(name, name) for name in names)
-
-
-def describe_items(part: Schema) -> str:
-    """Say what an array holds, unless the lines below it in the outline do."""
-    inner = part.get("items")
-    return f" of {describe_type(inner)}" if isinstance(inner, dict) and inner and not {"properties", "$ref", "allOf"} & inner.keys() else ""
+    items = part.get("items", {})
+    # Items with properties have outline lines of their own.
+    is_plain = isinstance(items, dict) and bool(items) and not {"properties", "$ref", "allOf"} & items.keys()
+    array = f"array of {describe_type(items)}" if is_plain else "array"
+    phrases = {"string": FORMAT_PHRASES.get(part.get("format", ""), "string"), "array": array}
+    return " or ".join(phrases.get(name, name) for name in names)
