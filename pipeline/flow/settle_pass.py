@@ -53,7 +53,7 @@ def settle_output(job: Job, output: Output, report: Report, fingerprint: str | N
     for row in rows:
         if row["damaged"]:
             raise DamagedShard(row["damaged"], row["why"])
-    output.keep_records({row["file"] for row in rows})
+    output.remove_other_records({row["file"] for row in rows})
     report.count_records([s for row in rows for s in row["statuses"]], [f for row in rows for f in row["failures"]])
     seen = {name for row in rows for name in row["sources"]}
     report.documents = documents.num_rows

@@ -1,13 +1,15 @@
-"""Rows -> Parquet shards that are whole or absent, and back: the sources, the ledger of requests, the records.
+"""Output folder of a run: the list of sources, the ledger of requests, the records, and two small files about the run.
+
+In: rows of these three tables, the keys of the job and the report of the run. Out: the same tables, read back from Parquet
+shards, and with them the state from which a run resumes.
 
     out/invoices/
-      sources/*.parquet     one row per source listed; while a run goes on, later rows of one source complete earlier ones
+      sources/*.parquet     one row per source; during a run, later rows of a source complete earlier ones
       requests/*.parquet    one row per request: the ledger
       records/*.parquet     one row per document or page, typed
       job.yaml  report.json
 
-The folder is one here or a prefix in an object store (`store.py`), where a shard is there when it is whole. Its name is made
-from its rows' keys, so that writing it twice leaves one file. Knows neither Ray nor what a row means.
+The folder is local, or a prefix in an object store (`storage/store.py`).
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ SHARD_SUFFIX = ".parquet"
 
 
 class Output:
-    """A run's folder."""
+    """The output folder of a run; `str(output.root)` is its path or URL."""
 
-    def __init__(self, place: Location) -> None:
-        self.path, self.root = place, store.open_store(place)
+    def __init__(self, location: Location) -> None:
+        self.root = store.open_store(location)
         self.sources, self.requests, self.records = (self.root / name for name in ("sources", "requests", "records"))
 
     @property
@@ -39,16 +41,16 @@ class Output:
         return self.root, self.sources, self.requests, self.records
 
     def create(self) -> None:
-        """Create the folders, and prove that they can be written to. Raises JobError, before anything else has happened."""
+        """Create the folders and test that they can be written to. Raises JobError."""
         try:
             for folder in self.folders:
                 folder.create()
             self.root.check_writable()
         except OSError as error:
-            raise JobError(f"cannot write to the output folder {self.path}: {format_os_error(error)}") from None
+            raise JobError(f"cannot write to the output folder {self.root}: {format_os_error(error)}") from None
 
     def remove_leftovers(self) -> None:
-        """Remove what a killed run left half-written; not while another one writes. Raises RunError."""
+        """Remove half-written files of a killed run. Must not be called while another run writes. Raises RunError."""
         for folder in self.folders:
             folder.remove_leftovers()
 
@@ -56,7 +58,7 @@ class Output:
         self.root.put("job.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120).encode())
 
     def read_job(self) -> dict[str, Any] | None:
-        """Return what `job.yaml` says, or None in a fresh folder. Raises JobError when someone else wrote that file."""
+        """Return the content of `job.yaml`, or None in a new folder. Raises JobError for a file that no run has written."""
         file = f"{self.root / 'job.yaml'}"
         try:
             found = yaml.safe_load(self.root.read("job.yaml").decode("utf-8"))
@@ -68,8 +70,8 @@ class Output:
             raise JobError(f"{file} was not written by a run: choose another output folder")
         return found
 
-    def keep_records(self, names: Set[str]) -> None:
-        """Remove the shards of an earlier settling."""
+    def remove_other_records(self, names: Set[str]) -> None:
+        """Remove all shards of records but these: those of an earlier settle pass."""
         self.records.remove(self.records.list_names(SHARD_SUFFIX).keys() - names)
 
     def write_report(self, content: dict[str, Any]) -> None:

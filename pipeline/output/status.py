@@ -1,6 +1,6 @@
-"""An output folder -> where its run stands: counts by status and kind, and the documents that went worst. Changes nothing.
+"""Status of a run: an output folder in, counts by status and failure kind and the worst documents out.
 
-Knows neither the job's schema nor its model; reads beside a run that is still going on.
+Reads only, also while a run is writing to the folder.
 """
 
 from __future__ import annotations
@@ -19,42 +19,40 @@ from pipeline.output.sources import SOURCE_SCHEMA, complete_sources
 from pipeline.records import Status
 from pipeline.storage.store import Store
 
-RECORDED = pa.schema([("_source", pa.string()), ("_status", pa.string()), ("_failure", FAILURE_TYPE)])
-WORST = 20
-"""So many documents are named."""
+RECORD_STATUS_SCHEMA = pa.schema([("_source", pa.string()), ("_status", pa.string()), ("_failure", FAILURE_TYPE)])
+MAX_WORST_DOCUMENTS = 20
 Row = dict[str, Any]
 
 
 class ShardReader:
-    """Reads shards and remembers which were damaged."""
+    """Reads intact shards and collects the paths of damaged ones."""
 
     def __init__(self) -> None:
         self.damaged: list[str] = []
 
-    def shards(self, folder: Store, columns: list[str], schema: pa.Schema) -> list[pa.Table]:
-        """Return a folder's sound shards."""
+    def read_intact_shards(self, folder: Store, columns: list[str], schema: pa.Schema) -> list[pa.Table]:
+        """Return the rows of each intact shard of a folder."""
         found = read_each_shard(folder, columns, schema)
         self.damaged += [shard.file for shard in found if isinstance(shard, DamagedShard)]
         return [shard for shard in found if not isinstance(shard, DamagedShard)]
 
-    def rows(self, folder: Store, columns: list[str], schema: pa.Schema) -> list[Row]:
-        return [row for table in self.shards(folder, columns, schema) for row in table.to_pylist()]
+    def read_rows(self, folder: Store, columns: list[str], schema: pa.Schema) -> list[Row]:
+        return [row for table in self.read_intact_shards(folder, columns, schema) for row in table.to_pylist()]
 
 
 def read_status(output: Output) -> dict[str, Any]:
-    """Return where a run stands: documents listed and identified, requests and records by status and by kind of failure,
-    the documents with most failed requests, damaged shards.
+    """Return counts of documents, requests and records, by status and by kind of failure, the worst documents and damaged shards.
 
-    Raises JobError when the folder is no output folder.
+    A document is identified once its doc_id is known. Raises JobError when the folder is not an output folder.
     """
     job = output.read_job()
     if job is None:
-        raise JobError(f"{output.path} is not an output folder: it has no job.yaml")
-    reading = ShardReader()
-    listed = reading.shards(output.sources, SOURCE_SCHEMA.names, SOURCE_SCHEMA)
+        raise JobError(f"{output.root} is not an output folder: it has no job.yaml")
+    reader = ShardReader()
+    listed = reader.read_intact_shards(output.sources, SOURCE_SCHEMA.names, SOURCE_SCHEMA)
     sources = complete_sources(pa.concat_tables([SOURCE_SCHEMA.empty_table(), *listed]))
-    requests = select_latest(reading.rows(output.requests, [*OUTCOME_COLUMNS, "source"], LEDGER_SCHEMA))
-    records = reading.rows(output.records, RECORDED.names, RECORDED)
+    requests = select_final_attempts(reader.read_rows(output.requests, [*OUTCOME_COLUMNS, "source"], LEDGER_SCHEMA))
+    records = reader.read_rows(output.records, RECORD_STATUS_SCHEMA.names, RECORD_STATUS_SCHEMA)
     return {
         "job": job["job"]["name"],
         "documents": {"listed": sources.num_rows, "identified": sources.num_rows - sources["doc_id"].null_count},
@@ -62,13 +60,13 @@ def read_status(output: Output) -> dict[str, Any]:
         "request_failures": count_names(format_failure_kind(row["failure"]) for row in requests if row["failure"]),
         "records": count_names(row["_status"] for row in records),
         "record_failures": count_names(format_failure_kind(row["_failure"]) for row in records if row["_failure"]),
-        "worst": find_worst_documents(requests)[:WORST],
-        "damaged": reading.damaged,
+        "worst": find_worst_documents(requests)[:MAX_WORST_DOCUMENTS],
+        "damaged": reader.damaged,
     }
 
 
-def select_latest(rows: list[Row]) -> list[Row]:
-    """Return the attempt of each request that counts."""
+def select_final_attempts(rows: list[Row]) -> list[Row]:
+    """Return one row per request: the attempt that `select_newest_attempt` chooses."""
     requests: dict[str, list[Row]] = {}
     for row in rows:
         requests.setdefault(row["key"], []).append(row)
@@ -76,7 +74,7 @@ def select_latest(rows: list[Row]) -> list[Row]:
 
 
 def find_worst_documents(requests: list[Row]) -> list[Row]:
-    """Return the documents with a request that has no valid answer, those with most failed requests first."""
+    """Return the documents that have a failure, those with most failed requests first, then those with most invalid ones."""
     documents: dict[str, list[Row]] = {}
     for row in requests:
         documents.setdefault(row["source"], []).append(row)
@@ -85,7 +83,7 @@ def find_worst_documents(requests: list[Row]) -> list[Row]:
 
 
 def describe_document(source: str, requests: list[Row]) -> Row:
-    """Return a document's counts, and what its first failure says, a failed request before an invalid one."""
+    """Return a document's counts and its first failure, that of a failed request before that of an invalid one."""
     statuses = Counter(row["status"] for row in requests)
     failures = [row["failure"] for row in sorted(requests, key=lambda row: row["status"] != Status.FAILED) if row["failure"]]
     return {
@@ -103,5 +101,5 @@ def format_failure_kind(failure: Row) -> str:
 
 
 def count_names(names: Iterable[str]) -> dict[str, int]:
-    """Return how often each name comes, the most frequent first."""
+    """Return the number of occurrences of each name, the most frequent first."""
     return dict(Counter(names).most_common())

@@ -78,11 +78,3 @@ def parse_location(text: str) -> Location:
         return check_store_url(text) if is_url(text) else Path(text)
     except ValueError as error:
         raise JobError(f"output {redact_url(text)!r}: {error}") from None
-
-
-def split_location(place: Location) -> tuple[Location, str]:
-    """Return the folder that something lies in, and its name there."""
-    if isinstance(place, Path):
-        return place.parent, place.name
-    folder, _, name = place.rpartition("/")
-    return folder, name

@@ -84,7 +84,7 @@ def test_settling_gathers_the_ledger_and_changes_no_record(
     bucket: s3.Bucket, done: tuple[Workspace, Job, list[Report]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, job, _ = done
-    monkeypatch.setattr(compaction, "MOST_SHARDS", 1)
+    monkeypatch.setattr(compaction, "MAX_SMALL_SHARDS", 1)
     before = records(bucket, job)
     assert len(bucket.keys(within(job, "requests/"))) > 1
     flow.settle(job)

@@ -235,14 +235,14 @@ def output(workspace: Workspace) -> Output:
 
 
 def test_status_is_words(output: Output) -> None:
-    result = invoke("status", output.path)
+    result = invoke("status", output.root)
     assert (result.exit_code, result.stdout) == (0, "")
     assert re.search(r"request failures: render/empty +│ 1", result.stderr)
     assert re.search(r"in/\[red\]a\\x1b\[31m\.pdf +│ 1 +│ 0 +│ 1 +│ render/empty", result.stderr)
 
 
 def test_status_prints_json_alone(output: Output) -> None:
-    result = invoke("status", output.path, "--json")
+    result = invoke("status", output.root, "--json")
     assert (result.stderr, json.loads(result.stdout)["request_failures"]) == ("", {"render/empty": 1})
 
 

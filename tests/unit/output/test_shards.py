@@ -51,12 +51,12 @@ def write_test_shard(folder: FolderStore, table: pa.Table, keys: list[str]) -> P
 
 
 def test_make_makes_the_folders(output: Output) -> None:
-    assert names(output.path) == ["records", "requests", "sources"]
+    assert names(output.root.path) == ["records", "requests", "sources"]
 
 
 @pytest.mark.parametrize("folder", [".", "sources", "requests", "records"])
 def test_clear_removes_what_a_killed_run_left_half_written(output: Output, folder: str) -> None:
-    left = output.path / folder / ".ab12.parquet.4711.tmp"
+    left = output.root.path / folder / ".ab12.parquet.4711.tmp"
     left.write_bytes(b"PAR1")
     output.remove_leftovers()
     assert not left.exists()
@@ -80,7 +80,7 @@ def test_the_job_comes_back_as_it_was_written(output: Output) -> None:
 
 @pytest.mark.parametrize("text", ["name: invoices\nsource: {paths: [in]}\n", "- a\n", "just text", "job: {}\n"])
 def test_a_job_file_of_the_users_own_is_refused_and_stays(output: Output, text: str) -> None:
-    file = output.path / "job.yaml"
+    file = output.root.path / "job.yaml"
     file.write_text(text)
     with pytest.raises(JobError, match=r"job\.yaml was not written by a run: choose another output folder"):
         output.read_job()
@@ -89,7 +89,7 @@ def test_a_job_file_of_the_users_own_is_refused_and_stays(output: Output, text: 
 
 @pytest.mark.parametrize("content", [b"job: [", b"\xff\xfe\x00"])
 def test_a_broken_job_file_is_named(output: Output, content: bytes) -> None:
-    (output.path / "job.yaml").write_bytes(content)
+    (output.root.path / "job.yaml").write_bytes(content)
     with pytest.raises(JobError, match=r"cannot read .*job\.yaml"):
         output.read_job()
 
@@ -298,6 +298,6 @@ def test_a_listing_replaces_what_was_there(output: Output) -> None:
 
 def test_records_of_an_earlier_settling_are_removed(output: Output) -> None:
     old, new = (write_test_shard(output.records, TABLE, [key]) for key in ("old", "new"))
-    output.keep_records({new.name})
+    output.remove_other_records({new.name})
     assert not old.exists()
     assert new.exists()

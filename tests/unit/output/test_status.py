@@ -12,7 +12,7 @@ from pipeline.errors import JobError
 from pipeline.output import Output
 from pipeline.output.ledger import LEDGER_SCHEMA, LedgerWriter
 from pipeline.output.shards import write_shard
-from pipeline.output.status import RECORDED, WORST, read_status
+from pipeline.output.status import MAX_WORST_DOCUMENTS, RECORD_STATUS_SCHEMA, read_status
 
 
 def row(key: str, source: str, kind: str = "", attempt: int = 1, **given: Any) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def test_documents_requests_and_records_are_counted(output: Output) -> None:
     write(output, row("k1", "a.pdf"), row("k2", "b.pdf", "timeout"), row("k3", "b.pdf", "timeout"), row("k4", "c.pdf", doc_id=None))
     failure = {"stage": "render", "kind": "timeout", "message": "…"}
     records = [{"_source": "a.pdf", "_status": "extracted"}, {"_source": "b.pdf", "_status": "failed", "_failure": failure}]
-    write_shard(output.records, pa.Table.from_pylist(records, RECORDED), ["a", "b"])
+    write_shard(output.records, pa.Table.from_pylist(records, RECORD_STATUS_SCHEMA), ["a", "b"])
     found = read_status(output)
     assert (found["job"], found["documents"]) == ("slips", {"listed": 3, "identified": 2})
     assert (found["requests"], found["request_failures"]) == ({"extracted": 2, "failed": 2}, {"render/timeout": 2})
@@ -58,8 +58,8 @@ def test_the_worst_documents_come_first(output: Output) -> None:
 
 
 def test_so_many_are_named(output: Output) -> None:
-    write(output, *(row(f"k{n}", f"{n:03}.pdf", "crash") for n in range(WORST + 5)))
-    assert [one["source"] for one in read_status(output)["worst"]] == [f"{n:03}.pdf" for n in range(WORST)]
+    write(output, *(row(f"k{n}", f"{n:03}.pdf", "crash") for n in range(MAX_WORST_DOCUMENTS + 5)))
+    assert [one["source"] for one in read_status(output)["worst"]] == [f"{n:03}.pdf" for n in range(MAX_WORST_DOCUMENTS)]
 
 
 def test_an_attempt_that_succeeded_counts_before_the_one_that_failed(output: Output) -> None:
@@ -70,7 +70,7 @@ def test_an_attempt_that_succeeded_counts_before_the_one_that_failed(output: Out
 
 def test_a_damaged_shard_is_named_and_the_rest_counted(output: Output) -> None:
     write(output, row("k1", "a.pdf"))
-    bad = output.path / "requests" / write_shard(output.requests, pa.Table.from_pylist([row("k2", "b.pdf")], LEDGER_SCHEMA), ["k2"])
+    bad = output.root.path / "requests" / write_shard(output.requests, pa.Table.from_pylist([row("k2", "b.pdf")], LEDGER_SCHEMA), ["k2"])
     bad.write_bytes(b"PAR1")
     found = read_status(output)
     assert (found["damaged"], found["requests"]) == ([str(bad)], {"extracted": 1})

@@ -151,7 +151,7 @@ def write(output: Output, rows: list[Row], data: st.DataObject) -> None:
 
 def copy_some(output: Output, data: st.DataObject) -> None:
     """Put copies of some shards beside them, as a restored backup might."""
-    for file in sorted((output.path / "requests").glob("*.parquet")):
+    for file in sorted((output.root.path / "requests").glob("*.parquet")):
         if data.draw(st.booleans()):
             file.with_name(f"copy-{file.name}").write_bytes(file.read_bytes())
 

@@ -310,7 +310,7 @@ def test_a_damaged_shard_in_a_store_is_set_aside(bucket: s3.Bucket, tmp_path: Pa
 def test_records_of_an_earlier_settling_are_removed_from_a_store(bucket: s3.Bucket, tmp_path: Path) -> None:
     output = Output(bucket.url(tmp_path.name))
     old, new = (write_shard(output.records, pa.table({"n": [1]}), [key]) for key in ("old", "new"))
-    output.keep_records({new})
+    output.remove_other_records({new})
     assert list(output.records.list_names("")) == [new] != [old]
 
 
@@ -319,7 +319,7 @@ def test_records_of_an_earlier_settling_are_removed_from_a_store(bucket: s3.Buck
 
 @KINDS
 def test_many_shards_become_few_with_the_same_rows(bucket: s3.Bucket, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compaction, "MOST_SHARDS", 8)
+    monkeypatch.setattr(compaction, "MAX_SMALL_SHARDS", 8)
     output = Output(tmp_path / "out" if kind == "folder" else bucket.url(tmp_path.name))
     output.create()
     for n in range(9):
@@ -342,7 +342,7 @@ def test_few_shards_are_left_alone(tmp_path: Path) -> None:
 
 def test_records_are_the_same_before_within_and_after_a_compaction(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents of two requests each, some failed and asked again."""
-    monkeypatch.setattr(compaction, "MOST_SHARDS", 8)
+    monkeypatch.setattr(compaction, "MAX_SMALL_SHARDS", 8)
     (output := Output(workspace.folder / "out")).create()
     stage = SettleStage(workspace.job("pages.per_request=1"), pa.schema([]))
     listed = [test_settle.document(f"{n}.pdf", f"d{n}", 2) for n in range(10)]
@@ -374,7 +374,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("removed", [0, 1, 5, 9])
 def test_a_compaction_that_is_killed_leaves_rows_twice_and_harmless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: int) -> None:
     """Everyone who reads takes both for one; the next compaction removes them."""
-    monkeypatch.setattr(compaction, "MOST_SHARDS", 8)
+    monkeypatch.setattr(compaction, "MAX_SMALL_SHARDS", 8)
     (output := Output(tmp_path / "out")).create()
     output.write_job({"job": {"name": "slips"}, "fingerprint": "f", "asked": {}})
     for n in range(9):
@@ -403,13 +403,13 @@ def test_a_compaction_that_is_killed_leaves_rows_twice_and_harmless(tmp_path: Pa
 
 
 def test_rows_of_a_large_shard_are_not_kept_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compaction, "MOST_SHARDS", 1)
+    monkeypatch.setattr(compaction, "MAX_SMALL_SHARDS", 1)
     (output := Output(tmp_path / "out")).create()
     for n in range(3):
         write(output, row(f"k{n}", answer=os.urandom(20_000).hex()))
     small = {name: output.requests.read(name) for name in output.requests.list_names("")}
     compact_shards(output)
-    monkeypatch.setattr(compaction, "FULL_BYTES", sum(map(len, small.values())))  # what was gathered is large now
+    monkeypatch.setattr(compaction, "TARGET_BYTES", sum(map(len, small.values())))  # what was gathered is large now
     for name, data in small.items():
         output.requests.put(name, data)
     compact_shards(output)
@@ -417,7 +417,7 @@ def test_rows_of_a_large_shard_are_not_kept_twice(tmp_path: Path, monkeypatch: p
 
 
 def test_a_damaged_shard_stops_a_compaction_before_anything_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compaction, "MOST_SHARDS", 1)
+    monkeypatch.setattr(compaction, "MAX_SMALL_SHARDS", 1)
     (output := Output(tmp_path / "out")).create()
     for n in range(3):
         write(output, row(f"k{n}"))
@@ -430,7 +430,7 @@ def test_a_damaged_shard_stops_a_compaction_before_anything_is_removed(tmp_path:
 
 def test_a_reader_beside_a_compaction_sees_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has listed the small shards, and they are gone when it opens them."""
-    monkeypatch.setattr(compaction, "MOST_SHARDS", 1)
+    monkeypatch.setattr(compaction, "MAX_SMALL_SHARDS", 1)
     (output := Output(tmp_path / "out")).create()
     for n in range(3):
         write(output, row(f"k{n}"))
