@@ -13,11 +13,15 @@ import fcntl
 import io
 import os
 import pty
+import re
 import shutil
 import struct
 import sys
 import tempfile
 import termios
+from collections.abc import Mapping
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import pyte
@@ -69,18 +73,24 @@ def read_output(terminal: int) -> bytes:
 
 
 def draw_screen(screen: pyte.Screen) -> str:
-    """Return a screen as an SVG picture, without the empty lines at its end."""
+    """Return a screen as an SVG picture, without the empty lines at its end and without fonts from the network."""
     used = max(row for row, line in enumerate(screen.display) if line.strip()) + 1
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     for row in range(used):
-        console.print(Text.assemble(*(format_cell(screen.buffer[row][column]) for column in range(COLUMNS))))
-    return console.export_svg(title=f"pipeline {' '.join(COMMAND)}", unique_id="run")
+        console.print(draw_line(screen.buffer[row], len(screen.display[row].rstrip())))
+    picture = console.export_svg(title=f"pipeline {' '.join(COMMAND)}", unique_id="run")
+    return re.sub(r" *@font-face \{.*?\}\n", "", picture, flags=re.DOTALL)
 
 
-def format_cell(cell: pyte.screens.Char) -> tuple[str, Style]:
-    """Return a character of the screen with its style."""
+def draw_line(line: Mapping[int, pyte.screens.Char], length: int) -> Text:
+    """Return the first characters of a line, those of one style together."""
+    cells = [(line[column].data, find_style(line[column])) for column in range(length)]
+    return Text.assemble(*(("".join(data for data, _ in run), style) for style, run in groupby(cells, key=itemgetter(1))))
+
+
+def find_style(cell: pyte.screens.Char) -> Style:
     colors = {"color": find_color(cell.fg), "bgcolor": find_color(cell.bg)}
-    return cell.data, Style(**colors, bold=cell.bold, italic=cell.italics, underline=cell.underscore, reverse=cell.reverse)
+    return Style(**colors, bold=cell.bold, italic=cell.italics, underline=cell.underscore, reverse=cell.reverse)
 
 
 def find_color(name: str) -> str | None:
