@@ -1,7 +1,7 @@
-"""What happens in a run, as it happens -> one line of JSON each. Knows neither files nor what an event means.
+"""Event log: what happens in a run, as records of the logger `pipeline.events`, formatted as JSON lines.
 
-Events are records of Python's own logging, of the logger `pipeline.events`: a program that embeds a run takes them where it
-likes; `pipeline run --log FILE` writes them as (`-`: to stderr, between the words)
+A program that embeds a run attaches a handler of its own. `pipeline run --log FILE` writes lines like this one (`-`: to stderr,
+between the messages):
 
     {"at": "2026-11-21T08:00:00.123+00:00", "event": "request", "key": "c1…", "source": "a.pdf", "status": "extracted", …}
 """
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import JobError
+from pipeline.records import LedgerRow
 
 EVENT_LOG = logging.getLogger("pipeline.events")
 EVENT_LOG.addHandler(logging.NullHandler())
@@ -24,45 +25,30 @@ REQUEST_FIELDS = "key attempt source doc_id first_page last_page status asks pro
 
 
 def emit_event(name: str, **facts: Any) -> None:
-    """Tell whoever listens."""
+    """Log an event with its facts."""
     EVENT_LOG.info(name, extra={"facts": facts})
 
 
-def emit_answer_event(row: Mapping[str, Any]) -> None:
-    """Tell what became of a request; a twin of another document has none and is no event."""
-    if row["key"] and are_heard():
-        failure = row.get("failure") or {}
+def emit_answer_event(row: LedgerRow) -> None:
+    """Log a completed request. A row that only identifies a document is no event."""
+    if row["key"] and EVENT_LOG.isEnabledFor(logging.INFO):
+        failure = row.get("failure")
         why = f"{failure['stage']}/{failure['kind']}" if failure else None
-        emit_event("request", **{name: row.get(name) for name in REQUEST_FIELDS}, failure=why, message=failure.get("message"))
+        message = failure["message"] if failure else None
+        emit_event("request", **{name: row.get(name) for name in REQUEST_FIELDS}, failure=why, message=message)
 
 
 class JsonLinesFormatter(logging.Formatter):
-    """Events as lines of JSON. What stands in a document's name cannot break a line."""
+    """Formats an event as one line of JSON; control characters in document names are escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         return json.dumps({"at": at, "event": record.msg, **getattr(record, "facts", {})}, default=str)
 
 
-class CallbackHandler(logging.Handler):
-    """Events as they are, for somebody else to tell."""
-
-    def __init__(self, tell: Callable[[str, dict[str, Any]], object]) -> None:
-        super().__init__()
-        self.tell = tell
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.tell(record.msg, getattr(record, "facts", {}))
-
-
-def are_heard() -> bool:
-    """Say whether anybody listens."""
-    return EVENT_LOG.isEnabledFor(logging.INFO)
-
-
 @contextmanager
 def attach_handler(handler: logging.Handler) -> Iterator[None]:
-    """Let a handler have the events of this while."""
+    """Attach a logging handler for the duration of the block."""
     level, spreads = EVENT_LOG.level, EVENT_LOG.propagate
     EVENT_LOG.addHandler(handler)
     EVENT_LOG.setLevel(logging.INFO)
@@ -78,7 +64,7 @@ def attach_handler(handler: logging.Handler) -> Iterator[None]:
 
 @contextmanager
 def write_events_to(file: Path | None) -> Iterator[None]:
-    """Append the events of this while to a file, or to stderr for `-`; nothing without one. Raises JobError when it cannot be written."""
+    """Append the events of the block to a file, or write them to stderr for `-`. Raises JobError when the file cannot be written."""
     if file is None:
         yield
         return

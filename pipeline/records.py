@@ -7,8 +7,9 @@ A row's journey: a `Document` is rendered into `Page`s; up to `per_request` page
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,3 +148,91 @@ class Completion:
     finish_reason: FinishReason
     usage: Usage
     tokens: tuple[Token, ...] = ()
+
+
+class FailureRow(TypedDict):
+    """A `Failure` as a ledger and a record hold it."""
+
+    stage: str
+    kind: str
+    message: str
+
+
+class PageRow(TypedDict):
+    """A page as the ledger holds it: without its pixels."""
+
+    page_no: int
+    width_px: int
+    height_px: int
+    dpi: float
+    visual_tokens: int
+    warnings: list[str]
+
+
+class TokenRow(TypedDict):
+    """A `Token` as the ledger holds it."""
+
+    text: str
+    logprob: float
+
+
+class SourceRow(TypedDict, total=False):
+    """A row of `sources/`: a document as listed and, once it is read, as identified. A manifest's own columns follow."""
+
+    source: str
+    size_bytes: int | None
+    version: str
+    doc_id: str | None
+    """sha256 of the document's bytes, 64 hex digits; None until it is read."""
+    page_count: int | None
+    """None until the document is opened; 0 where it could not be."""
+
+
+class LedgerRow(TypedDict, total=False):
+    """A row of `requests/`, the ledger: one request and what became of it. Its fields are those of `output.ledger.LEDGER_SCHEMA`."""
+
+    key: str | None
+    """32 hex digits; None in a row that only identifies a document, which the ledger does not keep."""
+    attempt: int
+    source: str
+    doc_id: str | None
+    page_count: int
+    first_page: int
+    last_page: int
+    status: str
+    failure: FailureRow | None
+    answer: str | None
+    """The model's last text as it came."""
+    finish_reason: str | None
+    errors: list[str] | None
+    """Why the answer is not valid."""
+    asks: int | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    tokens: list[TokenRow] | None
+    pages: list[PageRow] | None
+    model: str | None
+    engine: str | None
+    fingerprint: str | None
+    started_at: datetime | None
+    elapsed_s: float | None
+
+
+class RequestRow(LedgerRow, total=False):
+    """A ledger row on its way from the renderer to the engine."""
+
+    size_bytes: int | None
+    version: str
+    pixels: list[bytes]
+    """RGB bytes of each page, height_px × width_px × 3."""
+
+
+class AnsweredRow(RequestRow, total=False):
+    """A ledger row on its way from the engine to the driver."""
+
+    actor: str
+    """The engine actor's id and process id."""
+    alive_s: float
+    """For how long its model has been loaded."""
+    busy_s: float
+    """For how long of that time it had a request."""

@@ -1,20 +1,20 @@
-"""What a run did -> counts, reconciliation and the exit code. Knows no row, no file and no screen."""
+"""Run report: counts ledger rows as they come, and decides the exit code and whether a failing run goes on."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import Any
 
 from pipeline.errors import RunError
+from pipeline.records import AnsweredRow
 
 
 class ExitCode(IntEnum):
-    """What the shell is told."""
+    """Exit code of a command."""
 
     OK = 0
     DOCUMENTS_FAILED = 1
@@ -30,20 +30,33 @@ class ExitCode(IntEnum):
 
 
 PENDING_FAILURE = "settle/pending"
-"""How the failure of a record is counted that waits for an answer still."""
+"""Failure kind of a record whose requests are not all answered yet."""
+
+
+class Phase(StrEnum):
+    """What a run is doing, in this order."""
+
+    LISTING = "listing"
+    STARTING_RAY = "starting Ray"
+    LOADING_MODEL = "loading the model"
+    ASKING = "asking"
+    SETTLING = "settling"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the ask pass stands."""
+    """How far a phase of a run has come."""
 
-    documents: int
-    """Documents to ask."""
+    phase: Phase
+    documents: int | None
+    """Documents of this phase; None until the listing is complete."""
     documents_done: int
     pages_done: int
     requests_done: int
     failed: int
+    """Requests that failed."""
     elapsed_s: float
+    """Since this phase began."""
 
     @property
     def pages_per_s(self) -> float:
@@ -52,7 +65,7 @@ class Progress:
 
 @dataclass
 class Report:
-    """The end of a run or a settling."""
+    """Result of a run or of settling: what `report.json` holds."""
 
     job: str
     output: str
@@ -65,21 +78,21 @@ class Report:
     failures: dict[str, int] = field(default_factory=dict)
     """Records without a valid result, by `stage/kind`."""
     missing: list[str] = field(default_factory=list)
-    """Sources without a row: always a defect, named here rather than lost."""
+    """Sources without a record: always a defect of this package."""
     damaged: list[str] = field(default_factory=list)
-    """Shards that someone had damaged: set aside, and their requests asked again."""
+    """Damaged shards that were set aside; their requests were asked again."""
     requests: dict[str, int] = field(default_factory=dict)
-    """Requests that came back in this run, by status."""
+    """Requests completed in this run, by status."""
     requests_asked: int = 0
-    """Those of them that an engine answered."""
+    """Requests that an engine answered in this run."""
     pages_asked: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     elapsed_s: float = 0.0
-    requests_at_once: dict[str, Any] = field(default_factory=dict)
-    """How many requests were under way at engines: the mean of each slice of time, from the first one's start."""
+    requests_in_flight: float | None = None
+    """Mean number of requests at the engines, from the start of the first to the end of the last."""
     engine_busy_share: float | None = None
-    """In so much of the time, from when it was loaded to its last answer, an engine had a request."""
+    """Share of the engines' time, from loaded to last answer, in which they had a request."""
 
     @property
     def exit_code(self) -> ExitCode:
@@ -92,7 +105,7 @@ class Report:
         return self.pages_asked / self.elapsed_s if self.elapsed_s > 0 else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what `report.json` and `--json` say."""
+        """Return the content of `report.json` and of `--json`."""
         return {**asdict(self), "pages_per_s": round(self.pages_per_s, 3), "exit_code": int(self.exit_code)}
 
     def count_records(self, statuses: Iterable[str], failures: Iterable[str]) -> None:
@@ -101,53 +114,46 @@ class Report:
         self.records = sum(self.statuses.values())
 
 
-class ConcurrencyProfile:
-    """How many requests were under way at engines over time, in at most so many slices of equal length.
-
-    Two requests, from 0 to 3 s and from 1 to 2 s:    second 0: 1    second 1: 2    second 2: 1
-    """
-
-    MOST = 60
-
-    def __init__(self) -> None:
-        self.start_s: float | None = None
-        self.slice_s = 1.0
-        self.busy_s: list[float] = []
-
-    def add(self, start_s: float, end_s: float) -> None:
-        """Take note of a request. One that began before the first one noted counts from there."""
-        self.start_s = start_s if self.start_s is None else self.start_s
-        first, last = max(0.0, start_s - self.start_s), max(0.0, end_s - self.start_s)
-        while last > self.MOST * self.slice_s:
-            self.busy_s = [sum(self.busy_s[at : at + 2]) for at in range(0, len(self.busy_s), 2)]
-            self.slice_s *= 2
-        self.busy_s += [0.0] * (math.ceil(last / self.slice_s) - len(self.busy_s))
-        for at in range(int(first / self.slice_s), math.ceil(last / self.slice_s)):
-            self.busy_s[at] += min(last, (at + 1) * self.slice_s) - max(first, at * self.slice_s)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the mean number in each slice."""
-        return {"slice_s": self.slice_s, "mean": [round(busy_s / self.slice_s, 1) for busy_s in self.busy_s]}
-
-
 OnProgress = Callable[[Progress], None]
 
 
 class ProgressTracker:
-    """Counts answers for the report and the progress bar."""
+    """Counts ledger rows into the report and reports progress: at each change of phase and after each row."""
 
     def __init__(self, report: Report, on_progress: OnProgress) -> None:
         self.report, self.on_progress = report, on_progress
-        self.failed, self.started = 0, time.monotonic()
-        self.at_once, self.engines = ConcurrencyProfile(), dict[str, tuple[float, float]]()
-        self.start_round(0)
+        self.phase, self.phase_started_s = Phase.LISTING, time.monotonic()
+        self.documents: int | None = None
+        self.documents_done = self.failed = 0
+        self.pages_left: dict[str, int] = {}
+        self.engine_times: dict[str, tuple[float, float]] = {}
+        """Seconds loaded and seconds busy of each engine, by its own count."""
+        self.answering_s, self.first_start_s, self.last_end_s = 0.0, float("inf"), 0.0
 
-    def start_round(self, documents: int) -> None:
-        """Begin a round of so many documents."""
+    def enter_phase(self, phase: Phase, documents: int | None = None) -> None:
+        """Begin a phase over this many documents, of which none is done."""
+        self.phase, self.phase_started_s = phase, time.monotonic()
         self.documents, self.documents_done = documents, 0
-        self.left: dict[str, int] = {}
+        self.pages_left = {}
+        self.notify()
 
-    def add(self, row: Mapping[str, Any]) -> None:
+    def change_phase(self, phase: Phase) -> None:
+        """Begin a phase that goes on with the documents of the current one."""
+        self.phase, self.phase_started_s = phase, time.monotonic()
+        self.notify()
+
+    def set_documents(self, documents: int) -> None:
+        """Set the number of documents of the current phase."""
+        self.documents = documents
+        self.notify()
+
+    def add_settled(self, documents: int) -> None:
+        """Count documents whose records are written."""
+        self.documents_done += documents
+        self.notify()
+
+    def add(self, row: AnsweredRow) -> None:
+        """Count a row: a completed request, or a document that needed none (its key is None)."""
         report = self.report
         self.record_engine(row)
         if row["key"]:
@@ -157,43 +163,48 @@ class ProgressTracker:
         report.prompt_tokens += row.get("prompt_tokens") or 0
         report.completion_tokens += row.get("completion_tokens") or 0
         self.failed += row.get("status") == "failed"
-        if row.get("started_at"):
-            start_s = row["started_at"].timestamp()
-            self.at_once.add(start_s, start_s + row["elapsed_s"])
         pages = row["last_page"] - row["first_page"] + 1 if row["key"] and row["last_page"] else 0
-        left = self.left.get(row["source"], row["page_count"] or 0) - pages
-        self.left[row["source"]] = left
+        left = self.pages_left.get(row["source"], row["page_count"] or 0) - pages
+        self.pages_left[row["source"]] = left
         if left <= 0 or not row["key"]:
             self.documents_done += 1
-            del self.left[row["source"]]
-        elapsed_s = time.monotonic() - self.started
-        self.on_progress(Progress(self.documents, self.documents_done, report.pages_asked, report.requests_asked, self.failed, elapsed_s))
+            del self.pages_left[row["source"]]
+        self.notify()
 
-    def record_engine(self, row: Mapping[str, Any]) -> None:
-        """Take note of how long the engine that answered had something to answer, by its own count."""
-        if row.get("actor"):
-            self.engines[row["actor"]] = max(self.engines.get(row["actor"], (0.0, 0.0)), (row["alive_s"], row["busy_s"]))
+    def record_engine(self, row: AnsweredRow) -> None:
+        """Take note of how long the engine of this row has been loaded and busy, and of when the request was there."""
+        if actor := row.get("actor"):
+            self.engine_times[actor] = max(self.engine_times.get(actor, (0.0, 0.0)), (row["alive_s"], row["busy_s"]))
+        if started_at := row.get("started_at"):
+            start_s, elapsed_s = started_at.timestamp(), row["elapsed_s"] or 0.0
+            self.answering_s += elapsed_s
+            self.first_start_s, self.last_end_s = min(self.first_start_s, start_s), max(self.last_end_s, start_s + elapsed_s)
 
     def finish(self) -> None:
-        """Tell the report how the engines were used."""
-        alive_s, busy_s = (sum(times) for times in zip((0.0, 0.0), *self.engines.values(), strict=True))
-        self.report.engine_busy_share = round(busy_s / alive_s, 3) if alive_s else None
-        if self.at_once.busy_s:
-            self.report.requests_at_once = self.at_once.as_dict()
+        """Write into the report how the engines were used."""
+        loaded_s, busy_s = (sum(times) for times in zip((0.0, 0.0), *self.engine_times.values(), strict=True))
+        self.report.engine_busy_share = round(busy_s / loaded_s, 3) if loaded_s else None
+        span_s = self.last_end_s - self.first_start_s
+        self.report.requests_in_flight = round(self.answering_s / span_s, 1) if span_s > 0 else None
+
+    def notify(self) -> None:
+        report, elapsed_s = self.report, time.monotonic() - self.phase_started_s
+        counts = (report.pages_asked, report.requests_asked, self.failed)
+        self.on_progress(Progress(self.phase, self.documents, self.documents_done, *counts, elapsed_s))
 
 
 class CircuitBreaker:
-    """Stops a run that is failing wholesale."""
+    """Stops a run when too large a share of the latest requests failed."""
 
     WINDOW = 1000
-    """So many of the last requests count, so that a run of days notices what broke in its last hour."""
+    """Requests that count: a run of days must notice what broke in its last hour."""
 
     def __init__(self, max_ratio: float, min_requests: int) -> None:
         self.max_ratio, self.min_requests = max_ratio, min_requests
         self.kinds: deque[str | None] = deque(maxlen=self.WINDOW)
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Take note of a request. Raises RunError when more of the last ones failed than allowed."""
+    def add(self, row: AnsweredRow) -> None:
+        """Count a request. Raises RunError when more of the latest ones failed than allowed."""
         if row["key"] is None:
             return
         failure = row.get("failure") if row.get("status") == "failed" else None

@@ -40,7 +40,7 @@ OUTPUT = click.option("--output", metavar="DIR", help="Folder of the results ins
 LIMIT = click.option("--limit", type=click.IntRange(min=1), help="Take only the first so many documents of the listing.")
 RETRY = click.option("--retry", metavar="failed[:KIND]", help="Ask once more what failed, all or one kind of it (failed:timeout).")
 SHARED = click.option("--shared-filesystem", is_flag=True, help="The cluster's machines have the job's local paths at the same place.")
-CLUSTER = click.option("--address", metavar="ADDRESS", help="Ray cluster to join instead of the job's: auto, HOST:6379, ray://HOST:10001.")
+CLUSTER = click.option("--address", metavar="ADDRESS", help="Ray cluster to join instead of the job's: auto or HOST:6379.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print data as JSON on stdout, nothing else.")
 
 
@@ -216,12 +216,14 @@ def preview_command(
         room.write_preview_png(seen, png)
     if not as_json:
         show_page(file, page, seen.facts, job.system_message, seen.ask)
-    answer = {} if no_answer else room.ask_preview(job, seen, None if as_json else announce_demo_model)
+    answer = None if no_answer else room.ask_preview(job, seen, None if as_json else announce_demo_model)
     if as_json:
-        click.echo(json.dumps({**seen.facts, "prompt": job.system_message, "ask": seen.ask, **answer}, indent=2, ensure_ascii=False))
+        click.echo(
+            json.dumps({**seen.facts, "prompt": job.system_message, "ask": seen.ask, **(answer or {})}, indent=2, ensure_ascii=False)
+        )
     elif answer:
         show_answer(answer)
-    return ExitCode.DOCUMENTS_FAILED if answer.get("failure") else ExitCode.OK
+    return ExitCode.DOCUMENTS_FAILED if answer and answer["failure"] else ExitCode.OK
 
 
 @main.command()

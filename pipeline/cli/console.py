@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pipeline.report import OnProgress, Progress, Report
+    from pipeline.stages.preview import PreviewAnswer
 
 
 PERIOD_S = 10.0
@@ -163,10 +164,11 @@ def show_page(file: str, number: int, facts: dict[str, Any], prompt: str, ask: s
     click.echo(f"\nprompt:\n{prompt}\n\n[page image]\n{ask}\n")
 
 
-def show_answer(given: dict[str, Any]) -> None:
+def show_answer(given: PreviewAnswer) -> None:
     """Show what a model answered, and what is wrong with it."""
     click.echo(f"answer ({given['prompt_tokens']} + {given['completion_tokens']} tokens, {given['finish_reason']}):\n{given['answer']}")
-    for problem in [given["failure"]["message"]] if given["status"] == "failed" else given["errors"]:
+    failure = given["failure"]
+    for problem in [failure["message"]] if failure and given["status"] == "failed" else given["errors"] or []:
         click.echo(f"{given['status']}: {problem}")
 
 

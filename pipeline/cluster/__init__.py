@@ -1,4 +1,4 @@
-"""Ray, started on this machine or joined elsewhere: what machines there are. Knows nothing of documents."""
+"""Ray: starts it on this machine or joins a cluster, says what machines there are, and stops it. An address comes in, resources go out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Set
@@ -17,21 +16,22 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline.cluster import bundle
 from pipeline.errors import JobError, RunError
 from pipeline.job.sections import check_cluster_address
 
 LOCAL, AUTO = "local", "auto"
+PACKAGE = Path(__file__).parents[1]
+"""This package, which Ray sends to the machines of a cluster that lack it: 7 MiB, nearly all of them the demonstration model."""
+EXCLUDED = ["__pycache__"]
+"""What is not sent with it, in the syntax of .gitignore."""
 ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""What a job server gives to the processes that it starts: their runtime environment."""
-DEFAULT_PORTS = {"ray": 10001, "http": 80, "https": 443}
+"""Set by a job server in the processes that it starts: their runtime environment."""
+DEFAULT_PORTS = {"http": 80, "https": 443}
 REACHED_S = 10.0
 RAY_START_ATTEMPTS = 3
-LATE = "Starting Ray client server failed"
-"""What Ray says when the process that it starts for whoever comes by `ray://` is late, as it is on a busy machine."""
 THREADS_S = 3.0
-"""How long Ray Data's threads may take to notice that it is over; one of them only waits, for good and to nobody's harm."""
+"""How long Ray Data's threads may take to end. One daemon thread never exits; this is harmless."""
 RAISED = re.compile(r"^((?:\w+\.)*)([A-Z]\w*): (.+)$", re.MULTILINE)
 """The line of a traceback that says what was raised."""
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -39,12 +39,12 @@ QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "
 
 @dataclass(frozen=True)
 class Resources:
-    """What Ray may hand out."""
+    """CPUs and GPUs of a cluster."""
 
     cpus: float
     gpus: float
     machines: tuple[tuple[float, float], ...] = ()
-    """CPUs and GPUs of each machine; nothing where all are on one."""
+    """CPUs and GPUs of each machine; empty where there is one."""
 
     @property
     def per_machine(self) -> tuple[tuple[float, float], ...]:
@@ -54,8 +54,8 @@ class Resources:
 def connect_ray(address: str | None = None) -> Resources:
     """Join the Ray cluster at an address, or start Ray on this machine, and return what there is.
 
-    Without an address the environment's RAY_ADDRESS decides, and `local` starts one whatever it says. Of a Ray that is started
-    here the dashboard and job server, which run anyone's code (CVE-2023-48022), stay off. Raises JobError, RunError.
+    Without an address RAY_ADDRESS decides; `local` starts Ray whatever that says. Of a Ray that is started
+    here the dashboard and job server stay off, because they run anyone's code (CVE-2023-48022). Raises JobError, RunError.
     """
     os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
     import ray
@@ -69,7 +69,7 @@ def connect_ray(address: str | None = None) -> Resources:
 
 
 def read_resources() -> Resources:
-    """Return what there is now."""
+    """Return what the cluster has now."""
     import ray
 
     found = ray.cluster_resources()
@@ -79,7 +79,7 @@ def read_resources() -> Resources:
 
 
 def read_ray_address() -> str:
-    """Return the address in RAY_ADDRESS. Raises JobError where that is none."""
+    """Return the address in RAY_ADDRESS, by default `local`. Raises JobError for one that cannot be joined."""
     address = os.environ.get("RAY_ADDRESS") or LOCAL
     try:
         check_cluster_address(address)
@@ -88,18 +88,9 @@ def read_ray_address() -> str:
     return address
 
 
-def is_outside_cluster(address: str | None) -> bool:
-    """Say whether the cluster at an address is joined by Ray's client, from outside."""
-    import ray
-
-    if ray.is_initialized():
-        return bool(ray.util.client.ray.is_connected())
-    return (address or read_ray_address()).startswith("ray://")
-
-
 @contextmanager
 def hide_ray_addresses() -> Iterator[None]:
-    """Hide from Ray the addresses in the environment, which it prefers to the one that it is given."""
+    """Hide the addresses in the environment from Ray, which prefers them to its argument."""
     hidden = {name: os.environ.pop(name) for name in ADDRESSES if name in os.environ}
     try:
         yield
@@ -109,7 +100,7 @@ def hide_ray_addresses() -> Iterator[None]:
 
 @contextmanager
 def keep_signal_handlers() -> Iterator[None]:
-    """Leave SIGTERM to whoever listened before: Ray would end this process where it stands."""
+    """Restore the SIGTERM handler that Ray replaces by one that ends the process at once."""
     listener = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -136,44 +127,37 @@ def start_ray() -> None:
 @hide_ray_addresses()
 @keep_signal_handlers()
 def join_cluster(address: str) -> None:
-    """Join a Ray cluster that runs already, and take this package to its workers, unless its job server did; again, if it is too busy.
-
-    Raises JobError.
-    """
+    """Join a running cluster, and send this package to its workers unless a job server has done so. Raises JobError."""
     import ray
     from ray.exceptions import RayError
 
     check_reachable(address)
-    with tempfile.TemporaryDirectory() as folder:
-        sent = {} if SUBMITTED in os.environ else {"py_modules": [str(bundle.copy_package(Path(folder)))]}
-        for left in reversed(range(RAY_START_ATTEMPTS)):
-            try:
-                ray.init(address, runtime_env=sent, log_to_driver=False, logging_level=logging.ERROR)
-                break
-            except (OSError, RuntimeError, ValueError, ImportError, RayError, SystemExit) as error:  # the last is Ray's own SIGTERM
-                if not left or LATE not in str(error):
-                    raise JobError(f"there is no Ray cluster to join at {address}: {explain_join_error(error)}") from None
+    environment = None if SUBMITTED in os.environ else {"py_modules": [str(PACKAGE)], "excludes": EXCLUDED}
+    try:
+        ray.init(address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError, ImportError, RayError, SystemExit) as error:  # Ray raises the last on its own SIGTERM
+        raise JobError(f"there is no Ray cluster to join at {address}: {explain_join_error(error)}") from None
 
 
 def explain_join_error(error: BaseException) -> str:
-    """Return why a cluster was not joined."""
+    """Return why joining a cluster failed."""
     why = " ".join(str(error).split())[:300] if not isinstance(error, SystemExit) else "it does not answer as Ray does"
     return why if os.environ.get("RAY_AUTH_MODE") == "token" else f"{why}; one with a token wants RAY_AUTH_MODE=token and it here, too"
 
 
 def check_reachable(address: str) -> None:
-    """Raise JobError where nobody listens at an address: Ray itself would try for two minutes."""
+    """Raise JobError where nothing listens at an address: Ray itself would try for two minutes."""
     place = urlsplit(address if "://" in address else f"//{address}")
     if address == AUTO or place.hostname is None:
         return
     try:
         socket.create_connection((place.hostname, place.port or DEFAULT_PORTS.get(place.scheme, 0)), REACHED_S).close()
     except OSError as error:
-        raise JobError(f"nobody answers at {address}: {error.strerror or error}") from None
+        raise JobError(f"nothing answers at {address}: {error.strerror or error}") from None
 
 
 def read_gcs_address() -> str:
-    """Return the address at which the cluster that was joined is joined again."""
+    """Return the address of the cluster that this process is connected to."""
     import ray
 
     return str(ray.get_runtime_context().gcs_address)
@@ -188,21 +172,16 @@ def make_driver_affinity() -> Any:
 
 
 def is_node_alive(node: str | None) -> bool:
-    """Say whether a node, by its id, is one of the cluster still."""
+    """Say whether a node, by its id, is alive."""
     import ray
 
     return any(found["NodeID"] == node and found["Alive"] for found in ray.nodes())
 
 
 def stop_ray(threads: Set[threading.Thread]) -> None:
-    """Stop Ray, when all threads but these have ended, or had time to: pulled away from under them, it can end this process.
-
-    A driver that is a task itself leaves that to whoever started it.
-    """
+    """Stop Ray once all threads but these have ended, or had `THREADS_S` to: stopping it under a running thread can end this process."""
     import ray
 
-    if ray.is_initialized() and ray.get_runtime_context().get_task_id() is not None:
-        return
     deadline = time.monotonic() + THREADS_S
     for thread in set(threading.enumerate()) - threads:
         thread.join(max(0.0, deadline - time.monotonic()))
@@ -210,9 +189,9 @@ def stop_ray(threads: Set[threading.Thread]) -> None:
 
 
 def convert_worker_error(error: Exception, sentence: str) -> RunError:
-    """Return what a worker raised as the end of this run: its message, or a sentence about it with its traceback as the cause.
+    """Return a worker's exception as a RunError: its own message if it is this package's, else the sentence with the traceback as cause.
 
-    Of a worker's exception only the text comes over from its process.
+    Only the text of a worker's exception comes over from its process.
     """
     from ray.exceptions import RayError
 

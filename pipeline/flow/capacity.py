@@ -1,12 +1,12 @@
-"""A job and a cluster's machines -> how many engine actors there is room for, and of what size. Starts nothing.
+"""Capacity: how many engine actors of what size fit a cluster's machines.
 
-An actor lives on one machine, and beside all of them one document at a time must be drawn: Ray would wait for room without end.
+An actor lives on one machine, and beside all actors one document at a time must be rendered: Ray would wait for room without end.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.cluster import Resources
 from pipeline.errors import JobError
@@ -15,45 +15,49 @@ from pipeline.job import Job
 
 @dataclass(frozen=True)
 class Reservations:
-    """What the parts of a run reserve."""
+    """What a run reserves: the size of an engine actor, the bounds of their number, and the CPUs of a render task."""
 
     cpus: float
     """Of an engine actor."""
     gpus: float
-    """Of an engine actor and all that its model is spread over."""
+    """Of an engine actor and all processes that its model is spread over."""
     gpus_here: float
     """Those of them that must be on one machine."""
     renderer_cpus: float
-
-    def count_actors(self, there: Resources) -> int:
-        """Return how many engine actors there is room for, each on one machine, beside a renderer."""
-        each = (min(count_fits(self.cpus, cpus), count_fits(self.gpus_here, gpus)) for cpus, gpus in there.per_machine)
-        return int(min(sum(each), count_fits(self.cpus, there.cpus - self.renderer_cpus), count_fits(self.gpus, there.gpus)))
+    min_actors: int
+    max_actors: int
 
 
-def count_fits(need: float, there: float) -> float:
-    """Return how often a need is met; without one, as often as one likes."""
-    return (there + 1e-9) // need if need else math.inf
+def compute_reservations(job: Job, resources: Resources) -> Reservations:
+    """Return what a run of this job reserves on these machines.
 
-
-def compute_reservations(job: Job, there: Resources) -> Reservations:
-    gpus = compute_actor_gpus(job, there)
+    The number of actors is the job's own, unless a machine has gone and the rest has room for fewer.
+    """
+    gpus = compute_actor_gpus(job, resources)
     gpus_here = 0.0 if job.sections.model.reserves_gpus_itself else gpus
-    return Reservations(compute_actor_cpus(job, there), gpus, gpus_here, compute_renderer_cpus(job, there))
+    bounds = job.sections.ray.least_actors, job.sections.ray.most_actors
+    found = Reservations(compute_actor_cpus(job, resources), gpus, gpus_here, compute_renderer_cpus(job, resources), *bounds)
+    room = max(1, count_actors(found, resources))
+    return found if found.min_actors <= room else replace(found, min_actors=room, max_actors=room)
 
 
-def compute_pool_size(job: Job, there: Resources) -> tuple[int, int]:
-    """Return the least and the most engine actors: the job's own numbers, unless a machine has gone and left room for fewer."""
-    room = max(1, compute_reservations(job, there).count_actors(there))
-    least, most = job.sections.ray.least_actors, job.sections.ray.most_actors
-    return (least, most) if least <= room else (room, room)
+def count_actors(needed: Reservations, resources: Resources) -> int:
+    """Return how many engine actors there is room for, each on one machine, beside a render task."""
+    fits = (min(count_fits(needed.cpus, cpus), count_fits(needed.gpus_here, gpus)) for cpus, gpus in resources.per_machine)
+    spare = count_fits(needed.cpus, resources.cpus - needed.renderer_cpus)
+    return int(min(sum(fits), spare, count_fits(needed.gpus, resources.gpus)))
+
+
+def count_fits(needed: float, available: float) -> float:
+    """Return how often a need fits into what is available; infinity where nothing is needed."""
+    return (available + 1e-9) // needed if needed else math.inf
 
 
 def compute_actor_gpus(job: Job, resources: Resources) -> float:
-    """Return the GPUs of an engine actor; who asks a server needs none.
+    """Return the GPUs of an engine actor; one that asks a server needs none.
 
     A model that vLLM splits over several GPUs has them all in its actor, which Ray places on a machine that has as many free: vLLM's own
-    processes inherit them. (Ray Data takes placement groups of ours no longer, from 2.64 on.) Over several machines vLLM's executor `ray`
+    processes inherit them. (From 2.64 on Ray Data takes no placement groups of its caller.) Over several machines vLLM's executor `ray`
     reserves them instead, in a placement group of its own.
     """
     model = job.sections.model
@@ -85,13 +89,13 @@ def compute_renderer_cpus(job: Job, resources: Resources) -> float:
     return 0.9 * cpus if cpus == compute_actor_cpus(job, resources) and not compute_actor_gpus(job, resources) else cpus
 
 
-def check_capacity(job: Job, there: Resources) -> None:
-    """Raise JobError when the engine's actors and one renderer do not fit."""
-    actors, each = job.sections.ray.least_actors, compute_reservations(job, there)
-    if actors > each.count_actors(there):
-        largest = [max(amounts) for amounts in zip(*there.per_machine, strict=True)]
-        machines = f", on one machine at most {largest[0]:g} and {largest[1]:g}" if len(there.per_machine) > 1 else ""
+def check_capacity(job: Job, resources: Resources, needed: Reservations) -> None:
+    """Raise JobError when the job's least number of engine actors does not fit beside one render task."""
+    actors = job.sections.ray.least_actors
+    if actors > count_actors(needed, resources):
+        largest = [max(amounts) for amounts in zip(*resources.per_machine, strict=True)]
+        machines = f", on one machine at most {largest[0]:g} and {largest[1]:g}" if len(resources.per_machine) > 1 else ""
         raise JobError(
-            f"{job.file}: ray.actors is {actors}, each with {each.cpus:g} CPUs and {each.gpus:g} GPUs, beside {each.renderer_cpus:g} CPUs "
-            f"for rendering; there are {there.cpus:g} CPUs and {there.gpus:g} GPUs{machines}"
+            f"{job.file}: ray.actors is {actors}, each with {needed.cpus:g} CPUs and {needed.gpus:g} GPUs, beside {needed.renderer_cpus:g} "
+            f"CPUs for rendering; there are {resources.cpus:g} CPUs and {resources.gpus:g} GPUs{machines}"
         )

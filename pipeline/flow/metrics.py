@@ -1,4 +1,4 @@
-"""What the parts of a run are doing, as Ray's metrics, which Ray's dashboard and Prometheus show under these names.
+"""Metrics of a run for Ray's dashboard and Prometheus, under these names:
 
     ray_pipeline_pages_rendered_total            pages drawn
     ray_pipeline_requests_total{status}          requests that came back
@@ -6,33 +6,33 @@
     ray_pipeline_queue_depth                     requests that an engine has and has not answered
     ray_pipeline_engine_busy_seconds_total       seconds in which an engine had any: their rate is its busy share
 
-Every process of a run counts for itself, and whoever reads adds up; all of them have the label `job`. They are exported where
-`ray[default]` is installed, every ten seconds, and end with their process. Knows neither documents nor answers.
+Each process of a run counts its own part; a query adds them up. All have the label `job`. They are exported every ten seconds where
+`ray[default]` is installed, and end with their process.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
+from pipeline.records import LedgerRow, RequestRow
+
 
 class RenderMetrics:
-    """Counts what a render task draws."""
+    """Counts the pages that a worker renders."""
 
     def __init__(self, job: str) -> None:
         self.tags = {"job": job}
         self.pages = Counter("pipeline_pages_rendered", "Pages drawn.", ("job",))
 
-    def add(self, row: Mapping[str, Any]) -> None:
+    def add(self, row: RequestRow) -> None:
         if pages := len(row.get("pages") or []):
             self.pages.inc(pages, self.tags)
 
 
 class EngineMetrics:
-    """Counts what one engine answers, and how long it has anything to answer."""
+    """Counts what one engine answers, and for how long it has requests."""
 
     def __init__(self, job: str) -> None:
         self.tags = {"job": job}
@@ -43,8 +43,8 @@ class EngineMetrics:
         self.waiting, self.since = 0, time.monotonic()
         self.loaded, self.busy_s = self.since, 0.0
 
-    def take(self, requests: int) -> None:
-        """Note that so many requests have come; a negative number takes back what was given up."""
+    def add_waiting(self, requests: int) -> None:
+        """Count requests that have come; a negative number takes back those given up."""
         now = time.monotonic()
         if self.waiting and now > self.since:
             self.busy.inc(now - self.since, self.tags)
@@ -52,12 +52,11 @@ class EngineMetrics:
         self.waiting, self.since = self.waiting + requests, now
         self.queue.set(self.waiting, self.tags)
 
-    def answer(self, row: Mapping[str, Any]) -> dict[str, float]:
-        """Note that one came back, and return for how long this engine has been loaded, and busy."""
-        self.take(-1)
-        if row.get("key"):
-            self.requests.inc(1, {**self.tags, "status": str(row.get("status"))})
-        for kind in ("prompt", "completion"):
-            if tokens := row.get(f"{kind}_tokens"):
+    def record_answer(self, row: LedgerRow) -> dict[str, float]:
+        """Count a completed request; return for how long this engine has been loaded, and busy (fields of `AnsweredRow`)."""
+        self.add_waiting(-1)
+        self.requests.inc(1, {**self.tags, "status": row["status"]})
+        for kind, tokens in (("prompt", row.get("prompt_tokens")), ("completion", row.get("completion_tokens"))):
+            if tokens:
                 self.tokens.inc(tokens, {**self.tags, "kind": kind})
         return {"alive_s": self.since - self.loaded, "busy_s": self.busy_s}

@@ -1,7 +1,4 @@
-"""A job's sources, as found now and as earlier runs came to know them -> which documents have something unasked.
-
-Knows neither Ray nor an engine; what is in a document, only a renderer finds out.
-"""
+"""Pending work: the job's sources as found now and the ledger's state come in, the documents with unanswered requests go out."""
 
 from __future__ import annotations
 
@@ -18,14 +15,15 @@ from pipeline.job import Job
 from pipeline.output import Output
 from pipeline.output.ledger import LedgerState
 from pipeline.output.sources import SOURCE_SCHEMA, read_sources
+from pipeline.records import SourceRow
 from pipeline.sources import local
-from pipeline.stages.requests import Row, compute_document_keys
+from pipeline.stages.requests import compute_document_keys
 
 
 def list_documents(job: Job) -> pa.Table:
-    """Return the job's documents; what an earlier run wrote into an output folder among them is none.
+    """Return the job's documents, without files that an earlier run wrote into an output folder among them.
 
-    Raises JobError, and SourceError when there is none at all.
+    Raises JobError, and SourceError when there is no document at all.
     """
     listing = sources.find_documents(job.sections.source.paths, job.file.parent, allow_outside=job.sections.source.allow_outside)
     own = f"{job.output}/"
@@ -37,20 +35,15 @@ def list_documents(job: Job) -> pa.Table:
     return listing
 
 
-def select_extra_columns(listing: pa.Table) -> pa.Schema:
-    """Return the manifest's own columns."""
-    return pa.schema([field for field in listing.schema if field.name not in SOURCE_SCHEMA.names])
-
-
 def limit_documents(listing: pa.Table, limit: int, output: Output) -> pa.Table:
-    """Return the first so many documents, and those that an earlier run has taken on already."""
+    """Return the first `limit` documents, and those that an earlier run has listed already."""
     known = set(read_sources(output)["source"].to_pylist())
     keep = [index < limit or name in known for index, name in enumerate(listing["source"].to_pylist())]
     return listing.filter(pa.array(keep, pa.bool_()))
 
 
 def identify_documents(output: Output, listing: pa.Table) -> pa.Table:
-    """Return the listing with what earlier reads found out about the sources that have not changed since."""
+    """Return the listing with the doc_ids and page counts that earlier runs found for sources that have not changed since."""
     known = {
         (row["source"], row["size_bytes"], row["version"]): row for row in read_sources(output).select(SOURCE_SCHEMA.names).to_pylist()
     }
@@ -61,22 +54,23 @@ def identify_documents(output: Output, listing: pa.Table) -> pa.Table:
     return listing
 
 
-def forget_unopened(job: Job, documents: pa.Table, asked: LedgerState) -> pa.Table:
-    """Return the documents without the page counts of those that could not be opened and shall be tried once more."""
+def forget_unopened(job: Job, documents: pa.Table, state: LedgerState) -> pa.Table:
+    """Return the documents; those that could not be opened and are tried once more have no page count."""
     rows = documents.select(SOURCE_SCHEMA.names).to_pylist()
-    again = [row["page_count"] == 0 and not asked.done.issuperset(list_document_keys(job, row)) for row in rows]
-    counts = [None if shut else row["page_count"] for shut, row in zip(again, rows, strict=True)]
+    again = [row["page_count"] == 0 and not state.done.issuperset(list_document_keys(job, row)) for row in rows]
+    counts = [None if unopened else row["page_count"] for unopened, row in zip(again, rows, strict=True)]
     place = documents.schema.get_field_index("page_count")
     return documents.set_column(place, SOURCE_SCHEMA.field("page_count"), pa.array(counts, pa.int32()))
 
 
-def select_unasked(job: Job, documents: pa.Table, asked: LedgerState) -> pa.Table:
-    """Return the documents that have a request to be asked: one that the ledger does not know, or that is wanted again."""
+def select_unanswered(job: Job, documents: pa.Table, state: LedgerState) -> pa.Table:
+    """Return the documents with a request to ask: one that the ledger does not have, or that is retried."""
     rows = documents.select(SOURCE_SCHEMA.names).to_pylist()
     return documents.filter(
-        pa.array([row["page_count"] is None or not asked.done.issuperset(list_document_keys(job, row)) for row in rows], pa.bool_())
+        pa.array([row["page_count"] is None or not state.done.issuperset(list_document_keys(job, row)) for row in rows], pa.bool_())
     )
 
 
-def list_document_keys(job: Job, document: Row) -> Iterable[str]:
+def list_document_keys(job: Job, document: SourceRow) -> Iterable[str]:
+    """Return the keys of a document's requests under this job."""
     return compute_document_keys(document, job.pages_per_request, job.fingerprint)

@@ -1,72 +1,77 @@
-"""A run whose answers do not come, and its cluster's machines -> whether any can still come. Knows no request and no answer.
+"""Stall watchdog: decides, when no answer has come for a while, whether the cluster's machines can still give one.
 
-Ray waits for an engine whose machine has gone until there is room for it again, and for CPUs to draw documents with until the engines
-leave some: on a cluster that nobody enlarges, for ever. Then the run has to begin anew with what is left.
+Ray waits for an engine whose machine has gone until there is room for it again, and for CPUs to render documents until the engines
+leave some: on a cluster that does not grow, for ever. The run then begins again with the machines that are left.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
-import ray
 import ray.data
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from pipeline import cluster
 from pipeline.errors import RunError
-from pipeline.flow.capacity import compute_pool_size, compute_reservations
+from pipeline.flow.capacity import Reservations, compute_reservations, count_actors
 from pipeline.job import Job
 
 SILENT_S = 60.0
-"""So long nothing has come before the machines are looked at: an engine that is left may be at a long answer."""
+"""How long no answer may come before the machines are looked at: an engine may be at a long answer."""
 GONE_S = 900.0
-"""How long is waited for a machine when no engine has room any more: a cloud takes minutes to find another."""
+"""How long a run waits for a machine when no engine has room any more: a cloud takes minutes to find another."""
 CHECK_PERIOD_S = 5.0
 
 
 class ClusterShrunk(RunError):
-    """What has been started cannot go on, and what is left of the cluster has room for a new beginning."""
+    """What was started cannot go on, and the machines that are left have room for a new beginning."""
 
 
 class StallWatchdog:
-    """Looks at the machines when nothing has come for a while."""
+    """Compares what a run reserved with the cluster's machines."""
 
-    def __init__(self, job: Job, there: cluster.Resources, homes: Callable[[], list[str]]) -> None:
-        """`homes` returns the nodes on which engines live, or lived last."""
-        self.job, self.homes = job, homes
-        self.size, self.least = compute_reservations(job, there), compute_pool_size(job, there)[0]
-        self.heard_s = self.looked_s = time.monotonic()
+    def __init__(self, job: Job, needed: Reservations, list_nodes: Callable[[], list[str]]) -> None:
+        """`list_nodes` returns the ids of the nodes on which engines live, or lived last."""
+        self.job, self.needed, self.list_nodes = job, needed, list_nodes
+        self.answered_s = self.checked_s = time.monotonic()
 
-    def heard(self) -> None:
+    def reset(self) -> None:
         """Note that an answer has come."""
-        self.heard_s = time.monotonic()
+        self.answered_s = time.monotonic()
 
-    def look(self) -> None:
-        """Raise Stranded when no answer can come any more, RunError when that has been so for long and no engine has room."""
+    def check(self) -> None:
+        """Raise ClusterShrunk when no answer can come any more, RunError when for `GONE_S` no engine has had room either."""
         now_s = time.monotonic()
-        if now_s < max(self.heard_s + SILENT_S, self.looked_s + CHECK_PERIOD_S):
+        if now_s < max(self.answered_s + SILENT_S, self.checked_s + CHECK_PERIOD_S):
             return
-        self.looked_s, there = now_s, cluster.read_resources()
-        if self.size.count_actors(there) >= self.least and all(map(cluster.is_node_alive, self.homes())):
+        self.checked_s, resources = now_s, cluster.read_resources()
+        if count_actors(self.needed, resources) >= self.needed.min_actors and all(map(cluster.is_node_alive, self.list_nodes())):
             return
-        left = compute_reservations(self.job, there)
-        if left.count_actors(there) and bool(left.gpus) == bool(self.size.gpus):
+        left = compute_reservations(self.job, resources)
+        if count_actors(left, resources) and bool(left.gpus) == bool(self.needed.gpus):
             raise ClusterShrunk("machines of the cluster have gone, and what was started there has no room on the others; run it again")
-        if now_s > self.heard_s + GONE_S:
+        if now_s > self.answered_s + GONE_S:
             raise RunError(
                 f"machines of the cluster have gone, and for {GONE_S / 60:g} minutes none had room for an engine of "
-                f"{self.size.cpus:g} CPUs and {self.size.gpus:g} GPUs; the same command resumes the run"
+                f"{self.needed.cpus:g} CPUs and {self.needed.gpus:g} GPUs; the same command resumes the run"
             )
 
 
-def watch_dataset(dataset: ray.data.Dataset, outlook: StallWatchdog) -> ray.data.Dataset:
-    """Return a dataset whose execution looks out, at each of its steps."""
+def call_while_executing(dataset: ray.data.Dataset, call: Callable[[], None]) -> ray.data.Dataset:
+    """Return a dataset whose execution calls this at each of its steps, several times a second; what it raises ends the execution.
 
-    class Step(ExecutionCallback):
-        def on_execution_step(self, executor: Any) -> None:
-            outlook.look()
+    `custom_execution_callback_classes` is a field of Ray's DataContext; it takes classes with these four methods.
+    """
 
-    dataset.context.custom_execution_callback_classes = [Step]
+    class Callback:
+        def before_execution_starts(self, executor: object) -> None: ...
+
+        def on_execution_step(self, executor: object) -> None:
+            call()
+
+        def after_execution_succeeds(self, executor: object) -> None: ...
+
+        def after_execution_fails(self, executor: object, error: Exception) -> None: ...
+
+    dataset.context.custom_execution_callback_classes = [Callback]  # type: ignore[list-item]
     return dataset

@@ -150,22 +150,24 @@ def check_cluster_address(address: str | None) -> None:
     if re.match(r"https?://", str(address)):
         raise ValueError("an http(s) address is a cluster's job server, which is what `pipeline submit --address` expects")
     host = r"([^\s/:@]+|\[[0-9A-Fa-f:]+\])"
-    if not re.fullmatch(rf"ray://{host}(:\d+)?|{host}:\d+", str(address)):
-        raise ValueError("a cluster's address must be auto, local, HOST:6379 or ray://HOST:10001")
+    if str(address).startswith("ray://"):
+        raise ValueError("a cluster cannot be joined by ray://; `pipeline submit --address http://HEAD:8265` starts a run on it")
+    if not re.fullmatch(rf"{host}:\d+", str(address)):
+        raise ValueError("a cluster's address must be auto, local or HOST:6379")
 
 
 class RaySection(Section):
     address: str | None = Field(
         None,
         description="Ray cluster to join: `auto` for the one that was started on this machine, `HOST:6379` from a machine of the "
-        "cluster, `ray://HOST:10001` from outside. Default: the environment's RAY_ADDRESS, else a new Ray on this "
+        "cluster; from outside, `pipeline submit` starts a run on it. Default: the environment's RAY_ADDRESS, else a new Ray on this "
         "machine, which `local` always means. Costs: documents and output must be reachable from all its machines, and "
-        "every worker starts with a copy of this package.",
+        "this package is sent to each of them.",
     )
     shared_filesystem: bool = Field(
         False,
-        description="States that the cluster's machines have this job's local paths at the same place. Without it `pipeline submit` and "
-        "`ray://` refuse local paths; where it is not true, files are not found, and results stay on a machine of the cluster.",
+        description="States that the cluster's machines have this job's local paths at the same place. Without it `pipeline submit` "
+        "refuses local paths; where it is not true, files are not found, and results stay on a machine of the cluster.",
     )
     actors: int | tuple[int, int] = Field(
         1,

@@ -1,6 +1,6 @@
-"""What became of the requests so far -> those that are done, and those that are to be asked once more.
+"""Ledger: one row per request in `requests/`, written in shards while a run goes on, and what these rows say is done.
 
-Knows neither files nor documents: an outcome is a row with `key`, `attempt`, `status` and `failure`.
+The names of `LedgerRow` and of `LEDGER_SCHEMA` are the same.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,63 +18,7 @@ from pipeline.events import emit_event
 from pipeline.output import Output
 from pipeline.output.shards import read_each_shard, read_shards, set_aside_shard, write_shard
 from pipeline.output.sources import SOURCE_SCHEMA, write_sources
-from pipeline.records import Status
-
-Outcome = Mapping[str, Any]
-RETRY_PATTERN = re.compile(r"failed(?::(?:(?P<stage>\w+)/)?(?P<kind>\w+))?")
-
-
-@dataclass(frozen=True)
-class LedgerState:
-    """What the ledger says: requests that are not to be asked, and how often those were that are to be asked once more."""
-
-    done: frozenset[str]
-    attempts: Mapping[str, int]
-
-    def with_done(self, keys: Set[str]) -> LedgerState:
-        """Return this after some more requests were answered."""
-        return replace(self, done=self.done | keys)
-
-
-@dataclass(frozen=True)
-class RetryFilter:
-    """Which failures are to be asked once more: those of a stage, of a kind, or all of them."""
-
-    stage: str | None = None
-    kind: str | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> RetryFilter:
-        """Return what `failed`, `failed:KIND` or `failed:STAGE/KIND` says. Raises JobError."""
-        found = RETRY_PATTERN.fullmatch(text)
-        if not found:
-            raise JobError(f"retry is {text!r}; allowed are failed, failed:KIND and failed:STAGE/KIND, as in failed:timeout")
-        return cls(**found.groupdict())
-
-    def wants(self, outcome: Outcome) -> bool:
-        failure = outcome["failure"]
-        if outcome["status"] != Status.FAILED:
-            return False
-        return self.stage in (None, failure["stage"]) and self.kind in (None, failure["kind"])
-
-
-def select_newest_attempt(attempts: Iterable[Outcome]) -> Outcome:
-    """Return the newest successful attempt of a request, or else the newest."""
-    return max(attempts, key=lambda row: (row["status"] != Status.FAILED, row["attempt"]))
-
-
-def build_ledger_state(outcomes: Iterable[Outcome], retry: RetryFilter | None = None) -> LedgerState:
-    """Return what is done when these failures are to be asked once more."""
-    requests: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
-        requests.setdefault(outcome["key"], []).append(outcome)
-    again = {
-        key: max(row["attempt"] for row in attempts)
-        for key, attempts in requests.items()
-        if retry and retry.wants(select_newest_attempt(attempts))
-    }
-    return LedgerState(frozenset(requests.keys() - again.keys()), again)
-
+from pipeline.records import LedgerRow, Status
 
 FAILURE_TYPE = pa.struct([("stage", pa.string()), ("kind", pa.string()), ("message", pa.string())])
 PAGE_TYPE = pa.struct(
@@ -117,16 +60,70 @@ LEDGER_SCHEMA = pa.schema(
 )
 """One row per request. `answer` is the model's last text as it came; `errors` is why it was not valid."""
 OUTCOME_COLUMNS = ["key", "attempt", "status", "failure"]
+RETRY_PATTERN = re.compile(r"failed(?::(?:(?P<stage>\w+)/)?(?P<kind>\w+))?")
+
+
+@dataclass(frozen=True)
+class LedgerState:
+    """What the ledger says: the requests that are done, and how often those were asked that are retried."""
+
+    done: frozenset[str]
+    attempts: Mapping[str, int]
+
+    def with_done(self, keys: Set[str]) -> LedgerState:
+        """Return this state after more requests were answered."""
+        return replace(self, done=self.done | keys)
+
+
+@dataclass(frozen=True)
+class RetryFilter:
+    """Which failed requests are asked once more: those of a stage, of a kind, or all."""
+
+    stage: str | None = None
+    kind: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> RetryFilter:
+        """Return the filter written as `failed`, `failed:KIND` or `failed:STAGE/KIND`. Raises JobError."""
+        found = RETRY_PATTERN.fullmatch(text)
+        if not found:
+            raise JobError(f"retry is {text!r}; allowed are failed, failed:KIND and failed:STAGE/KIND, as in failed:timeout")
+        return cls(**found.groupdict())
+
+    def matches(self, row: LedgerRow) -> bool:
+        """Say whether a request failed so."""
+        failure = row["failure"]
+        if row["status"] != Status.FAILED or failure is None:
+            return False
+        return self.stage in (None, failure["stage"]) and self.kind in (None, failure["kind"])
+
+
+def select_newest_attempt(attempts: Iterable[LedgerRow]) -> LedgerRow:
+    """Return the newest successful attempt of a request, or else the newest."""
+    return max(attempts, key=lambda row: (row["status"] != Status.FAILED, row["attempt"]))
+
+
+def build_ledger_state(outcomes: Iterable[LedgerRow], retry: RetryFilter | None = None) -> LedgerState:
+    """Return what is done, given these rows of the ledger and the failures that are retried."""
+    requests: dict[str, list[LedgerRow]] = {}
+    for row in outcomes:
+        requests.setdefault(str(row["key"]), []).append(row)
+    again = {
+        key: max(row["attempt"] for row in attempts)
+        for key, attempts in requests.items()
+        if retry and retry.matches(select_newest_attempt(attempts))
+    }
+    return LedgerState(frozenset(requests.keys() - again.keys()), again)
 
 
 def set_aside_damaged_shards(output: Output) -> list[str]:
-    """Set aside the shards of listing and ledger that do not say which requests they hold; return their places."""
+    """Set aside the shards of listing and ledger whose keys cannot be read; return their paths."""
     found = [*read_each_shard(output.sources, None, SOURCE_SCHEMA), *read_each_shard(output.requests, OUTCOME_COLUMNS, LEDGER_SCHEMA)]
     return [set_aside_shard(output, damage) for damage in found if isinstance(damage, DamagedShard)]
 
 
-def read_outcomes(output: Output) -> Iterator[dict[str, Any]]:
-    """Yield what became of every request in the ledger: its key, attempt, status and failure."""
+def read_outcomes(output: Output) -> Iterator[LedgerRow]:
+    """Yield the key, attempt, status and failure of every row of the ledger."""
     for batch in read_shards(output.requests, OUTCOME_COLUMNS, LEDGER_SCHEMA).to_batches(max_chunksize=65_536):
         yield from batch.to_pylist()
 
@@ -146,16 +143,16 @@ def read_requests(output: Output, doc_ids: pa.ChunkedArray) -> pa.Table:
 
 
 class LedgerWriter:
-    """Gathers the rows that come back and writes them in shards, some every few seconds so that a kill costs little."""
+    """Collects rows and writes them in shards, every few seconds so that a kill costs little."""
 
     ROWS, SECONDS = 512, 5.0
 
     def __init__(self, output: Output) -> None:
-        self.output, self.rows, self.written_at = output, list[dict[str, Any]](), time.monotonic()
+        self.output, self.rows, self.written_at = output, list[LedgerRow](), time.monotonic()
         self.seen: set[str] = set()
 
-    def add(self, row: dict[str, Any]) -> bool:
-        """Take a row; say whether it is new: work that was done again because a machine was lost brings some twice."""
+    def add(self, row: LedgerRow) -> bool:
+        """Take a row; return whether it is new: work repeated after the loss of a machine brings rows a second time."""
         if row["key"] in self.seen:
             return False
         if row["key"]:

@@ -56,3 +56,8 @@ def replace_sources(output: Output, table: pa.Table) -> None:
     before = output.sources.list_names(SHARD_SUFFIX).keys()
     kept = write_shard(output.sources, table, [str(row) for row in table.to_pylist()])
     output.sources.remove(before - {kept})
+
+
+def select_extra_columns(table: pa.Table) -> pa.Schema:
+    """Return the manifest's own columns of a listing."""
+    return pa.schema([field for field in table.schema if field.name not in SOURCE_SCHEMA.names])

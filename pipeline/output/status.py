@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypedDict
 
 import pyarrow as pa
 
@@ -16,12 +16,11 @@ from pipeline.output import Output
 from pipeline.output.ledger import FAILURE_TYPE, LEDGER_SCHEMA, OUTCOME_COLUMNS, select_newest_attempt
 from pipeline.output.shards import read_each_shard
 from pipeline.output.sources import SOURCE_SCHEMA, complete_sources
-from pipeline.records import Status
+from pipeline.records import FailureRow, LedgerRow, Status
 from pipeline.storage.store import Store
 
 RECORD_STATUS_SCHEMA = pa.schema([("_source", pa.string()), ("_status", pa.string()), ("_failure", FAILURE_TYPE)])
 MAX_WORST_DOCUMENTS = 20
-Row = dict[str, Any]
 
 
 class ShardReader:
@@ -36,8 +35,20 @@ class ShardReader:
         self.damaged += [shard.file for shard in found if isinstance(shard, DamagedShard)]
         return [shard for shard in found if not isinstance(shard, DamagedShard)]
 
-    def read_rows(self, folder: Store, columns: list[str], schema: pa.Schema) -> list[Row]:
+    def read_rows(self, folder: Store, columns: list[str], schema: pa.Schema) -> list[Any]:
         return [row for table in self.read_intact_shards(folder, columns, schema) for row in table.to_pylist()]
+
+
+class WorstRow(TypedDict):
+    """A document with requests that have no valid answer."""
+
+    source: str
+    failed: int
+    invalid: int
+    requests: int
+    kind: str
+    """Of its first failure: `stage/kind`."""
+    message: str
 
 
 def read_status(output: Output) -> dict[str, Any]:
@@ -65,24 +76,24 @@ def read_status(output: Output) -> dict[str, Any]:
     }
 
 
-def select_final_attempts(rows: list[Row]) -> list[Row]:
+def select_final_attempts(rows: Iterable[LedgerRow]) -> list[LedgerRow]:
     """Return one row per request: the attempt that `select_newest_attempt` chooses."""
-    requests: dict[str, list[Row]] = {}
+    requests: dict[str, list[LedgerRow]] = {}
     for row in rows:
-        requests.setdefault(row["key"], []).append(row)
-    return [dict(select_newest_attempt(attempts)) for attempts in requests.values()]
+        requests.setdefault(str(row["key"]), []).append(row)
+    return [select_newest_attempt(attempts) for attempts in requests.values()]
 
 
-def find_worst_documents(requests: list[Row]) -> list[Row]:
+def find_worst_documents(requests: list[LedgerRow]) -> list[WorstRow]:
     """Return the documents that have a failure, those with most failed requests first, then those with most invalid ones."""
-    documents: dict[str, list[Row]] = {}
+    documents: dict[str, list[LedgerRow]] = {}
     for row in requests:
         documents.setdefault(row["source"], []).append(row)
     found = [describe_document(source, rows) for source, rows in documents.items() if any(row["failure"] for row in rows)]
     return sorted(found, key=lambda row: (-row["failed"], -row["invalid"], row["source"]))
 
 
-def describe_document(source: str, requests: list[Row]) -> Row:
+def describe_document(source: str, requests: list[LedgerRow]) -> WorstRow:
     """Return a document's counts and its first failure, that of a failed request before that of an invalid one."""
     statuses = Counter(row["status"] for row in requests)
     failures = [row["failure"] for row in sorted(requests, key=lambda row: row["status"] != Status.FAILED) if row["failure"]]
@@ -96,7 +107,7 @@ def describe_document(source: str, requests: list[Row]) -> Row:
     }
 
 
-def format_failure_kind(failure: Row) -> str:
+def format_failure_kind(failure: FailureRow) -> str:
     return f"{failure['stage']}/{failure['kind']}"
 
 

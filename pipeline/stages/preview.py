@@ -1,4 +1,4 @@
-"""One page of one file -> what the model sees of it and what it answers, without Ray and without an output folder."""
+"""Preview: one page of one file as the model sees it, and what the model answers, without Ray and without an output folder."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from pipeline import engines, sources
 from pipeline.errors import DocumentError, JobError
 from pipeline.job import Job
-from pipeline.records import Document, Page
+from pipeline.records import Document, FailureRow, Page
 from pipeline.render.images import encode_page_png
 from pipeline.render.sandbox import Sandbox
 from pipeline.schema import prompt
 from pipeline.stages.ask import AskStage
-from pipeline.stages.render import describe_page, make_download_policy, make_render_settings
+from pipeline.stages.render import RenderPlan, describe_page
 from pipeline.storage.location import is_url
 
 
@@ -35,8 +35,9 @@ def render_preview(job: Job, file: Path | str, page_no: int) -> PreviewPage:
 
     Raises JobError when there is no such file or page, DocumentError when it cannot be rendered.
     """
-    data = read_preview_bytes(job, file)
-    with Sandbox(make_render_settings(job)) as sandbox:
+    plan = RenderPlan.of_job(job)
+    data = read_preview_bytes(plan, file)
+    with Sandbox(plan.settings) as sandbox:
         page_count = sandbox.open(data)
         if page_no > page_count:
             raise JobError(f"{file} has {page_count} pages, there is no page {page_no}")
@@ -45,51 +46,64 @@ def render_preview(job: Job, file: Path | str, page_no: int) -> PreviewPage:
     return PreviewPage(page, facts, str(prompt.build_messages(job.system_message, [page.pixels])[-1].parts[-1]))
 
 
-def read_preview_bytes(job: Job, file: Path | str) -> bytes:
+def read_preview_bytes(plan: RenderPlan, file: Path | str) -> bytes:
     """Return the bytes of a file, or of what a URL leads to. Raises JobError, DocumentError."""
     if is_url(str(file)):
-        found = sources.find_documents([str(file)], job.file.parent).to_pylist()
+        found = sources.find_documents([str(file)], plan.root).to_pylist()
         if len(found) > 1:
-            raise JobError(f"{file} are {len(found)} files, the first is {found[0]['source']}: name one")
-        return sources.read_document(
-            Document(**found[0]), job.file.parent, make_render_settings(job).max_file_bytes, make_download_policy(job)
-        )
+            raise JobError(f"{file} names {len(found)} files, the first is {found[0]['source']}: name one of them")
+        return sources.read_document(Document(**found[0]), plan.root, plan.settings.max_file_bytes, plan.policy)
     try:
         return Path(file).read_bytes()
     except OSError as error:
         raise JobError(f"cannot read {file}: {error.strerror}") from None
 
 
-def write_preview_png(seen: PreviewPage, file: Path) -> None:
+def write_preview_png(preview: PreviewPage, file: Path) -> None:
+    """Write the page image that the model sees. Raises JobError."""
     try:
-        file.write_bytes(encode_page_png(seen.page.pixels))
+        file.write_bytes(encode_page_png(preview.page.pixels))
     except OSError as error:
         raise JobError(f"cannot write {file}: {error.strerror}") from None
 
 
-def ask_preview(job: Job, seen: PreviewPage, on_demo: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """Return what the model answers about this page alone, as the ledger would keep it.
+class PreviewAnswer(TypedDict):
+    """What the model answers about one page, as the ledger would keep it."""
 
-    Raises DocumentError when there is no answer.
-    """
-    chosen = engines.locate_model(engines.choose_model(job, engines.count_gpus()))
-    if chosen.uses_demo and not job.uses_demo and on_demo:
+    status: str
+    failure: FailureRow | None
+    answer: str | None
+    finish_reason: str | None
+    errors: list[str] | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    model: str
+    engine: str
+    elapsed_s: float | None
+
+
+def ask_preview(job: Job, preview: PreviewPage, on_demo: Callable[[str], None] | None = None) -> PreviewAnswer:
+    """Return what the model answers about this page alone. Raises DocumentError when there is no answer, JobError, RunError."""
+    resolved = engines.resolve_engine(job, engines.count_gpus())
+    if resolved.uses_demo and not job.uses_demo and on_demo:
         on_demo(job.sections.model.name)
-    engines.check_engine(chosen)
-    engine = engines.load_engine(chosen)
+    engines.check_engine(resolved)
+    engine = engines.load_engine(resolved)
     try:
-        asked = {
-            "key": "preview",
-            "first_page": 1,
-            "last_page": 1,
-            "page_count": 1,
-            "pages": [seen.facts],
-            "pixels": [seen.page.pixels.tobytes()],
-        }
-        row = asyncio.run(AskStage(chosen, engine).answer(asked))
+        row = asyncio.run(AskStage(resolved, engine).ask_pages("preview", [preview.page.pixels], 1, None))
     finally:
         engine.close()
-    if "answer" not in row:
-        raise DocumentError(row["failure"]["kind"], row["failure"]["message"])
-    names = ("status", "failure", "answer", "finish_reason", "errors", "prompt_tokens", "completion_tokens", "model", "engine", "elapsed_s")
-    return {name: row[name] for name in names}
+    if "answer" not in row and (failure := row["failure"]):
+        raise DocumentError(failure["kind"], failure["message"])
+    return {
+        "status": row["status"],
+        "failure": row["failure"],
+        "answer": row["answer"],
+        "finish_reason": row["finish_reason"],
+        "errors": row["errors"],
+        "prompt_tokens": row["prompt_tokens"],
+        "completion_tokens": row["completion_tokens"],
+        "model": engine.model,
+        "engine": engine.name,
+        "elapsed_s": row["elapsed_s"],
+    }

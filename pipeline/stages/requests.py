@@ -1,7 +1,4 @@
-"""Batch-shaped steps of the ask pass: documents -> requests with their pages, requests -> answers.
-
-The only place where an exception becomes a `Failure` in a row: one document that cannot be read, one page that cannot be
-drawn, one request that cannot be answered costs itself and nothing else. Knows neither Ray nor Parquet.
+"""Requests of a document: how its pages are divided, and the keys under which the ledger holds them.
 
 A row's journey, for a document of 5 pages and requests of up to 4:
 
@@ -15,17 +12,13 @@ A row's journey, for a document of 5 pages and requests of up to 4:
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
-from typing import Any
 
 from pipeline.errors import DocumentError
-from pipeline.records import Failure, Stage, Status
-
-Row = dict[str, Any]
+from pipeline.records import LedgerRow, SourceRow, Stage, Status
 
 
 def compute_request_key(identity: str, first_page: int, last_page: int, fingerprint: str) -> str:
-    """Return a request's name: 32 hex digits of its document, pages and job."""
+    """Return a request's key: 32 hex digits of its document, pages and job."""
     return hashlib.sha256(f"{identity}\n{first_page}-{last_page}\n{fingerprint}".encode()).hexdigest()[:32]
 
 
@@ -34,17 +27,19 @@ def split_pages(page_count: int, per_request: int) -> list[tuple[int, int]]:
     return [(first, min(first + per_request - 1, page_count)) for first in range(1, page_count + 1, per_request)]
 
 
-def compute_document_keys(row: Row, per_request: int, fingerprint: str) -> dict[str, tuple[int, int]]:
-    """Return the requests of a document of known page count: key -> pages.
+def compute_document_keys(document: SourceRow, per_request: int, fingerprint: str) -> dict[str, tuple[int, int]]:
+    """Return the requests of a document: key -> first and last page.
 
-    A document that could not be opened is one request for the pages 0 to 0, named from its bytes, or from its place and
-    version where not even these could be read.
+    A document that could not be opened is one request for the pages 0 to 0. Its key is made of its bytes, or of its path and version
+    where these could not be read either.
     """
-    if not row["page_count"]:
-        identity = row["doc_id"] or f"{row['source']}\n{row['size_bytes']}\n{row['version']}"
+    doc_id, page_count = document["doc_id"], document["page_count"]
+    if not page_count:
+        identity = doc_id or f"{document['source']}\n{document['size_bytes']}\n{document['version']}"
         return {compute_request_key(identity, 0, 0, fingerprint): (0, 0)}
-    return {compute_request_key(row["doc_id"], *pages, fingerprint): pages for pages in split_pages(row["page_count"], per_request)}
+    return {compute_request_key(str(doc_id), *pages, fingerprint): pages for pages in split_pages(page_count, per_request)}
 
 
-def make_failed_row(stage: Stage, error: DocumentError) -> Row:
-    return {"status": str(Status.FAILED), "failure": asdict(Failure(stage, error.kind, error.message))}
+def make_failed_row(stage: Stage, error: DocumentError) -> LedgerRow:
+    """Return the ledger's columns for a failure."""
+    return {"status": str(Status.FAILED), "failure": {"stage": str(stage), "kind": error.kind, "message": error.message}}

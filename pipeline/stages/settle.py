@@ -1,4 +1,4 @@
-"""A document's rows of the ledger -> its typed record rows. Needs no model; the same ledger always gives the same rows.
+"""Settle stage: a document's rows of the ledger -> its typed record rows. The same ledger always gives the same rows, without a model.
 
 For each document that was listed there is one row, or one for each of its pages, whatever became of it:
 
@@ -6,13 +6,14 @@ For each document that was listed there is one row, or one for each of its pages
     invalid     answered, but the record breaks the schema or its columns: filled as far as they can hold it, `_errors` says why
     failed      not read, not drawn, not answered or not asked yet: `_failure` says where and why, the schema's columns are null
 
-Knows neither Ray nor Parquet files, and no time: a record holds nothing that differs between two runs over the same answers.
-(MuPDF's warnings about a page, which depend on the pages drawn before it, stay in the ledger with the times.)
+A record holds no time and nothing else that differs between two runs over the same answers. (MuPDF's warnings about a page depend on
+the pages drawn before it: they stay in the ledger.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypedDict, cast
 
 import pyarrow as pa
 
@@ -20,11 +21,11 @@ from pipeline import schema
 from pipeline.errors import JobError
 from pipeline.job import Job
 from pipeline.output.ledger import FAILURE_TYPE, select_newest_attempt
-from pipeline.records import Status
+from pipeline.records import FailureRow, LedgerRow, SourceRow, Status
 from pipeline.schema.arrow import ArrowPlan
 from pipeline.schema.merge import MergeResult, Part, merge_parts
 from pipeline.schema.validate import Validator
-from pipeline.stages.requests import Row, compute_document_keys
+from pipeline.stages.requests import compute_document_keys
 
 DISAGREEMENT_TYPE = pa.struct(
     [("path", pa.string()), ("kept", pa.string()), ("kept_page", pa.int32()), ("other", pa.string()), ("other_page", pa.int32())]
@@ -52,112 +53,152 @@ PROVENANCE_COLUMNS = {
     "_model": (pa.string(), "The checkpoint that answered."),
     "_engine": (pa.string(), "The engine that ran it."),
 }
-"""Every record's columns after the schema's own, each with its meaning."""
-PENDING_ROW: Row = {
+"""Every record's columns after the schema's own and the manifest's, each with its meaning."""
+
+
+class DisagreementRow(TypedDict):
+    """A `Disagreement` as a record holds it, its values as JSON."""
+
+    path: str
+    kept: str
+    kept_page: int
+    other: str
+    other_page: int
+
+
+class ProvenanceRow(TypedDict, total=False):
+    """A record's columns that are not the schema's or the manifest's. Its fields are those of `PROVENANCE_COLUMNS`."""
+
+    _source: str
+    _doc_id: str | None
+    _page: int | None
+    _status: str
+    _failure: FailureRow | None
+    _errors: list[str]
+    _disagreements: list[DisagreementRow]
+    _answer: str | None
+    _pages: int | None
+    _requests: int
+    _visual_tokens: int
+    _prompt_tokens: int
+    _completion_tokens: int
+    _model: str | None
+    _engine: str | None
+
+
+PENDING_ROW: LedgerRow = {
     "status": str(Status.FAILED),
     "attempt": 0,
     "failure": {"stage": "settle", "kind": "pending", "message": "not asked yet: run the job again"},
 }
-"""What stands for a request that is not in the ledger."""
+"""Stands for a request that is not in the ledger."""
+
+
+class RecordPlan:
+    """The columns of a job's records, decided once: the schema's, the manifest's, and the provenance."""
+
+    def __init__(self, job: Job, extras: pa.Schema) -> None:
+        """`extras` are the manifest's own columns. Raises JobError when one of them has the name of another column."""
+        self.job_schema, self.per_page, self.extras = job.schema, job.sections.extract.per == "page", extras.names
+        self.columns, self.validator = ArrowPlan(job.schema), Validator(job.schema)
+        own = [*self.columns.schema.names, *PROVENANCE_COLUMNS]
+        if twice := [name for name in extras.names if name in own]:
+            raise JobError(f"the manifest's column {twice[0]!r} has the name of a column of the records: rename it")
+        about = [(name, kind) for name, (kind, _) in PROVENANCE_COLUMNS.items() if name != "_page" or self.per_page]
+        self.schema = pa.schema([*self.columns.schema, *extras, *about])
 
 
 class SettleStage:
     """Settles documents of one job."""
 
-    def __init__(self, job: Job, extras: pa.Schema, fingerprint: str | None = None) -> None:
-        """Take the manifest's own columns as `extras`, and the fingerprint under which the ledger was asked.
+    def __init__(self, plan: RecordPlan, per_request: int, fingerprint: str) -> None:
+        """`per_request` and `fingerprint` are those under which the ledger was asked."""
+        self.plan, self.per_request, self.fingerprint = plan, per_request, fingerprint
 
-        Raises JobError when one of them has the name of another column.
-        """
-        self.per_page = job.sections.extract.per == "page"
-        self.per_request, self.fingerprint = job.pages_per_request, fingerprint or job.fingerprint
-        self.given, self.extras = job.schema, extras.names
-        self.plan, self.validator = ArrowPlan(job.schema), Validator(job.schema)
-        own = [*self.plan.schema.names, *PROVENANCE_COLUMNS]
-        if twice := [name for name in extras.names if name in own]:
-            raise JobError(f"the manifest's column {twice[0]!r} has the name of a column of the records: rename it")
-        about = [(name, kind) for name, (kind, _) in PROVENANCE_COLUMNS.items() if name != "_page" or self.per_page]
-        self.schema = pa.schema([*self.plan.schema, *extras, *about])
-
-    def table(self, documents: Iterable[Row], requests: Iterable[Row]) -> pa.Table:
+    def build_table(self, documents: Iterable[SourceRow], requests: Iterable[LedgerRow]) -> pa.Table:
         """Return the record rows of these documents, sorted by source and page."""
-        ledger: dict[str, list[Row]] = {}
+        ledger: dict[str, list[LedgerRow]] = {}
         for request in requests:
-            ledger.setdefault(request["key"], []).append(request)
-        rows = [row for document in documents for row in self.rows(document, ledger)]
+            ledger.setdefault(str(request["key"]), []).append(request)
+        rows = [row for document in documents for row in self.settle_document(document, ledger)]
         rows.sort(key=lambda row: (row["_source"], row["_page"] or 0))
-        return pa.Table.from_pylist(rows, self.schema)
+        return pa.Table.from_pylist(rows, self.plan.schema)
 
-    def rows(self, document: Row, ledger: dict[str, list[Row]]) -> Iterator[Row]:
-        """Yield a document's rows."""
-        keys = compute_document_keys(document, self.per_request, self.fingerprint)
-        asked = [
-            {**select_newest_attempt(ledger.get(key, [PENDING_ROW])), "first_page": pages[0], "last_page": pages[1]}
-            for key, pages in keys.items()
-        ]
-        about = {"_source": document["source"], "_doc_id": document["doc_id"], "_pages": document["page_count"] or None}
-        about |= {name: document[name] for name in self.extras}
-        if self.per_page and document["page_count"]:
-            for request in asked:
-                yield {**about, "_page": request["first_page"], **self.record([request])}
+    def settle_document(self, document: SourceRow, ledger: dict[str, list[LedgerRow]]) -> Iterator[dict[str, Any]]:
+        """Yield a document's records; their columns are those of the plan's schema."""
+        requests: list[LedgerRow] = []
+        for key, (first_page, last_page) in compute_document_keys(document, self.per_request, self.fingerprint).items():
+            newest = select_newest_attempt(ledger.get(key, [PENDING_ROW]))
+            requests.append({**newest, "first_page": first_page, "last_page": last_page})
+        page_count = document["page_count"] or None
+        about: ProvenanceRow = {"_source": document["source"], "_doc_id": document["doc_id"], "_pages": page_count}
+        extras = {name: cast(dict[str, Any], document)[name] for name in self.plan.extras}
+        if self.plan.per_page and page_count:
+            for request in requests:
+                yield {**extras, **about, "_page": request["first_page"], **self.build_record([request])}
         else:
-            yield {**about, "_page": None, **self.record(asked)}
+            yield {**extras, **about, "_page": None, **self.build_record(requests)}
 
-    def record(self, asked: list[Row]) -> Row:
-        """Return the columns that come from a record's requests, in page order."""
-        row = sum_provenance(asked)
-        failures = [request for request in asked if request["status"] == Status.FAILED]
-        if failures:
-            return row | {"_status": str(Status.FAILED), "_failure": failures[0]["failure"]}
+    def build_record(self, requests: Sequence[LedgerRow]) -> dict[str, Any]:
+        """Return the columns that come from a record's requests, which are in page order."""
+        about = sum_provenance(requests)
+        if failures := [request for request in requests if request["status"] == Status.FAILED]:
+            return {**about, "_status": str(Status.FAILED), "_failure": failures[0]["failure"]}
         try:
-            parts = [Part(request["first_page"], request["last_page"], schema.parse_json(request["answer"])) for request in asked]
+            parts = [Part(request["first_page"], request["last_page"], schema.parse_json(request["answer"] or "")) for request in requests]
         except ValueError:
-            wrong = next(request for request in asked if request["errors"])
-            return row | make_invalid_columns(wrong["errors"]) | {"_answer": wrong["answer"]}
-        merged = merge_parts(self.given, parts)
-        errors = [str(violation) for violation in self.validator.find_violations(merged.value)]
+            wrong = next(request for request in requests if request["errors"])
+            return {**about, **make_invalid_columns(wrong["errors"] or [], wrong["answer"])}
+        merged = merge_parts(self.plan.job_schema, parts)
+        about |= {"_disagreements": list_disagreements(merged), "_status": str(Status.EXTRACTED)}
+        errors = [str(violation) for violation in self.plan.validator.find_violations(merged.value)]
+        columns: dict[str, Any] = {}
         try:
-            row |= self.plan.build_row(merged.value)
+            columns = self.plan.columns.build_row(merged.value)
         except ValueError as error:
             errors = errors or [str(error)]
-        row |= {"_disagreements": list_disagreements(merged), "_status": str(Status.EXTRACTED)}
-        return row | make_invalid_columns(errors) | {"_answer": schema.dump_json(merged.value)} if errors else row
+        if errors:
+            about |= make_invalid_columns(errors, schema.dump_json(merged.value))
+        return {**columns, **about}
 
 
-def list_record_columns(job: Job) -> Row:
-    """Return the names and types of a job's record columns, and what was decided about some of them."""
-    stage = SettleStage(job, pa.schema([]))
-    return {"columns": {field.name: str(field.type) for field in stage.schema}, "notes": stage.plan.notes}
+class RecordColumns(TypedDict):
+    """What `check` shows of a job's records."""
+
+    columns: dict[str, str]
+    """The Arrow type of each column, by its name."""
+    notes: list[str]
+    """What was decided about columns that hold JSON text or were narrowed."""
 
 
-def make_invalid_columns(errors: list[str]) -> Row:
+def list_record_columns(job: Job) -> RecordColumns:
+    """Return the columns of a job's records, the manifest's left out."""
+    plan = RecordPlan(job, pa.schema([]))
+    return {"columns": {field.name: str(field.type) for field in plan.schema}, "notes": list(plan.columns.notes)}
+
+
+def make_invalid_columns(errors: list[str], answer: str | None) -> ProvenanceRow:
+    """Return the columns of a record that breaks the schema."""
+    failure: FailureRow = {"stage": "validate", "kind": "invalid", "message": errors[0]}
+    return {"_status": str(Status.INVALID), "_failure": failure, "_errors": errors, "_answer": answer}
+
+
+def sum_provenance(requests: Sequence[LedgerRow]) -> ProvenanceRow:
+    """Return what a record's requests cost, and which engine and model answered them."""
     return {
-        "_status": str(Status.INVALID),
-        "_failure": {"stage": "validate", "kind": "invalid", "message": errors[0]},
-        "_errors": errors,
-    }
-
-
-def sum_provenance(asked: list[Row]) -> Row:
-    """Return what a record's requests cost and who answered them."""
-    pages = [page for request in asked for page in request.get("pages") or []]
-
-    def total(name: str) -> int:
-        return sum(request.get(name) or 0 for request in asked)
-
-    return {
-        "_requests": sum(1 for request in asked if request.get("asks")),
-        "_visual_tokens": sum(page["visual_tokens"] for page in pages),
-        "_prompt_tokens": total("prompt_tokens"),
-        "_completion_tokens": total("completion_tokens"),
+        "_requests": sum(1 for request in requests if request.get("asks")),
+        "_visual_tokens": sum(page["visual_tokens"] for request in requests for page in request.get("pages") or []),
+        "_prompt_tokens": sum(request.get("prompt_tokens") or 0 for request in requests),
+        "_completion_tokens": sum(request.get("completion_tokens") or 0 for request in requests),
         "_errors": [],
         "_disagreements": [],
-        "_model": asked[0].get("model"),
-        "_engine": asked[0].get("engine"),
+        "_model": requests[0].get("model"),
+        "_engine": requests[0].get("engine"),
     }
 
 
-def list_disagreements(merged: MergeResult) -> list[Row]:
+def list_disagreements(merged: MergeResult) -> list[DisagreementRow]:
+    """Return what the parts of a document did not agree on."""
     return [
         {
             "path": d.path,

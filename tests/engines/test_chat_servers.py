@@ -45,7 +45,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
 @pytest.mark.skipif(which("xpyd-sim") is None, reason="needs xpyd-sim 0.5.0 on the PATH, a simulator of vLLM's server")
 def test_a_simulator_that_nobody_here_wrote_takes_our_requests(workspace: Workspace) -> None:
     with serve_chat("xpyd-sim", "serve", "--model", "sim") as address:
-        chosen = engines.choose_model(workspace.job("model.engine=openai", f"model.base_url={address}", "model.name=auto"), 0.0)
+        chosen = engines.resolve_engine(workspace.job("model.engine=openai", f"model.base_url={address}", "model.name=auto"), 0.0)
         with closing(engines.load_engine(chosen)) as engine:
             answer = asyncio.run(engine.complete(request(pages=3)))
     assert (chosen.sections.model.name, chosen.sections.model.structure) == ("sim", "json_schema")
@@ -54,7 +54,7 @@ def test_a_simulator_that_nobody_here_wrote_takes_our_requests(workspace: Worksp
 
 def test_transformers_serve_is_a_server_without_structure(workspace: Workspace, served: tuple[str, str]) -> None:
     address, model = served
-    chosen = engines.choose_model(job(workspace, address, f"model.name={model}"), 0.0)
+    chosen = engines.resolve_engine(job(workspace, address, f"model.name={model}"), 0.0)
     assert (chosen.sections.model.server, chosen.sections.model.structure) == ("other", "prompt")
 
 
@@ -70,4 +70,4 @@ def test_transformers_serve_reads_pages_and_counts_their_tokens(workspace: Works
 def test_transformers_serve_refuses_what_it_does_not_know(workspace: Workspace, served: tuple[str, str]) -> None:
     address, model = served
     with pytest.raises(JobError, match=r"answers 422: Unexpected fields in the request: \{'top_k'\}"):
-        engines.choose_model(job(workspace, address, f"model.name={model}", "sampling.top_k=5"), 0.0)
+        engines.resolve_engine(job(workspace, address, f"model.name={model}", "sampling.top_k=5"), 0.0)

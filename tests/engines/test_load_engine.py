@@ -11,8 +11,8 @@ from pipeline import engines
 from pipeline.engines import model_cache
 from pipeline.job import Job
 from pipeline.stages.ask import AskStage
-from pipeline.stages.requests import Row
 from tests.support import s3, tiny_checkpoint
+from tests.support.stages import Row
 from tests.support.workspace import Workspace
 
 PAGE = {"page_no": 1, "width_px": 448, "height_px": 448, "dpi": 200.0, "visual_tokens": 256, "warnings": []}
@@ -31,7 +31,7 @@ def ask_black_page(job: Job) -> Row:
         "attempt": 1,
     }
     try:
-        return asyncio.run(AskStage(job, engine).answer(row | {"pixels": [bytes(448 * 448 * 3)]}))
+        return asyncio.run(AskStage(job, engine).answer_row(row | {"pixels": [bytes(448 * 448 * 3)]}))
     finally:
         engine.close()
 
@@ -50,6 +50,6 @@ def test_a_checkpoint_in_s3_answers(workspace: Workspace, bucket: s3.Bucket, tmp
     for file in tiny_checkpoint.build_checkpoint(tmp_path / "built").iterdir():
         bucket.put(f"{tmp_path.name}/tiny/{file.name}", file.read_bytes())
     url = bucket.url(f"{tmp_path.name}/tiny")
-    chosen = engines.locate_model(workspace.job(f"model.name={url}", "model.without_gpu=cpu"))
+    chosen = engines.resolve_engine(workspace.job(f"model.name={url}", "model.without_gpu=cpu"), 0.0)
     row = ask_black_page(chosen)
     assert (row["model"], row["status"]) == (chosen.sections.model.name, "extracted")

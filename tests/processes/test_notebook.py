@@ -16,8 +16,8 @@ from pipeline.demo.truth import format_answer
 from pipeline.job import Job
 from pipeline.output.shards import write_shard
 from pipeline.stages.requests import compute_document_keys
-from pipeline.stages.settle import SettleStage
 from pipeline.storage import store
+from tests.support.stages import make_settle_stage
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "notebooks/query_records.ipynb"
@@ -33,7 +33,7 @@ def write_records(folder: Path, *, good: bool = False) -> None:
         answers["lost.pdf"] = {"status": "failed", "failure": {"stage": "render", "kind": "broken", "message": "the PDF cannot be opened"}}
     listed = [{"source": name, "size_bytes": 1, "version": "1", "doc_id": f"id of {name}", "page_count": 1} for name in answers]
     ledger = [request(job, document, answers[document["source"]]) for document in listed]
-    table = SettleStage(job, pa.schema([])).table(listed, ledger)
+    table = make_settle_stage(job, pa.schema([])).build_table(listed, ledger)
     folder.mkdir()
     write_shard(store.FolderStore(folder), table, answers)
 

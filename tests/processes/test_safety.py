@@ -18,8 +18,8 @@ from pipeline.errors import DocumentError, PipelineError, RunError
 from pipeline.output import Output
 from pipeline.output.ledger import LedgerWriter
 from pipeline.render.sandbox import Sandbox
-from pipeline.stages.render import RenderStage, make_render_settings
-from pipeline.stages.requests import Row
+from pipeline.stages.render import RenderPlan, RenderStage, make_render_settings
+from tests.support.stages import Row, claim_all
 from tests.support.workspace import Workspace, draw_slip, make_listing_row
 
 PACKAGE = Path(__file__).parents[2] / "pipeline"
@@ -94,9 +94,7 @@ def job(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Job:
 def rendered(job: Job) -> list[Row]:
     """Return what rendering the job's documents says of them, without the pixels."""
     files = sorted((job.file.parent / "in").iterdir())
-    stage = RenderStage(
-        make_render_settings(job), job.file.parent, 1, job.fingerprint, lambda identity, source, keys: dict.fromkeys(keys, 1)
-    )
+    stage = RenderStage(RenderPlan.of_job(job), claim_all)
     try:
         rows = [row for file in files for row in stage(make_listing_row(file, job.file.parent))]
     finally:

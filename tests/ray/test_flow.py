@@ -29,9 +29,9 @@ from pipeline.output.ledger import build_ledger_state, read_outcomes
 from pipeline.output.sources import read_sources
 from pipeline.records import Completion, Request
 from pipeline.report import ExitCode, Progress, Report
-from pipeline.stages.settle import SettleStage
 from tests.support.engines import InkEngine
 from tests.support.ray_actors import InkActor
+from tests.support.stages import make_settle_stage
 from tests.support.workspace import SCHEMA, Workspace, draw_slip
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -236,7 +236,7 @@ def test_the_job_is_kept_without_the_password(mixed: tuple[Workspace, Job, Repor
 def test_the_columns_are_what_check_says(mixed: tuple[Workspace, Job, Report]) -> None:
     _, job, _ = mixed
     (file,) = (job.output / "records").iterdir()
-    assert pq.read_schema(file).equals(SettleStage(job, pa.schema([])).schema)
+    assert pq.read_schema(file).equals(make_settle_stage(job, pa.schema([])).plan.schema)
 
 
 def test_a_second_run_asks_nothing_and_changes_nothing(copied: tuple[Workspace, Job], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,7 +348,7 @@ def test_there_is_nothing_to_settle_in_a_fresh_folder(workspace: Workspace) -> N
 
 def test_a_run_killed_before_it_listed_anything_settles_to_nothing(workspace: Workspace) -> None:
     workspace.put("a.pdf")
-    flow.begin_output(job := engines.choose_model(workspace.job(), 0), output := Output(job.output))
+    flow.begin_output(job := engines.resolve_engine(workspace.job(), 0), output := Output(job.output))
     output.write_job(flow.describe_run(job))
     report = flow.settle(workspace.job())
     assert (report.documents, report.records, report.exit_code) == (0, 0, ExitCode.OK)
@@ -439,13 +439,13 @@ def test_a_stopped_run_keeps_its_answers_and_goes_on_later(workspace: Workspace)
 def test_failures_alone_have_the_columns_of_any_run(workspace: Workspace, mixed: tuple[Workspace, Job, Report]) -> None:
     workspace.put("empty.pdf", b"")
     (workspace.folder / "list.txt").write_text("in/empty.pdf\nin/gone.pdf\n")
-    job = engines.choose_model(workspace.job("source.paths=[list.txt]"), 0)
+    job = engines.resolve_engine(workspace.job("source.paths=[list.txt]"), 0)
     report = flow.run(job)
     assert (report.statuses, report.requests_asked) == ({"failed": 2}, 0)
     schemas = [pq.read_schema(next((output / "records").iterdir())) for output in (job.output, mixed[1].output)]
     assert schemas[0].equals(schemas[1])
     done = build_ledger_state(read_outcomes(Output(job.output)))
-    assert pending.select_unasked(job, read_sources(Output(job.output)), done).num_rows == 0
+    assert pending.select_unanswered(job, read_sources(Output(job.output)), done).num_rows == 0
 
 
 # --- an engine that fails

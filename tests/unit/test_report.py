@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import RunError
-from pipeline.report import CircuitBreaker, ConcurrencyProfile, ExitCode, Progress, ProgressTracker, Report
+from pipeline.report import CircuitBreaker, ExitCode, Phase, Progress, ProgressTracker, Report
 
 
 def report(**given: Any) -> Report:
@@ -36,7 +36,8 @@ def count(documents: int, *rows: dict[str, Any]) -> tuple[Report, list[Progress]
     """Return the report after these rows, and the progress after each."""
     seen: list[Progress] = []
     counted = ProgressTracker(total := report(), seen.append)
-    counted.start_round(documents)
+    counted.enter_phase(Phase.ASKING, documents)
+    seen.clear()
     for one in rows:
         counted.add(one)
     counted.finish()
@@ -94,7 +95,7 @@ def test_exit_codes_are_the_documented_ones(code: ExitCode, number: int) -> None
 
 def test_nothing_in_no_time_has_no_speed() -> None:
     assert report().pages_per_s == 0
-    assert Progress(0, 0, 0, 0, 0, 0.0).pages_per_s == 0
+    assert Progress(Phase.ASKING, 0, 0, 0, 0, 0, 0.0).pages_per_s == 0
 
 
 # --- the counting of answers
@@ -184,27 +185,10 @@ def test_what_asks_nothing_and_what_is_invalid_is_no_failure() -> None:
 # --- how busy the engines were
 
 
-def at_once(*spans_s: tuple[float, float]) -> ConcurrencyProfile:
-    found = ConcurrencyProfile()
-    for span_s in spans_s:
-        found.add(*span_s)
-    return found
-
-
-def test_requests_at_once_are_counted_second_by_second() -> None:
-    assert at_once((100, 103), (101, 102), (102.5, 103.25)).as_dict() == {"slice_s": 1.0, "mean": [1.0, 2.0, 1.5, 0.2]}
-
-
-def test_a_long_run_has_longer_slices() -> None:
-    found = at_once(*((second, second + 2) for second in range(1000)))
-    assert (found.slice_s, len(found.busy_s)) == (32.0, 32)
-    assert found.as_dict()["mean"][1:-1] == [2.0] * 30
-
-
 def test_the_report_says_how_many_requests_were_under_way() -> None:
     started = datetime(2026, 1, 1, tzinfo=UTC)
     total, _ = count(2, row("a", started_at=started, elapsed_s=2.0), row("b", started_at=started, elapsed_s=1.0))
-    assert total.as_dict()["requests_at_once"]["mean"] == [2.0, 1.0]
+    assert total.as_dict()["requests_in_flight"] == 1.5
 
 
 def test_how_busy_engines_were_is_what_they_said_last() -> None:
@@ -217,8 +201,24 @@ def test_a_second_round_adds_to_the_first() -> None:
     seen: list[Progress] = []
     counted = ProgressTracker(total := report(), seen.append)
     for source, start_s in (("a", 0), ("b", 1)):
-        counted.start_round(1)
+        counted.enter_phase(Phase.ASKING, 1)
         counted.add(row(source, started_at=datetime.fromtimestamp(start_s, UTC), elapsed_s=1.0))
     counted.finish()
-    assert (total.requests, total.requests_at_once["mean"]) == ({"extracted": 2}, [1.0, 1.0])
-    assert [(now.documents, now.documents_done) for now in seen] == [(1, 1), (1, 1)]
+    assert (total.requests, total.requests_in_flight) == ({"extracted": 2}, 1.0)
+    assert [(now.documents, now.documents_done) for now in seen] == [(1, 0), (1, 1), (1, 0), (1, 1)]
+
+
+def test_each_phase_is_reported_with_its_documents_as_soon_as_they_are_known() -> None:
+    seen: list[Progress] = []
+    tracker = ProgressTracker(report(), seen.append)
+    tracker.enter_phase(Phase.LISTING)
+    tracker.set_documents(2)
+    tracker.change_phase(Phase.STARTING_RAY)
+    tracker.enter_phase(Phase.LOADING_MODEL, 1)
+    tracker.change_phase(Phase.ASKING)
+    tracker.add(row("a"))
+    tracker.enter_phase(Phase.SETTLING, 2)
+    tracker.add_settled(2)
+    phases = [(now.phase, now.documents, now.documents_done) for now in seen]
+    assert phases[:4] == [(Phase.LISTING, None, 0), (Phase.LISTING, 2, 0), (Phase.STARTING_RAY, 2, 0), (Phase.LOADING_MODEL, 1, 0)]
+    assert phases[4:] == [(Phase.ASKING, 1, 0), (Phase.ASKING, 1, 1), (Phase.SETTLING, 2, 0), (Phase.SETTLING, 2, 2)]

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Timer
@@ -48,7 +49,8 @@ from pipeline.records import Completion, Pixels, Request, Sampling
 from pipeline.report import Progress
 from pipeline.schema import prompt
 from pipeline.stages.ask import AskStage
-from pipeline.stages.render import RenderStage, make_download_policy, make_render_settings
+from pipeline.stages.render import RenderPlan, RenderStage
+from tests.support.stages import claim_all
 from tests.support.workspace import Workspace, make_listing_row
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's imports bring many, none of them about us
@@ -251,7 +253,7 @@ def test_looking_at_arguments_says_nothing(workspace: Workspace) -> None:
 def test_a_model_that_finds_no_room_says_what_vllm_said(workspace: Workspace) -> None:
     job = job_of(workspace, *SMALL[1:3], "model.engine_args={kv_cache_memory_bytes: 1048576}")
     with pytest.raises(RunError, match=r"vLLM does not start: ValueError: .*`max_model_len`"):
-        engines.load_engine(engines.choose_model(job, 0), threads=1)
+        engines.load_engine(engines.resolve_engine(job, 0), threads=1)
     gc.collect()  # what vLLM left open is named here, not after the last test
 
 
@@ -318,13 +320,13 @@ def test_it_reads_as_well_as_the_transformers_engine(engine: Engine, tmp_path: P
 
 def read(job: Job, engine: Engine, folder: Path, drawn: Sequence[samples.DrawnDocument]) -> list[evaluate.Verdict]:
     """Return how an engine reads these documents, without Ray."""
-    render = RenderStage(make_render_settings(job), folder, 4, "f", lambda _, __, keys: dict.fromkeys(keys, 1), make_download_policy(job))
+    render = RenderStage(replace(RenderPlan.of_job(job), root=folder, per_request=4), claim_all)
     rows = [row for one in drawn for row in render(make_listing_row(folder / one.name, folder))]
     render.close()
     stage = AskStage(job, engine)
 
     async def all_at_once() -> list[Any]:
-        return await asyncio.gather(*map(stage.answer, rows))
+        return await asyncio.gather(*map(stage.answer_row, rows))
 
     answers = {row["source"]: row for row in asyncio.run(all_at_once())}
     return [verdict(one, answers[one.name]) for one in drawn]

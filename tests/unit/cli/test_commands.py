@@ -117,7 +117,7 @@ def test_a_wrong_job_is_refused_and_nothing_is_started(workspace: Workspace, cas
 
 ALONE = {
     "no source": (["--set", "source.paths=[gone]"], "source 'gone' does not exist (looked for {0}/gone)"),
-    "no cluster": (["--address", "127.0.0.1:1"], "nobody answers at 127.0.0.1:1: Connection refused"),
+    "no cluster": (["--address", "127.0.0.1:1"], "nothing answers at 127.0.0.1:1: Connection refused"),
 }
 """What is refused in a process of its own, in which no other test has started Ray: option and sentence."""
 

@@ -14,9 +14,9 @@ from rich.console import Console
 
 from pipeline.cli import console
 from pipeline.errors import RunError
-from pipeline.report import Progress, Report
+from pipeline.report import Phase, Progress, Report
 
-HALFWAY = Progress(documents=4, documents_done=1, pages_done=6, requests_done=2, failed=1, elapsed_s=4)
+HALFWAY = Progress(phase=Phase.ASKING, documents=4, documents_done=1, pages_done=6, requests_done=2, failed=1, elapsed_s=4)
 
 
 def report(**given: Any) -> Report:

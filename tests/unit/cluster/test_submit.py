@@ -82,7 +82,7 @@ def test_what_is_no_address_of_a_job_server_is_refused(address: str) -> None:
 
 
 def test_where_no_job_server_is_is_said_at_once() -> None:
-    with pytest.raises(JobError, match=r"nobody answers at http://127\.0\.0\.1:1: Connection refused"):
+    with pytest.raises(JobError, match=r"nothing answers at http://127\.0\.0\.1:1: Connection refused"):
         submit.JobServer("http://127.0.0.1:1")
 
 

@@ -21,7 +21,7 @@ from pipeline.output import Output
 from pipeline.output.shards import write_shard
 from pipeline.report import Report
 from pipeline.stages.requests import compute_document_keys
-from pipeline.stages.settle import SettleStage
+from tests.support.stages import make_settle_stage
 
 TRUTH: dict[str, Any] = {
     "merchant_name": "Lide Kiosk",
@@ -142,7 +142,7 @@ class PerfectRun:
         listed = [{"source": str(file), "size_bytes": 1, "version": "1", "doc_id": file.name, "page_count": 1} for file in files]
         keys = [next(iter(compute_document_keys(document, job.pages_per_request, job.fingerprint))) for document in listed]
         asked = [{"key": key, "attempt": 1, "errors": [], **self.answers[file.name]} for key, file in zip(keys, files, strict=True)]
-        write_shard(Output(job.output).records, SettleStage(job, pa.schema([])).table(listed, asked), keys)
+        write_shard(Output(job.output).records, make_settle_stage(job, pa.schema([])).build_table(listed, asked), keys)
         return Report(job.sections.name, str(job.output), job.sections.model.name, job.uses_demo, elapsed_s=1.0)
 
 

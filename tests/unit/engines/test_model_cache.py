@@ -129,15 +129,15 @@ def test_a_place_without_a_checkpoint_is_refused(workspace: Workspace, uri: str)
 
 def test_a_models_revision_belongs_to_the_key_of_a_request(workspace: Workspace, uri: str) -> None:
     asked = job(workspace, uri)
-    found = engines.locate_model(asked)
+    found = engines.resolve_engine(asked, 0.0)
     assert found.sections.model.revision == model_cache.resolve_store_revision(uri)
     assert found.fingerprint != asked.fingerprint
     assert asked.with_resolved_model(found.dump_keys()["model"]).fingerprint == found.fingerprint
-    assert engines.locate_model(found) == found
+    assert engines.resolve_engine(found, 0.0) == found
 
 
 def test_a_hub_id_without_a_copy_is_refused_offline(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(JobError, match=r"model\.name is 'nobody/nothing', neither a folder nor known to the hub: .*"):
-        engines.locate_model(job(workspace, "nobody/nothing"))
+        engines.resolve_engine(job(workspace, "nobody/nothing"), 0.0)

@@ -492,7 +492,7 @@ def test_a_request_beyond_the_jobs_limit_is_not_asked() -> None:
 )
 def test_a_server_is_asked_how_it_keeps_to_a_schema(workspace: Workspace, obeys: Sequence[str], refuses: Sequence[str], way: str) -> None:
     with ChatServer(says(VALID), obeys=obeys, refuses=refuses) as stub:
-        found = engines.choose_model(job(workspace, stub), 0.0).sections.model
+        found = engines.resolve_engine(job(workspace, stub), 0.0).sections.model
     assert (found.name, found.server, found.structure, found.logprobs) == ("stub-1", "other", way, "logprobs" not in refuses)
     assert stub.complaints == []
 
@@ -503,63 +503,63 @@ def test_a_server_that_takes_no_schema_of_the_jobs_is_asked_another_way(workspac
         (refuse if "response_format" in asked else says(VALID))(wire, asked)
 
     with ChatServer(picky) as stub:
-        assert engines.choose_model(job(workspace, stub), 0.0).sections.model.structure == "tool"
+        assert engines.resolve_engine(job(workspace, stub), 0.0).sections.model.structure == "tool"
 
 
 def test_vllm_is_known_by_its_list_of_models(workspace: Workspace) -> None:
     with ChatServer(says(VALID), owner="vllm") as stub:
-        assert engines.choose_model(job(workspace, stub), 0.0).sections.model.server == "vllm"
+        assert engines.resolve_engine(job(workspace, stub), 0.0).sections.model.server == "vllm"
     assert [seen(asked) for asked in stub.asked[-2:]] == [256, 1280]
 
 
 def test_a_vllm_that_resizes_pages_stops_the_job(workspace: Workspace) -> None:
     said = r"resizes pages: pages of \d+x\d+ and \d+x\d+ px should differ by 1,024 tokens and differ by 744"
     with ChatServer(says(VALID), owner="vllm", most_tokens=1000) as stub, pytest.raises(JobError, match=said):
-        engines.choose_model(job(workspace, stub), 0.0)
+        engines.resolve_engine(job(workspace, stub), 0.0)
 
 
 def test_a_vllm_is_not_asked_about_pages_that_all_have_one_size(workspace: Workspace) -> None:
     with ChatServer(says(VALID), owner="vllm") as stub:
-        engines.choose_model(job(workspace, stub, "pages.resized_height=280", "pages.resized_width=430"), 0.0)
+        engines.resolve_engine(job(workspace, stub, "pages.resized_height=280", "pages.resized_width=430"), 0.0)
     assert seen(stub.asked[-1]) == 4
 
 
 def test_what_was_found_out_is_not_asked_again(workspace: Workspace) -> None:
     with ChatServer(says(VALID)) as stub:
-        chosen = engines.choose_model(job(workspace, stub), 0.0)
+        chosen = engines.resolve_engine(job(workspace, stub), 0.0)
         asked = len(stub.asked)
-        with closing(engines.load_engine(engines.choose_model(chosen, 0.0))) as engine:
+        with closing(engines.load_engine(engines.resolve_engine(chosen, 0.0))) as engine:
             assert (engine.name, engine.model, len(stub.asked)) == ("openai", "stub-1", asked)
 
 
 def test_what_the_job_says_is_not_found_out(workspace: Workspace) -> None:
     with ChatServer(says(VALID), models=None) as stub:
         said = job(workspace, stub, "model.name=mine", "model.structure=tool", "model.server=other", "model.logprobs=false")
-        assert engines.choose_model(said, 0.0) is said
+        assert engines.resolve_engine(said, 0.0) is said
     assert stub.asked == []
 
 
 def test_a_server_may_have_no_list_of_models(workspace: Workspace) -> None:
     with ChatServer(says(VALID), models=None) as stub:
         engines.check_engine(job(workspace, stub))
-        assert engines.choose_model(job(workspace, stub, "model.name=demo"), 0.0).sections.model.name == "demo"
+        assert engines.resolve_engine(job(workspace, stub, "model.name=demo"), 0.0).sections.model.name == "demo"
         with pytest.raises(JobError, match=r"it lists no model: say which one in model\.name"):
-            engines.choose_model(job(workspace, stub), 0.0)
+            engines.resolve_engine(job(workspace, stub), 0.0)
 
 
 def test_of_several_models_the_job_must_say_which(workspace: Workspace) -> None:
     with ChatServer(says(VALID), models=["a", "b"]) as stub, pytest.raises(JobError, match=r"it lists 2 models \(a, b\): say which one"):
-        engines.choose_model(job(workspace, stub), 0.0)
+        engines.resolve_engine(job(workspace, stub), 0.0)
 
 
 def test_a_server_that_refuses_everything_stops_the_job(workspace: Workspace) -> None:
     said = r"base_url http://127.* it refuses to be asked: the server answers 400: top_k is unknown"
     with ChatServer(status(400, "top_k is unknown"), refuses=["json_schema", "tool"]) as stub, pytest.raises(JobError, match=said):
-        engines.choose_model(job(workspace, stub), 0.0)
+        engines.resolve_engine(job(workspace, stub), 0.0)
 
 
 def test_nobody_there_stops_the_job(workspace: Workspace, nowhere: str) -> None:
-    for look in (engines.check_engine, lambda given: engines.choose_model(given, 0.0)):
+    for look in (engines.check_engine, lambda given: engines.resolve_engine(given, 0.0)):
         with pytest.raises(JobError, match=r"job\.yaml: model\.base_url http://127\.0\.0\.1:\d+/v1: .* cannot be reached"):
             look(job(workspace, nowhere))
 
@@ -568,7 +568,7 @@ def test_choosing_a_server_loads_no_model_library(workspace: Workspace) -> None:
     settings = ["model.engine=openai", "model.structure=tool", "model.server=other", "model.logprobs=true", "model.name=m"]
     code = (
         "import sys; from pipeline import Job, engines\n"
-        "engines.load_engine(engines.choose_model(Job.load(sys.argv[1], sys.argv[2:]), 0)); print(*sys.modules)"
+        "engines.load_engine(engines.resolve_engine(Job.load(sys.argv[1], sys.argv[2:]), 0)); print(*sys.modules)"
     )
     command = [sys.executable, "-c", code, str(workspace.file), *settings, "model.base_url=http://127.0.0.1:1/v1"]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
@@ -583,7 +583,7 @@ def test_the_key_comes_from_the_environment_and_goes_to_the_server_alone(workspa
     with ChatServer(says(VALID), key=KEY) as stub:
         given = job(workspace, stub, "model.api_key_env=STUB_KEY")
         engines.check_engine(given)
-        chosen = engines.choose_model(given, 0.0)
+        chosen = engines.resolve_engine(given, 0.0)
         with closing(engines.load_engine(chosen)) as engine:
             assert asyncio.run(engine.complete(request())).text == VALID
             assert KEY not in repr(vars(engine)) + repr(vars(vars(engine)["_endpoint"])["_client"].headers)
@@ -645,17 +645,17 @@ def test_a_model_is_the_same_behind_another_address(workspace: Workspace) -> Non
 def test_settling_knows_what_the_run_found_out(workspace: Workspace) -> None:
     with ChatServer(says(VALID)) as stub:
         written = job(workspace, stub)
-        chosen = engines.choose_model(written, 0.0)
+        chosen = engines.resolve_engine(written, 0.0)
     assert written.fingerprint != chosen.fingerprint == written.with_resolved_model(chosen.dump_keys()["model"]).fingerprint
 
 
 def test_an_invalid_answer_is_asked_for_again_with_what_is_wrong(workspace: Workspace) -> None:
     row = {"key": "k", "first_page": 1, "last_page": 1, "page_count": 1, "pages": [{"height_px": 56, "width_px": 84}]}
     with ChatServer(says(VALID)) as stub:
-        chosen = engines.choose_model(job(workspace, stub), 0.0)
+        chosen = engines.resolve_engine(job(workspace, stub), 0.0)
         stub.says = [says(f"```json\n{VALID}\n```"), says(VALID)]
         with closing(engines.load_engine(chosen)) as engine:
-            answered = asyncio.run(AskStage(chosen, engine).answer({**row, "pixels": [make_noise().tobytes()]}))
+            answered = asyncio.run(AskStage(chosen, engine).answer_row({**row, "pixels": [make_noise().tobytes()]}))
     assert (answered["status"], answered["asks"], answered["prompt_tokens"], answered["engine"]) == ("extracted", 2, 600, "openai")
     assert "That does not satisfy the schema" in stub.asked[-1]["messages"][-1]["content"]
     assert stub.complaints == []

@@ -23,41 +23,41 @@ HUB = "model.name=Qwen/Qwen2.5-VL-7B-Instruct-AWQ"
 
 @pytest.mark.parametrize("policy", ["stop", "demo", "cpu"])
 def test_with_a_gpu_the_jobs_model_answers(workspace: Workspace, policy: str) -> None:
-    job = workspace.job(HUB, f"model.without_gpu={policy}")
-    assert engines.choose_model(job, 1.0) is job
+    job = workspace.job("model.name=./checkpoint", f"model.without_gpu={policy}")
+    assert engines.resolve_engine(job, 1.0) is job
 
 
 def test_without_a_gpu_the_demonstration_takes_its_place(workspace: Workspace) -> None:
-    chosen = engines.choose_model(workspace.job(HUB, "model.without_gpu=demo", "model.lora=adapter"), 0.0)
+    chosen = engines.resolve_engine(workspace.job(HUB, "model.without_gpu=demo", "model.lora=adapter"), 0.0)
     model = chosen.sections.model
     assert (model.name, model.revision, model.lora) == ("demo", __version__, None)
 
 
 def test_without_a_gpu_the_jobs_model_may_run_on_the_cpu(workspace: Workspace) -> None:
-    job = workspace.job(HUB, "model.without_gpu=cpu")
-    assert engines.choose_model(job, 0.0) is job
+    job = workspace.job("model.name=./checkpoint", "model.without_gpu=cpu")
+    assert engines.resolve_engine(job, 0.0) is job
 
 
 def test_without_a_gpu_and_a_way_out_the_job_is_refused(workspace: Workspace) -> None:
     with pytest.raises(JobError, match=r"there is no GPU for Qwen/.*; set model\.without_gpu to demo .* or cpu"):
-        engines.choose_model(workspace.job(HUB), 0.0)
+        engines.resolve_engine(workspace.job(HUB), 0.0)
 
 
 @pytest.mark.parametrize("gpus", [0.0, 1.0])
 def test_a_job_may_name_the_demonstration_itself(workspace: Workspace, gpus: float) -> None:
-    assert engines.choose_model(workspace.job(), gpus).sections.model.revision == __version__
+    assert engines.resolve_engine(workspace.job(), gpus).sections.model.revision == __version__
 
 
 def test_the_choice_changes_nothing_else(workspace: Workspace) -> None:
     job = workspace.job(HUB, "model.without_gpu=demo")
-    chosen = engines.choose_model(job, 0.0)
+    chosen = engines.resolve_engine(job, 0.0)
     assert (chosen.output, chosen.schema, chosen.sections.pages) == (job.output, job.schema, job.sections.pages)
     assert chosen.fingerprint != job.fingerprint
 
 
 def test_two_ways_to_the_demonstration_ask_the_same(workspace: Workspace) -> None:
     named, fallen_back = workspace.job(), workspace.job(HUB, "model.without_gpu=demo")
-    assert engines.choose_model(named, 0.0).fingerprint == engines.choose_model(fallen_back, 0.0).fingerprint
+    assert engines.resolve_engine(named, 0.0).fingerprint == engines.resolve_engine(fallen_back, 0.0).fingerprint
 
 
 # --- what is refused
@@ -103,7 +103,7 @@ def test_the_demonstration_lies_in_the_package(workspace: Workspace) -> None:
 def test_choosing_and_checking_load_no_model_library(workspace: Workspace) -> None:
     code = (
         "import sys; from pipeline import Job, engines\n"
-        "engines.check_engine(engines.choose_model(Job.load(sys.argv[1]), 0)); print(*sys.modules)"
+        "engines.check_engine(engines.resolve_engine(Job.load(sys.argv[1]), 0)); print(*sys.modules)"
     )
     command = [sys.executable, "-c", code, str(workspace.file)]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3]).stdout

@@ -13,6 +13,7 @@ from pipeline import cluster
 from pipeline.cluster import Resources
 from pipeline.errors import RunError
 from pipeline.flow import watchdog
+from pipeline.flow.capacity import compute_reservations
 from pipeline.flow.watchdog import ClusterShrunk, StallWatchdog
 from tests.support.workspace import Workspace
 
@@ -40,46 +41,47 @@ def there(monkeypatch: pytest.MonkeyPatch) -> There:
 
 
 def looking(workspace: Workspace, *settings: str, homes: tuple[str, ...] = ("a", "b")) -> StallWatchdog:
-    return StallWatchdog(workspace.job("ray.actors=2", *settings), BOTH, lambda: list(homes))
+    job = workspace.job("ray.actors=2", *settings)
+    return StallWatchdog(job, compute_reservations(job, BOTH), lambda: list(homes))
 
 
 def test_a_long_answer_is_waited_for_while_all_machines_are_there(workspace: Workspace, there: There) -> None:
     seen, there.time_s = looking(workspace), 100_000.0
-    seen.look()
+    seen.check()
 
 
 def test_answers_that_still_come_are_not_disturbed(workspace: Workspace, there: There) -> None:
     seen = looking(workspace)
     there.lose((4, 1))
     there.time_s = watchdog.SILENT_S
-    seen.heard()
+    seen.reset()
     there.time_s += watchdog.SILENT_S - 1
-    seen.look()
+    seen.check()
     there.time_s += 2
     with pytest.raises(ClusterShrunk, match="machines of the cluster have gone"):
-        seen.look()
+        seen.check()
 
 
 def test_an_engine_that_finds_another_machine_is_waited_for(workspace: Workspace, there: There) -> None:
     seen, there.time_s = looking(workspace, homes=("a", "c")), 100.0
     there.lose((4, 1), (4, 1))
-    seen.look()
+    seen.check()
 
 
 def test_engines_that_leave_no_room_for_rendering_are_stranded(workspace: Workspace, there: There) -> None:
     seen, there.time_s = looking(workspace, "ray.cpus_per_actor=2", "ray.gpus_per_actor=0.5", homes=("a", "a")), 100.0
     there.lose((4, 1))
     with pytest.raises(ClusterShrunk):
-        seen.look()
+        seen.check()
 
 
 def test_without_room_for_any_engine_a_machine_is_waited_for_but_not_for_ever(workspace: Workspace, there: There) -> None:
     seen, there.time_s = looking(workspace), 100.0
     there.lose((64, 0))  # CPUs alone: the model that ran on GPUs is not tried on them
-    seen.look()
+    seen.check()
     there.time_s = watchdog.GONE_S + 1
     with pytest.raises(
         RunError, match=r"for 15 minutes none had room for an engine of 1 CPUs and 1 GPUs; the same command resumes"
     ) as caught:
-        seen.look()
+        seen.check()
     assert not isinstance(caught.value, ClusterShrunk)

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.errors import JobError, RunError
 from pipeline.output import lease
-from pipeline.output.lease import NAME, Lease
+from pipeline.output.lease import NAME, Lease, is_output_leased
 from pipeline.storage import store
 from pipeline.storage.store import Store
 from tests.support.leases import leave_lease
@@ -51,7 +51,6 @@ def test_a_lease_that_was_not_renewed_is_taken_over(folder: Store, tmp_path: Pat
         assert json.loads((tmp_path / NAME).read_text())["holder"] == mine.mine.holder
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found by /proc")
 def test_a_killed_process_of_this_machine_is_not_waited_for(folder: Store, tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", HELD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
@@ -64,12 +63,25 @@ def test_a_killed_process_of_this_machine_is_not_waited_for(folder: Store, tmp_p
             pass
 
 
-def test_a_process_id_that_is_used_again_is_another_process(folder: Store) -> None:
-    leave_lease(folder, boot=lease.read_boot_id(), started="1")
-    if not lease.read_boot_id():
-        pytest.skip("processes are found by /proc")
+def test_a_lease_of_this_machine_without_its_lock_is_over(folder: Store) -> None:
+    if not lease.read_machine_id():
+        pytest.skip("machines are told apart by /proc")
+    leave_lease(folder, machine=lease.read_machine_id())
     with Lease(folder):
         pass
+
+
+def test_settling_beside_a_run_of_this_machine_sees_its_lease(folder: Store) -> None:
+    with Lease(folder):
+        assert is_output_leased(folder)
+    assert not is_output_leased(folder)
+
+
+def test_a_lease_of_another_machine_holds_until_it_expires(folder: Store) -> None:
+    leave_lease(folder)
+    assert is_output_leased(folder)
+    leave_lease(folder, renewed_at=time.time() - 61)
+    assert not is_output_leased(folder)
 
 
 @pytest.mark.parametrize("text", [b"", b"shopping list", b'{"holder": 1}', b"[]"])
@@ -89,6 +101,6 @@ def test_a_run_that_was_held_up_learns_that_another_took_over(folder: Store, tmp
     with Lease(folder, life_s=0.3) as mine:
         leave_lease(folder)
         mine.thread.join(10)
-        with pytest.raises(RunError, match=r"another run \(process \d+ on worker-3\) has taken over .*, because this one was silent"):
+        with pytest.raises(RunError, match=r"another run \(process \d+ on worker-3\) has taken over .*, because this one did not renew"):
             mine.check()
     assert json.loads((tmp_path / NAME).read_text())["holder"] == "other"

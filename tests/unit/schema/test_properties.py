@@ -29,10 +29,11 @@ from pipeline.output.sources import read_sources
 from pipeline.schema import dump_json, prompt
 from pipeline.schema.arrow import ArrowPlan
 from pipeline.schema.merge import merge_parts
-from pipeline.stages.requests import Row, compute_document_keys
+from pipeline.stages.requests import compute_document_keys
 from pipeline.stages.settle import SettleStage
 from tests.support import tiny_checkpoint
 from tests.support.engines import VALID
+from tests.support.stages import Row, make_settle_stage
 from tests.support.workspace import Workspace
 from tests.unit.schema import test_arrow, test_merge
 from tests.unit.test_budget import PT, budgets
@@ -116,7 +117,7 @@ OUTCOMES = st.sampled_from(["extracted", "invalid", "failed"])
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> SettleStage:
-    return SettleStage(Workspace(tmp_path_factory.mktemp("workspace")).job("pages.per_request=2"), pa.schema([]))
+    return make_settle_stage(Workspace(tmp_path_factory.mktemp("workspace")).job("pages.per_request=2"), pa.schema([]))
 
 
 def request(stage: SettleStage, document: Row, at: int, attempt: int, status: str) -> Row:
@@ -192,8 +193,8 @@ def test_records_are_those_of_the_newest_successes_however_the_ledger_was_writte
             write(output, run, data)
         copy_some(output, data)
         read = read_requests(output, pa.chunked_array([[document["doc_id"] for document in DOCUMENTS]])).to_pylist()
-    settled = stage.table(DOCUMENTS, read)
-    assert settled == stage.table(DOCUMENTS, [expected(rows) for rows in by_key.values()])
+    settled = stage.build_table(DOCUMENTS, read)
+    assert settled == stage.build_table(DOCUMENTS, [expected(rows) for rows in by_key.values()])
     assert settled["_source"].to_pylist() == ["a.pdf", "b.pdf", "c.pdf"]
 
 
@@ -203,8 +204,8 @@ def test_documents_are_settled_alike_in_one_go_and_in_parts(
     stage: SettleStage, history: list[list[tuple[int, int, int, str]]], documents: list[Row], cut: int
 ) -> None:
     rows = [request(stage, DOCUMENTS[document], *rest) for run in history for document, *rest in run]
-    parts = pa.concat_tables([stage.table(documents[:cut], rows), stage.table(documents[cut:], rows[::-1])])
-    assert parts.sort_by("_source") == stage.table(DOCUMENTS, rows)
+    parts = pa.concat_tables([stage.build_table(documents[:cut], rows), stage.build_table(documents[cut:], rows[::-1])])
+    assert parts.sort_by("_source") == stage.build_table(DOCUMENTS, rows)
 
 
 # --- text that strangers wrote

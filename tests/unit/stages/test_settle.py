@@ -11,9 +11,10 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import JobError
-from pipeline.stages.requests import Row, compute_document_keys
+from pipeline.stages.requests import compute_document_keys
 from pipeline.stages.settle import PROVENANCE_COLUMNS, SettleStage, list_record_columns
 from tests.support.engines import VALID
+from tests.support.stages import Row, make_settle_stage
 from tests.support.workspace import SCHEMA, Workspace
 
 PAGE = {"width_px": 448, "height_px": 448, "dpi": 200.0, "visual_tokens": 256, "warnings": []}
@@ -39,16 +40,16 @@ def ledger(stage: SettleStage, listed: Row, *answers: str | dict[str, Any]) -> l
 
 @pytest.fixture
 def stage(workspace: Workspace) -> SettleStage:
-    return SettleStage(workspace.job("pages.per_request=2"), NO_EXTRAS)
+    return make_settle_stage(workspace.job("pages.per_request=2"), NO_EXTRAS)
 
 
 @pytest.fixture
 def by_page(workspace: Workspace) -> SettleStage:
-    return SettleStage(workspace.job("extract.per=page"), NO_EXTRAS)
+    return make_settle_stage(workspace.job("extract.per=page"), NO_EXTRAS)
 
 
 def settled(stage: SettleStage, listed: Row, *answers: str | dict[str, Any]) -> list[Row]:
-    return stage.table([listed], ledger(stage, listed, *answers)).to_pylist()
+    return stage.build_table([listed], ledger(stage, listed, *answers)).to_pylist()
 
 
 def record(stage: SettleStage, listed: Row, *answers: str | dict[str, Any]) -> Row:
@@ -68,7 +69,7 @@ def test_an_answer_becomes_typed_columns(stage: SettleStage) -> None:
 def test_a_date_is_a_date(workspace: Workspace) -> None:
     day = {"day": {"type": "string", "format": "date"}}
     (workspace.folder / "schema.json").write_text(json.dumps(SCHEMA | {"properties": day, "required": ["day"]}))
-    row = record(SettleStage(workspace.job(), NO_EXTRAS), document(), '{"day":"2024-02-29"}')
+    row = record(make_settle_stage(workspace.job(), NO_EXTRAS), document(), '{"day":"2024-02-29"}')
     assert row["day"] == datetime.date(2024, 2, 29)
 
 
@@ -80,7 +81,7 @@ def test_a_record_says_where_it_comes_from_and_what_it_cost(stage: SettleStage) 
 
 
 def test_a_manifests_columns_travel(workspace: Workspace) -> None:
-    stage = SettleStage(workspace.job(), pa.schema([("customer", pa.string()), ("tags", pa.list_(pa.int64()))]))
+    stage = make_settle_stage(workspace.job(), pa.schema([("customer", pa.string()), ("tags", pa.list_(pa.int64()))]))
     row = record(stage, document(customer="ACME", tags=[1, 2]), VALID)
     assert (row["customer"], row["tags"]) == ("ACME", [1, 2])
 
@@ -117,7 +118,7 @@ def test_a_document_that_was_not_opened_is_one_record(stage: SettleStage) -> Non
 
 @pytest.mark.parametrize("listed", [document(), document(doc_id=None, page_count=None)])
 def test_what_was_not_asked_yet_is_pending(stage: SettleStage, listed: Row) -> None:
-    (row,) = stage.table([listed], []).to_pylist()
+    (row,) = stage.build_table([listed], []).to_pylist()
     assert (row["_status"], row["_failure"]["kind"]) == ("failed", "pending")
 
 
@@ -130,14 +131,14 @@ def test_the_newest_successful_attempt_wins(stage: SettleStage, order: int) -> N
     older = good | {"attempt": 2, "answer": VALID.replace("19.99", "1.00")}
     later = good | {"attempt": 3}
     latest = good | {"attempt": 4, "status": "failed", "failure": FAILURE, "answer": None}
-    (row,) = stage.table([document()], [older, later, latest][::order]).to_pylist()
+    (row,) = stage.build_table([document()], [older, later, latest][::order]).to_pylist()
     assert row["total"] == Decimal("19.99")
 
 
 def test_the_newest_failure_is_told_when_none_succeeded(stage: SettleStage) -> None:
     failed = ledger(stage, document(), {"status": "failed", "failure": FAILURE})[0]
     newer = failed | {"attempt": 2, "failure": FAILURE | {"kind": "timeout"}}
-    (row,) = stage.table([document()], [newer, failed]).to_pylist()
+    (row,) = stage.build_table([document()], [newer, failed]).to_pylist()
     assert row["_failure"]["kind"] == "timeout"
 
 
@@ -175,7 +176,7 @@ def test_one_part_that_is_no_json_makes_the_document_invalid(stage: SettleStage)
 
 def test_a_part_not_asked_yet_leaves_the_document_pending(stage: SettleStage) -> None:
     listed = document(page_count=3)
-    (row,) = stage.table([listed], ledger(stage, listed, VALID, VALID)[:1]).to_pylist()
+    (row,) = stage.build_table([listed], ledger(stage, listed, VALID, VALID)[:1]).to_pylist()
     assert (row["_status"], row["_failure"]["kind"], row["_requests"]) == ("failed", "pending", 1)
 
 
@@ -198,7 +199,7 @@ def test_a_document_that_was_not_opened_has_a_record_without_page(by_page: Settl
 def test_rows_are_in_the_order_of_sources_and_pages(by_page: SettleStage) -> None:
     listed = [document("b", "d1", 2), document("a", "d2", 10)]
     requests = [row for one in listed for row in ledger(by_page, one, *[VALID] * (one["page_count"] or 0))]
-    table = by_page.table(listed, requests[::-1])
+    table = by_page.build_table(listed, requests[::-1])
     assert list(zip(table["_source"].to_pylist(), table["_page"].to_pylist(), strict=True)) == [
         *(("a", page) for page in range(1, 11)), ("b", 1), ("b", 2),
     ]  # fmt: skip
@@ -206,29 +207,29 @@ def test_rows_are_in_the_order_of_sources_and_pages(by_page: SettleStage) -> Non
 
 def test_two_files_of_the_same_bytes_are_two_records_of_one_answer(stage: SettleStage) -> None:
     listed = [document("a"), document("b")]
-    rows = stage.table(listed, ledger(stage, listed[0], VALID)).to_pylist()
+    rows = stage.build_table(listed, ledger(stage, listed[0], VALID)).to_pylist()
     assert [(row["_source"], row["total"]) for row in rows] == [("a", Decimal("19.99")), ("b", Decimal("19.99"))]
 
 
 @pytest.mark.parametrize("answers", [[], [{"status": "failed", "failure": FAILURE}], [VALID], ['{"total":"much"}']])
 def test_the_columns_are_the_same_whatever_happened(stage: SettleStage, answers: list[Any]) -> None:
-    table = stage.table([document()], ledger(stage, document(), *answers)) if answers else stage.table([], [])
-    assert table.schema == stage.schema
+    table = stage.build_table([document()], ledger(stage, document(), *answers)) if answers else stage.build_table([], [])
+    assert table.schema == stage.plan.schema
 
 
 def test_the_same_ledger_gives_the_same_table(stage: SettleStage) -> None:
     requests = ledger(stage, document(page_count=3), VALID, VALID)
-    one, other = (stage.table([document(page_count=3)], rows) for rows in (requests, requests[::-1]))
+    one, other = (stage.build_table([document(page_count=3)], rows) for rows in (requests, requests[::-1]))
     assert one == other
 
 
 def test_columns_are_the_schemas_the_manifests_and_ours(workspace: Workspace) -> None:
-    stage = SettleStage(workspace.job(), pa.schema([("customer", pa.string())]))
-    assert stage.schema.names == ["currency", "total", "lines", "customer", *(name for name in PROVENANCE_COLUMNS if name != "_page")]
+    stage = make_settle_stage(workspace.job(), pa.schema([("customer", pa.string())]))
+    assert stage.plan.schema.names == ["currency", "total", "lines", "customer", *(name for name in PROVENANCE_COLUMNS if name != "_page")]
 
 
 def test_only_pages_have_a_page(by_page: SettleStage, stage: SettleStage) -> None:
-    assert ("_page" in by_page.schema.names, "_page" in stage.schema.names) == (True, False)
+    assert ("_page" in by_page.plan.schema.names, "_page" in stage.plan.schema.names) == (True, False)
 
 
 def test_check_shows_the_columns(workspace: Workspace) -> None:
@@ -243,4 +244,4 @@ def test_check_shows_the_columns(workspace: Workspace) -> None:
 @pytest.mark.parametrize("name", ["total", "_source"])
 def test_a_manifests_column_of_a_records_name_is_refused(workspace: Workspace, name: str) -> None:
     with pytest.raises(JobError, match=f"the manifest's column '{name}' has the name of a column of the records: rename it"):
-        SettleStage(workspace.job(), pa.schema([(name, pa.string())]))
+        make_settle_stage(workspace.job(), pa.schema([(name, pa.string())]))

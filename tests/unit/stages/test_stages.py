@@ -16,10 +16,11 @@ from pipeline.budget import RenderSettings
 from pipeline.errors import DocumentError, EngineDead, JobError
 from pipeline.records import Request
 from pipeline.render.sandbox import Sandbox
-from pipeline.stages.ask import AskStage, decode_images
+from pipeline.stages.ask import AskStage, decode_pages
 from pipeline.stages.render import RenderStage, make_render_settings
-from pipeline.stages.requests import Row, compute_document_keys, compute_request_key, split_pages
+from pipeline.stages.requests import compute_document_keys, compute_request_key, split_pages
 from tests.support.engines import CUT, INVALID, VALID, Say, ScriptedEngine, list_texts, make_completion
+from tests.support.stages import Row, claim_all, make_render_plan
 from tests.support.workspace import Workspace, draw_slip, make_listing_row
 
 SIZE = {"page_no": 1, "width_px": 28, "height_px": 28, "dpi": 200.0, "visual_tokens": 1, "warnings": []}
@@ -62,7 +63,7 @@ def sandbox() -> Iterator[Sandbox]:
 
 @pytest.fixture
 def stage(workspace: Workspace, sandbox: Sandbox) -> RenderStage:
-    made = RenderStage(sandbox.settings, workspace.folder, 2, "f" * 16, lambda identity, source, keys: dict.fromkeys(keys, 1))
+    made = RenderStage(make_render_plan(sandbox.settings, workspace.folder, 2), claim_all)
     made.sandbox = sandbox
     return made
 
@@ -81,7 +82,7 @@ def test_a_document_becomes_requests_of_pages(workspace: Workspace, stage: Rende
 
 def test_pixels_come_back_as_images(workspace: Workspace, stage: RenderStage) -> None:
     row = one(stage(make_listing_row(workspace.put("a.pdf", draw_slip(1)), workspace.folder)))
-    (image,) = decode_images(row)
+    (image,) = decode_pages(row)
     assert (image.shape, image.dtype, image.flags.writeable) == ((448, 448, 3), np.uint8, True)
     assert row["pages"][0]["visual_tokens"] == 256
 
@@ -124,23 +125,19 @@ def test_a_page_that_cannot_be_drawn_costs_its_request_alone(
 
 
 def test_only_the_requests_that_are_claimed_are_drawn(workspace: Workspace, stage: RenderStage) -> None:
-    stage.claim = lambda identity, source, keys: {keys[1]: 1}
+    stage.claim = lambda document, keys: {keys[1]: 1}
     row = one(stage(make_listing_row(workspace.put("a.pdf", draw_slip(1, 2, 3)), workspace.folder)))
     assert (row["first_page"], row["last_page"]) == (3, 3)
 
 
-def test_a_document_that_asks_nothing_still_says_what_it_is(workspace: Workspace, stage: RenderStage) -> None:
-    stage.claim = lambda identity, source, keys: {}
-    row = one(stage(make_listing_row(workspace.put("a.pdf", draw_slip(1, 2, 3)), workspace.folder)))
-    assert (row["key"], row["page_count"], row["doc_id"]) == (None, 3, hashlib.sha256(draw_slip(1, 2, 3)).hexdigest())
-
-
-def test_a_claim_names_document_source_and_keys(workspace: Workspace, stage: RenderStage) -> None:
-    claims = []
+def test_a_claim_names_the_identified_document_and_its_keys(workspace: Workspace, stage: RenderStage) -> None:
+    claims: list[tuple[Any, list[str]]] = []
     stage.claim = lambda *claim: claims.append(claim) or {}
-    one(stage(make_listing_row(workspace.put("a.pdf", draw_slip(1)), workspace.folder)))
-    doc_id = hashlib.sha256(draw_slip(1)).hexdigest()
-    assert claims == [(doc_id, "in/a.pdf", [compute_request_key(doc_id, 1, 1, "f" * 16)])]
+    document = make_listing_row(workspace.put("a.pdf", draw_slip(1, 2, 3)), workspace.folder)
+    assert list(stage(document)) == []
+    doc_id = hashlib.sha256(draw_slip(1, 2, 3)).hexdigest()
+    keys = [compute_request_key(doc_id, 1, 2, "f" * 16), compute_request_key(doc_id, 3, 3, "f" * 16)]
+    assert claims == [({**document, "doc_id": doc_id, "page_count": 3}, keys)]
 
 
 def test_the_password_comes_from_the_environment(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +164,7 @@ def test_limits_are_the_jobs(workspace: Workspace) -> None:
 def ask(workspace: Workspace, *says: Say, settings: tuple[str, ...] = (), **row: Any) -> tuple[Row, ScriptedEngine]:
     """Return what becomes of one request, and the engine that was asked."""
     engine = ScriptedEngine(*says)
-    return asyncio.run(AskStage(workspace.job(*settings), engine).answer(REQUEST | row)), engine
+    return asyncio.run(AskStage(workspace.job(*settings), engine).answer_row(REQUEST | row)), engine
 
 
 def test_a_valid_answer_is_extracted(workspace: Workspace) -> None:
@@ -264,12 +261,6 @@ def test_a_document_that_was_not_drawn_is_not_asked(workspace: Workspace) -> Non
     assert (engine.asked, row["failure"], row["status"]) == ([], failure, "failed")
 
 
-def test_a_document_that_asks_nothing_passes_through(workspace: Workspace) -> None:
-    row, engine = ask(workspace, key=None)
-    assert engine.asked == []
-    assert row == {name: value for name, value in REQUEST.items() if name != "pixels"} | {"key": None}
-
-
 def test_a_part_of_a_document_is_not_asked_for_what_it_lacks(workspace: Workspace) -> None:
     row, engine = ask(workspace, make_completion('{"currency":"EUR"}'), page_count=5)
     assert (row["status"], row["asks"]) == ("extracted", 1)
@@ -349,10 +340,6 @@ def test_rows_come_in_the_order_they_were_given_whatever_is_answered_first(works
 def test_a_dead_engine_is_no_row(workspace: Workspace) -> None:
     with pytest.raises(EngineDead):
         ask_all(workspace, [REQUEST], EngineDead("the GPU is gone"))
-
-
-def test_a_batch_of_nothing_to_ask_asks_nothing(workspace: Workspace) -> None:
-    assert [row["key"] for row in ask_all(workspace, [REQUEST | {"key": None}] * 2, AssertionError("asked"))] == [None, None]
 
 
 def test_the_stage_keeps_no_pixels_of_what_it_could_not_draw(workspace: Workspace, stage: RenderStage) -> None:

@@ -24,11 +24,11 @@ from pipeline.output.sources import read_sources
 from pipeline.output.status import read_status
 from pipeline.records import Document
 from pipeline.stages import preview
-from pipeline.stages.settle import SettleStage
 from pipeline.storage import location, object_store, store
 from pipeline.storage.store import FolderStore, Store
 from tests.support import s3
 from tests.support.engines import INVALID, VALID
+from tests.support.stages import make_settle_stage
 from tests.support.workspace import Workspace, draw_slip
 from tests.unit.stages import test_settle
 
@@ -282,7 +282,7 @@ def test_a_page_of_an_object_can_be_looked_at(bucket: s3.Bucket, workspace: Work
     bucket.put(f"{tmp_path.name}/a.pdf", draw_slip(1, 2))
     assert preview.render_preview(workspace.job(), bucket.url(f"{tmp_path.name}/a.pdf"), 2).facts["page_count"] == 2
     bucket.put(f"{tmp_path.name}/b.pdf", draw_slip(1))
-    with pytest.raises(JobError, match=r"are 2 files, the first is s3://bucket/.*/a\.pdf: name one"):
+    with pytest.raises(JobError, match=r"names 2 files, the first is s3://bucket/.*/a\.pdf: name one of them"):
         preview.render_preview(workspace.job(), bucket.url(tmp_path.name), 1)
 
 
@@ -344,7 +344,7 @@ def test_records_are_the_same_before_within_and_after_a_compaction(workspace: Wo
     """Documents of two requests each, some failed and asked again."""
     monkeypatch.setattr(compaction, "MAX_SMALL_SHARDS", 8)
     (output := Output(workspace.folder / "out")).create()
-    stage = SettleStage(workspace.job("pages.per_request=1"), pa.schema([]))
+    stage = make_settle_stage(workspace.job("pages.per_request=1"), pa.schema([]))
     listed = [test_settle.document(f"{n}.pdf", f"d{n}", 2) for n in range(10)]
     failure = {"stage": "generate", "kind": "length", "message": "cut"}
     for at, document in enumerate(listed):
@@ -355,7 +355,7 @@ def test_records_are_the_same_before_within_and_after_a_compaction(workspace: Wo
         write(output, again | {"attempt": 2})
 
     def settled() -> pa.Table:
-        return stage.table(listed, read_requests(output, pa.chunked_array([[one["doc_id"] for one in listed]])).to_pylist())
+        return stage.build_table(listed, read_requests(output, pa.chunked_array([[one["doc_id"] for one in listed]])).to_pylist())
 
     before, small = settled(), {name: output.requests.read(name) for name in output.requests.list_names("")}
     assert len(set(before["_status"].to_pylist())) == 3
