@@ -1,7 +1,7 @@
-"""A URL in an object store -> what is there: listed, looked at, fetched whole or in pieces. Knows no run and no output.
+"""Object store client on fsspec: takes a URL and lists objects, finds one, or fetches its bytes, whole or in ranges.
 
-The one door to fsspec. Credentials, region and endpoint are what the environment of the process that asks says (AWS_PROFILE,
-AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, …), and travel nowhere.
+Credentials, region and endpoint come from the environment of the calling process (AWS_PROFILE, AWS_ENDPOINT_URL,
+GOOGLE_APPLICATION_CREDENTIALS, …) and are never sent to another process.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ STORE_ERROR_MODULES = (
     ("gcsfs.retry", "HttpError"),
     ("azure.core.exceptions", "AzureError"),
 )
-"""What the stores' libraries raise beside OSError and ValueError."""
+"""The exceptions of the stores' libraries other than OSError and ValueError."""
 
 
 class StoreUnreachable(OSError):
-    """An object store did not do what it was asked; nothing is known of what it holds."""
+    """A request to an object store failed, which says nothing about whether the object exists."""
 
 
 @contextmanager
 def open_filesystem(url: str) -> Iterator[tuple[Any, str]]:
-    """Give the file system of a URL and the path in it, and turn what its library raises into OSErrors.
+    """Yield the fsspec file system of a URL and the path in it, and convert the exceptions of its library to OSErrors.
 
-    Never by fsspec's own reading of URLs: that takes `::` in an object's name for a way to another file system. Raises JobError
-    where a library is missing or the URL has a secret in it.
+    `fsspec.core.url_to_fs` is not used: it reads `::` in an object's name as a chain of file systems. Raises JobError
+    if a library is missing or the URL contains a secret.
     """
     scheme = parse_scheme(url)
     check_store_available(url)
@@ -57,16 +57,16 @@ def open_filesystem(url: str) -> Iterator[tuple[Any, str]]:
 
 
 def check_store_available(url: str) -> None:
-    """Raise JobError for a URL that cannot be opened here: its library is missing, or it has a secret in it."""
+    """Raise JobError for a URL whose library is not installed or that contains a secret."""
     if has_secret(url):
-        raise JobError(f"{redact_url(url)} has a user or a password in it: the environment holds them, no URL does")
+        raise JobError(f"{redact_url(url)} contains a user or a password; set them in the environment")
     library, extra = STORE_PACKAGES.get(parse_scheme(url), ("", ""))
     if library and find_spec(library) is None:
         raise JobError(f"{url} needs the package {library}: pip install 'pipeline[{extra}]'")
 
 
 def list_store_errors() -> tuple[type[Exception], ...]:
-    """Return what the libraries that are in use raise."""
+    """Return the exceptions of the libraries that are loaded."""
     return (OSError, ValueError, *(getattr(sys.modules[module], name) for module, name in STORE_ERROR_MODULES if module in sys.modules))
 
 
@@ -76,58 +76,58 @@ def format_os_error(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class StoredObject:
-    """An object, as it is listed."""
+    """An object as a listing describes it."""
 
     url: str
     size_bytes: int
     version: str
-    """Its etag, or when it was written: what tells a changed object apart."""
+    """The etag or the time of the last write, by which a changed object is detected."""
 
 
 def list_objects(url: str, is_glob: bool = False) -> list[StoredObject]:
-    """Return the objects at or below a URL, or matched by it, from one listing. Raises OSError."""
+    """Return the objects at or below a URL, or those that match it as a glob, from one listing. Raises OSError."""
     with open_filesystem(url) as (files, path):
         found = files.glob(path, detail=True) if is_glob else files.find(path, detail=True)
-        return [make_stored_objects(files, info) for name, info in found.items() if info["type"] == "file" and not name.endswith("/")]
+        return [make_stored_object(files, info) for name, info in found.items() if info["type"] == "file" and not name.endswith("/")]
 
 
 def find_object(url: str) -> StoredObject | None:
-    """Return the object of exactly this URL, if there is one. Raises OSError."""
+    """Return the object with exactly this URL, None if it does not exist. Raises OSError."""
     try:
         with open_filesystem(url) as (files, path):
             info = files.info(path)
-            return make_stored_objects(files, info) if info["type"] == "file" else None
+            return make_stored_object(files, info) if info["type"] == "file" else None
     except FileNotFoundError:
         return None
 
 
 def fetch_object(url: str, size_bytes: int) -> tuple[bytes, str]:
-    """Return an object's bytes, at most one more than it is listed with, and the version it had after they were read.
+    """Return an object's bytes, at most one more than its listed size, and its version after they were read.
 
-    Raises OSError. Had it been replaced meanwhile, its version would not be the one that was listed.
+    If the object was replaced in the meantime, the version differs from the listed one. Raises OSError.
     """
     with open_filesystem(url) as (files, path):
-        data = files.cat_file(path, start=0, end=size_bytes + 1) if size_bytes else b""  # of nothing no range can be had
-        return data, make_stored_objects(files, files.info(path)).version
+        data = files.cat_file(path, start=0, end=size_bytes + 1) if size_bytes else b""  # an empty object has no ranges
+        return data, make_stored_object(files, files.info(path)).version
 
 
 def download_object(url: str, file: Path) -> None:
-    """Copy an object into a file here. Raises OSError."""
+    """Copy an object to a local file. Raises OSError."""
     with open_filesystem(url) as (files, path):
         files.get_file(path, str(file))
 
 
-def make_stored_objects(files: Any, info: dict[str, Any]) -> StoredObject:
-    given = next((info[key] for key in ("ETag", "etag", "mtime", "LastModified", "created") if info.get(key)), "")
-    version = str(given.timestamp() if isinstance(given, datetime) else given)
-    return StoredObject(files.unstrip_protocol(info["name"]), info["size"], version)
+def make_stored_object(files: Any, info: dict[str, Any]) -> StoredObject:
+    version = next((info[key] for key in ("ETag", "etag", "mtime", "LastModified", "created") if info.get(key)), "")
+    text = str(version.timestamp() if isinstance(version, datetime) else version)
+    return StoredObject(files.unstrip_protocol(info["name"]), info["size"], text)
 
 
 class RangeReader(io.RawIOBase):
-    """A large object, of which only what is looked at is fetched."""
+    """A large object as a file, of which only the ranges that are read are fetched."""
 
     def __init__(self, url: str, size_bytes: int) -> None:
-        self.url, self.size_bytes, self.place = url, size_bytes, 0
+        self.url, self.size_bytes, self.position = url, size_bytes, 0
 
     def readable(self) -> bool:
         return True
@@ -136,20 +136,20 @@ class RangeReader(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.size_bytes}[whence]
-        self.place = max(0, start + offset)
-        return self.place
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size_bytes}[whence]
+        self.position = max(0, start + offset)
+        return self.position
 
     def tell(self) -> int:
-        return self.place
+        return self.position
 
     def readinto(self, buffer: Any) -> int:
-        room = memoryview(buffer)
-        stop = min(self.size_bytes, self.place + len(room))
-        if stop <= self.place:
+        target = memoryview(buffer)
+        stop = min(self.size_bytes, self.position + len(target))
+        if stop <= self.position:
             return 0
         with open_filesystem(self.url) as (files, path):
-            data: bytes = files.cat_file(path, start=self.place, end=stop)
-        room[: len(data)] = data
-        self.place += len(data)
+            data: bytes = files.cat_file(path, start=self.position, end=stop)
+        target[: len(data)] = data
+        self.position += len(data)
         return len(data)

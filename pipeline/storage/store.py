@@ -1,10 +1,10 @@
-"""A place -> what is in it, by name: a folder here, or a prefix in an object store. Knows no Parquet, no job and no document.
+"""Store: lists, reads and atomically writes files by name, in a local folder or under a prefix in an object store.
 
-    store = at("s3://bucket/out/invoices") / "requests"
-    store.put("ab12.parquet", data)        whole or not at all, whatever ends this process meanwhile
-    store.list_names(".parquet")                {"ab12.parquet": 4711}
+    store = open_store("s3://bucket/out/invoices") / "requests"
+    store.put("ab12.parquet", data)        whole or not at all, even if this process is killed meanwhile
+    store.list_names(".parquet")           {"ab12.parquet": 4711}
 
-A store carries its place alone: what opens an object store is in the environment of the process that uses it (`objects.py`).
+A store holds and pickles its location alone: credentials stay in the environment of the process that uses it (`object_store.py`).
 """
 
 from __future__ import annotations
@@ -24,93 +24,93 @@ from pipeline.storage.location import Location
 from pipeline.storage.object_store import RangeReader, format_os_error, open_filesystem
 
 MAX_STREAMS = 16
-"""So many requests to an object store are under way at once: each is a wait of 10 to 100 ms, and little work."""
+"""Concurrent requests to an object store: each waits 10 to 100 ms and needs little CPU."""
 WHOLE_BYTES = 4 * 2**20
-"""An object up to this size is fetched in one piece; of a larger one, what is looked at."""
+"""An object up to this size is fetched whole; of a larger one only the ranges that are read."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Store(Protocol):
-    """A folder of named contents."""
+    """A folder of files."""
 
     def __truediv__(self, name: str) -> Store:
-        """Return the folder of this name within."""
+        """Return the subfolder with this name."""
         ...
 
     def __str__(self) -> str: ...
 
     def list_names(self, suffix: str) -> dict[str, int]:
-        """Return the names with this ending and their bytes, sorted, from one listing; none where there is no such folder.
+        """Return the names with this suffix and their sizes in bytes, sorted by name, from one listing.
 
-        Raises RunError.
+        A folder that does not exist has no names. Raises RunError.
         """
         ...
 
     def read(self, name: str) -> bytes:
-        """Return a content whole. Raises FileNotFoundError, or another OSError."""
+        """Return a file's bytes. Raises FileNotFoundError or another OSError."""
         ...
 
     def open_file(self, name: str, size_bytes: int) -> Any:
-        """Return a content as pyarrow opens it. Raises FileNotFoundError, or another OSError."""
+        """Return a file in a form that pyarrow can open. Raises FileNotFoundError or another OSError."""
         ...
 
     def put(self, name: str, content: bytes) -> None:
-        """Write a content so that readers, and a power cut, find the old one or the new. Raises RunError."""
+        """Write a file atomically: readers see the old bytes or the new ones, also after a power cut. Raises RunError."""
         ...
 
     def rename(self, name: str, new: str) -> None:
-        """Give a content another name, if it is there. Raises RunError."""
+        """Rename a file if it exists. Raises RunError."""
         ...
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove contents, if they are there. Raises RunError."""
+        """Remove files if they exist. Raises RunError."""
         ...
 
     def create(self) -> None:
-        """Make the folder. Raises OSError."""
+        """Create the folder. Raises OSError."""
         ...
 
     def remove_leftovers(self) -> None:
-        """Remove what was left half-written by who writes here no more. Raises RunError."""
+        """Remove partly written files of writers that have ended. Raises RunError."""
         ...
 
     def check_writable(self) -> None:
-        """Prove that it can be written to. Raises OSError."""
+        """Raise OSError if the folder cannot be written to."""
         ...
 
 
-def open_store(place: Location) -> Store:
-    """Return the store at a place."""
-    return FolderStore(place) if isinstance(place, Path) else ObjectStore(place)
+def open_store(location: Location) -> Store:
+    """Return the store at a location."""
+    return FolderStore(location) if isinstance(location, Path) else ObjectStore(location)
 
 
-def map_concurrently(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """Return what some work makes of each item, in their order, several under way at once."""
+def map_concurrently(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """Return the results of a function for the items, in their order; up to `MAX_STREAMS` calls run at once."""
     with ThreadPoolExecutor(MAX_STREAMS) as pool:
-        return list(pool.map(work, items))
+        return list(pool.map(function, items))
 
 
 @contextmanager
-def convert_os_errors(doing: str) -> Iterator[None]:
-    """Turn an OSError into a RunError that names what was being done."""
+def convert_os_errors(action: str) -> Iterator[None]:
+    """Convert an OSError to a RunError that names the action."""
     try:
         yield
     except OSError as error:
-        raise make_run_error(doing, error) from None
+        raise make_run_error(action, error) from None
 
 
-def make_run_error(doing: str, error: OSError) -> RunError:
-    cure = "free the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "put that right"
-    return RunError(f"cannot {doing}: {format_os_error(error)}; {cure} and run the same command again")
+def make_run_error(action: str, error: OSError) -> RunError:
+    remedy = "free disk space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "fix the cause"
+    return RunError(f"cannot {action}: {format_os_error(error)}; {remedy} and run the same command again")
 
 
-# ---- A folder here ------------------------------------------------------------------------------------------------
+# ---- A local folder -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class FolderStore:
-    """A folder of this machine, or of one that is mounted here."""
+    """A folder on a local or mounted file system."""
 
     path: Path
 
@@ -125,7 +125,7 @@ class FolderStore:
         with convert_os_errors(f"list {self}"), suppress(FileNotFoundError), os.scandir(self.path) as entries:
             for entry in entries:
                 if entry.name.endswith(suffix):
-                    with suppress(FileNotFoundError):  # gone meanwhile
+                    with suppress(FileNotFoundError):  # removed since the listing
                         found[entry.name] = entry.stat().st_size
         return dict(sorted(found.items()))
 
@@ -153,8 +153,8 @@ class FolderStore:
             (self.path / name).rename(self.path / new)
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove files, when those that stand in their place are on the disk by name, too."""
-        with suppress(OSError):  # some file systems cannot
+        """Remove files, after an fsync of the folder, so that the files that replace them survive a power cut."""
+        with suppress(OSError):  # some file systems do not support it
             folder = os.open(self.path, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -183,7 +183,7 @@ class FolderStore:
 
 @dataclass(frozen=True)
 class ObjectStore:
-    """A prefix in an object store. An object appears when its upload is complete; one that is cut leaves nothing to see."""
+    """A prefix in an object store. An object appears when its upload is complete; an interrupted upload leaves no object."""
 
     url: str
 
@@ -209,11 +209,11 @@ class ObjectStore:
         if size_bytes > WHOLE_BYTES:
             return RangeReader(f"{self / name}", size_bytes)
         with open_filesystem(f"{self / name}") as (files, path):
-            return io.BytesIO(files.cat_file(path, start=0) if size_bytes else b"")  # from its start: one request, not two
+            return io.BytesIO(files.cat_file(path, start=0) if size_bytes else b"")  # with `start`: one request, not two
 
     def put(self, name: str, content: bytes) -> None:
         with convert_os_errors(f"write {self / name}"), open_filesystem(f"{self / name}") as (files, path):
-            files.pipe_file(path, content)  # one request up to 100 MB; a larger upload that breaks off is taken back
+            files.pipe_file(path, content)  # one request up to 100 MB; a larger upload that fails is aborted
 
     def rename(self, name: str, new: str) -> None:
         with convert_os_errors(f"rename {self / name}"), suppress(FileNotFoundError), open_filesystem(self.url) as (files, path):
@@ -221,7 +221,7 @@ class ObjectStore:
             files.rm_file(f"{path}/{name}")
 
     def remove(self, names: Iterable[str]) -> None:
-        def one(name: str) -> None:
+        def remove_object(name: str) -> None:
             with (
                 convert_os_errors(f"remove {self / name}"),
                 suppress(FileNotFoundError),
@@ -229,13 +229,13 @@ class ObjectStore:
             ):
                 files.rm_file(path)
 
-        map_concurrently(one, names)
+        map_concurrently(remove_object, names)
 
     def create(self) -> None:
-        """Nothing: folders are but names."""
+        """Do nothing: an object store has no folders."""
 
     def remove_leftovers(self) -> None:
-        """Nothing: no object is half-written."""
+        """Do nothing: an object is never partly written."""
 
     def check_writable(self) -> None:
         name = f".probe-{os.getpid()}.tmp"

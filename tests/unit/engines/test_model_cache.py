@@ -74,7 +74,7 @@ def test_a_copy_that_breaks_off_is_none(uri: str, tmp_path: Path, monkeypatch: p
         raise object_store.StoreUnreachable("the connection is gone")
 
     monkeypatch.setattr(object_store, "download_object", cut)
-    with pytest.raises(RunError, match=r"cannot copy the model s3://.* to .*: the connection is gone; put that right"):
+    with pytest.raises(RunError, match=r"cannot copy the model s3://.* to .*: the connection is gone; fix the cause"):
         model_cache.copy_checkpoint(uri, revision)
     assert not model_cache.find_copy_folder(uri, revision).exists()
     monkeypatch.setattr(object_store, "download_object", download)

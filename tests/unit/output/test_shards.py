@@ -124,7 +124,7 @@ def test_a_full_disk_leaves_no_half_shard_and_the_old_one_whole(output: Output, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(RunError, match=r"cannot write .*: No space left on device; free the disk and run the same command again"):
+    with pytest.raises(RunError, match=r"cannot write .*: No space left on device; free disk space and run the same command again"):
         write_test_shard(output.records, TABLE.slice(1), ["a"])
     assert names(output.records) == [file.name]
     assert pq.read_table(file) == TABLE
@@ -132,7 +132,7 @@ def test_a_full_disk_leaves_no_half_shard_and_the_old_one_whole(output: Output, 
 
 def test_a_folder_that_is_gone_is_an_error_that_says_so(output: Output) -> None:
     output.records.path.rmdir()
-    with pytest.raises(RunError, match="No such file or directory; put that right and run the same command again"):
+    with pytest.raises(RunError, match="No such file or directory; fix the cause and run the same command again"):
         write_test_shard(output.records, TABLE, ["a"])
 
 

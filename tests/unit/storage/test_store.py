@@ -1,4 +1,4 @@
-"""A folder here and a prefix in S3 keep the same promises; the S3 is a real server on loopback."""
+"""Stores: a local folder and a prefix in S3 behave the same. S3 is moto's server on loopback."""
 
 from __future__ import annotations
 
@@ -35,33 +35,34 @@ from tests.unit.stages import test_settle
 KINDS = pytest.mark.parametrize("kind", ["folder", "s3"])
 
 
-def at(bucket: s3.Bucket, tmp_path: Path, kind: str) -> Store:
-    made = store.open_store(tmp_path / "place" if kind == "folder" else bucket.url(tmp_path.name))
+def make_store(bucket: s3.Bucket, tmp_path: Path, kind: str) -> Store:
+    """Return an empty store of this kind."""
+    made = store.open_store(tmp_path / "store" if kind == "folder" else bucket.url(tmp_path.name))
     made.create()
     return made
 
 
 @pytest.fixture
-def otherwise(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Let a test change the environment's way to S3, for itself alone."""
+def s3_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A monkeypatch for the environment variables of S3, with fsspec's cached clients cleared before and after."""
     kind = fsspec.get_filesystem_class("s3")
     kind.clear_instance_cache()
     yield monkeypatch
     kind.clear_instance_cache()
 
 
-def row(key: str, doc_id: str | None = None, **given: object) -> dict[str, object]:
-    about = {"source": f"{key}.pdf", "size_bytes": 5, "version": "1", "doc_id": doc_id or f"d{key}", "page_count": 1}
-    return {"key": key, "attempt": 1, "status": "extracted", "answer": f"{{{key}}}", **about, **given}
+def make_row(key: str, doc_id: str | None = None, **given: object) -> dict[str, object]:
+    document = {"source": f"{key}.pdf", "size_bytes": 5, "version": "1", "doc_id": doc_id or f"d{key}", "page_count": 1}
+    return {"key": key, "attempt": 1, "status": "extracted", "answer": f"{{{key}}}", **document, **given}
 
 
-def write(output: Output, *rows: dict[str, object]) -> None:
+def write_rows(output: Output, *rows: dict[str, object]) -> None:
     with LedgerWriter(output) as ledger:
         for one in rows:
             ledger.add(one)
 
 
-def rows_of(output: Output) -> list[dict[str, object]]:
+def read_rows(output: Output) -> list[dict[str, object]]:
     return sorted(read_shards(output.requests, None, LEDGER_SCHEMA).to_pylist(), key=lambda row: (row["key"], row["attempt"]))
 
 
@@ -70,52 +71,52 @@ def rows_of(output: Output) -> list[dict[str, object]]:
 
 @KINDS
 def test_what_is_put_is_listed_and_read(bucket: s3.Bucket, tmp_path: Path, kind: str) -> None:
-    place = at(bucket, tmp_path, kind)
+    files = make_store(bucket, tmp_path, kind)
     for name in ("b.parquet", "a.parquet", "c.json"):
-        place.put(name, name.encode() * 2)
-    assert list(place.list_names(".parquet").items()) == [("a.parquet", 18), ("b.parquet", 18)]
-    assert place.read("c.json") == b"c.jsonc.json"
-    place.put("c.json", b"new")
-    assert place.read("c.json") == b"new"
+        files.put(name, name.encode() * 2)
+    assert list(files.list_names(".parquet").items()) == [("a.parquet", 18), ("b.parquet", 18)]
+    assert files.read("c.json") == b"c.jsonc.json"
+    files.put("c.json", b"new")
+    assert files.read("c.json") == b"new"
 
 
 @KINDS
 def test_what_is_not_there_is_no_name_and_cannot_be_read(bucket: s3.Bucket, tmp_path: Path, kind: str) -> None:
-    place = at(bucket, tmp_path, kind) / "nowhere"
-    assert place.list_names("") == {}
+    files = make_store(bucket, tmp_path, kind) / "nowhere"
+    assert files.list_names("") == {}
     with pytest.raises(FileNotFoundError):
-        place.read("a.parquet")
+        files.read("a.parquet")
 
 
 @KINDS
 def test_contents_are_renamed_and_removed(bucket: s3.Bucket, tmp_path: Path, kind: str) -> None:
-    place = at(bucket, tmp_path, kind)
+    files = make_store(bucket, tmp_path, kind)
     for name in ("a", "b", "c"):
-        place.put(name, b"x")
-    place.rename("a", "d")
-    place.rename("gone", "e")
-    place.remove(["b", "gone"])
-    assert list(place.list_names("")) == ["c", "d"]
+        files.put(name, b"x")
+    files.rename("a", "d")
+    files.rename("gone", "e")
+    files.remove(["b", "gone"])
+    assert list(files.list_names("")) == ["c", "d"]
 
 
 @KINDS
 def test_a_probe_leaves_nothing(bucket: s3.Bucket, tmp_path: Path, kind: str) -> None:
-    place = at(bucket, tmp_path, kind)
-    place.check_writable()
-    assert place.list_names("") == {}
+    files = make_store(bucket, tmp_path, kind)
+    files.check_writable()
+    assert files.list_names("") == {}
 
 
 def test_folders_within_are_no_names(bucket: s3.Bucket, tmp_path: Path) -> None:
-    place = at(bucket, tmp_path, "s3")
-    (place / "inner").put("a.parquet", b"x")
-    assert place.list_names("") == {}
+    files = make_store(bucket, tmp_path, "s3")
+    (files / "inner").put("a.parquet", b"x")
+    assert files.list_names("") == {}
 
 
 def test_a_store_travels_without_secrets(bucket: s3.Bucket) -> None:
-    place = store.open_store(bucket.url("somewhere"))
-    place.list_names("")  # the connection is made by now
-    packed = pickle.dumps(place)
-    assert pickle.loads(packed) == place
+    files = store.open_store(bucket.url("somewhere"))
+    files.list_names("")  # the connection is made by now
+    packed = pickle.dumps(files)
+    assert pickle.loads(packed) == files
     assert s3.SECRET.encode() not in packed
     assert b"AKID" not in packed
 
@@ -131,31 +132,31 @@ def test_more_objects_than_a_page_of_a_listing_are_all_listed(bucket: s3.Bucket,
 # --- what goes wrong
 
 
-def test_an_upload_that_is_cut_leaves_the_old_object(bucket: s3.Bucket, tmp_path: Path, otherwise: pytest.MonkeyPatch) -> None:
+def test_an_upload_that_is_cut_leaves_the_old_object(bucket: s3.Bucket, tmp_path: Path, s3_environment: pytest.MonkeyPatch) -> None:
     bucket.put(f"{tmp_path.name}/old.parquet", b"old")
     with s3.cut_after(bucket, 200_000) as endpoint:
-        otherwise.setenv("AWS_ENDPOINT_URL", endpoint)
+        s3_environment.setenv("AWS_ENDPOINT_URL", endpoint)
         for name in ("old.parquet", "new.parquet"):
-            with pytest.raises(RunError, match=rf"^cannot write s3://bucket/.*/{name}: .*; put that right and run the same command again$"):
+            with pytest.raises(RunError, match=rf"^cannot write s3://bucket/.*/{name}: .*; fix the cause and run the same command again$"):
                 store.open_store(bucket.url(tmp_path.name)).put(name, b"n" * 1_000_000)
     assert bucket.contents(tmp_path.name) == {f"{tmp_path.name}/old.parquet": b"old"}
 
 
-def test_a_large_upload_that_is_cut_is_taken_back(bucket: s3.Bucket, tmp_path: Path, otherwise: pytest.MonkeyPatch) -> None:
-    """It goes in parts, which are paid for as long as nobody says that no more will come."""
+def test_a_large_upload_that_is_cut_is_taken_back(bucket: s3.Bucket, tmp_path: Path, s3_environment: pytest.MonkeyPatch) -> None:
+    """It is a multipart upload, whose parts are billed until it is aborted."""
     with s3.cut_after(bucket, 1_000_000) as endpoint:
-        otherwise.setenv("AWS_ENDPOINT_URL", endpoint)
+        s3_environment.setenv("AWS_ENDPOINT_URL", endpoint)
         with pytest.raises(RunError, match=r"cannot write s3://"):
             store.open_store(bucket.url(tmp_path.name)).put("large.parquet", bytes(101 * 2**20))
     assert bucket.keys(tmp_path.name) == []
     assert not bucket.backend.buckets[bucket.name].multiparts
 
 
-def test_a_store_that_is_not_there_is_said_without_a_trace(bucket: s3.Bucket, otherwise: pytest.MonkeyPatch) -> None:
-    otherwise.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    place = store.open_store(bucket.url("out"))
+def test_a_store_that_is_not_there_is_said_without_a_trace(bucket: s3.Bucket, s3_environment: pytest.MonkeyPatch) -> None:
+    s3_environment.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    files = store.open_store(bucket.url("out"))
     with pytest.raises(RunError, match=r"^cannot list s3://bucket/out: .*127\.0\.0\.1:9"):
-        place.list_names("")
+        files.list_names("")
     with pytest.raises(JobError, match=r"^cannot write to the output folder s3://bucket/out: "):
         Output(bucket.url("out")).create()
     with pytest.raises(SourceError, match=r"^source 's3://bucket/out' cannot be listed: "):
@@ -169,16 +170,16 @@ def test_a_bucket_that_is_not_there_is_refused_before_anything_starts(bucket: s3
         read_status(Output("s3://another/out"))
 
 
-def test_a_store_that_stops_answering_is_no_damage(bucket: s3.Bucket, tmp_path: Path, otherwise: pytest.MonkeyPatch) -> None:
+def test_a_store_that_stops_answering_is_no_damage(bucket: s3.Bucket, tmp_path: Path, s3_environment: pytest.MonkeyPatch) -> None:
     output = Output(bucket.url(tmp_path.name))
-    write(output, row("k1"))
-    otherwise.setattr(store, "WHOLE_BYTES", 0)  # read in pieces
-    assert [one["key"] for one in rows_of(output)] == ["k1"]
+    write_rows(output, make_row("k1"))
+    s3_environment.setattr(store, "WHOLE_BYTES", 0)  # read in pieces
+    assert [one["key"] for one in read_rows(output)] == ["k1"]
     ((name, size),) = output.requests.list_names(".parquet").items()
-    otherwise.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    s3_environment.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     for whole in (0, 10**9):
-        otherwise.setattr(store, "WHOLE_BYTES", whole)
+        s3_environment.setattr(store, "WHOLE_BYTES", whole)
         with pytest.raises(RunError, match=r"^cannot read s3://.*parquet: .*127\.0\.0\.1:9") as caught:
             read_shard(output.requests, name, size, None, LEDGER_SCHEMA)
         assert not isinstance(caught.value, DamagedShard)
@@ -203,7 +204,7 @@ def test_names_that_only_look_like_secrets_are_none(url: str) -> None:
     "url", ["ftp://host/out", "https://host/out", "s3://", "s3:///out", "s3://bucket//out", "s3://b/../x", "s3:/bucket/out"]
 )
 def test_what_cannot_be_an_output_is_refused(url: str) -> None:
-    with pytest.raises(ValueError, match=r"allowed are|after the two slashes|lost a slash"):
+    with pytest.raises(ValueError, match=r"it must be a folder or a URL|it must have a bucket|a slash is missing"):
         location.check_store_url(url)
 
 
@@ -262,7 +263,7 @@ def test_an_output_in_a_store_reads_back(bucket: s3.Bucket, tmp_path: Path) -> N
     output.create()
     assert output.read_job() is None
     output.write_job({"job": {"name": "ü"}, "fingerprint": "f", "asked": {}})
-    write(output, row("k1"), row("k2", status="failed", failure={"stage": "render", "kind": "timeout", "message": "…"}))
+    write_rows(output, make_row("k1"), make_row("k2", status="failed", failure={"stage": "render", "kind": "timeout", "message": "…"}))
     found = read_status(pickle.loads(pickle.dumps(output)))
     assert (found["job"], found["documents"], found["request_failures"]) == ("ü", {"listed": 2, "identified": 2}, {"render/timeout": 1})
     assert read_requests(output, pa.chunked_array([["dk1"]]))["answer"].to_pylist() == ["{k1}"]
@@ -271,7 +272,7 @@ def test_an_output_in_a_store_reads_back(bucket: s3.Bucket, tmp_path: Path) -> N
 def test_status_reads_an_output_in_a_store(bucket: s3.Bucket, tmp_path: Path) -> None:
     output = Output(bucket.url(tmp_path.name))
     output.write_job({"job": {"name": "slips"}, "fingerprint": "f", "asked": {}})
-    write(output, row("k1"))
+    write_rows(output, make_row("k1"))
     result = CliRunner().invoke(main, ["status", bucket.url(f"{tmp_path.name}/"), "--json"])
     assert (result.exit_code, json.loads(result.stdout)["requests"]) == (0, {"extracted": 1})
     wrong = CliRunner().invoke(main, ["status", "s3://KEY:secret@bucket/out"])
@@ -290,7 +291,7 @@ def test_a_shard_in_a_store_has_the_bytes_of_one_in_a_folder(bucket: s3.Bucket, 
     outputs = Output(tmp_path / "out"), Output(bucket.url(tmp_path.name))
     for output in outputs:
         output.create()
-        write(output, row("k1"), row("k2"))
+        write_rows(output, make_row("k1"), make_row("k2"))
     here = {str(f.relative_to(tmp_path / "out")): f.read_bytes() for f in (tmp_path / "out").rglob("*.parquet")}
     assert {key.removeprefix(f"{tmp_path.name}/"): data for key, data in bucket.contents(tmp_path.name).items()} == here
 
@@ -298,13 +299,13 @@ def test_a_shard_in_a_store_has_the_bytes_of_one_in_a_folder(bucket: s3.Bucket, 
 @pytest.mark.parametrize("damage", [b"", b"PAR1", b"x" * 5_000])
 def test_a_damaged_shard_in_a_store_is_set_aside(bucket: s3.Bucket, tmp_path: Path, damage: bytes) -> None:
     output = Output(bucket.url(tmp_path.name))
-    write(output, row("k1"))
-    write(output, row("k2"))
+    write_rows(output, make_row("k1"))
+    write_rows(output, make_row("k2"))
     bad = next(iter(output.requests.list_names(".parquet")))
     bucket.put(f"{tmp_path.name}/requests/{bad}", damage)
     assert set_aside_damaged_shards(output) == [bucket.url(f"{tmp_path.name}/requests/{bad}")]
     assert bucket.get(f"{tmp_path.name}/requests/.{bad}.damaged") == damage
-    assert len(rows_of(output)) == 1
+    assert len(read_rows(output)) == 1
 
 
 def test_records_of_an_earlier_settling_are_removed_from_a_store(bucket: s3.Bucket, tmp_path: Path) -> None:
@@ -323,10 +324,10 @@ def test_many_shards_become_few_with_the_same_rows(bucket: s3.Bucket, tmp_path: 
     output = Output(tmp_path / "out" if kind == "folder" else bucket.url(tmp_path.name))
     output.create()
     for n in range(9):
-        write(output, row(f"k{n}", tokens=[{"text": "a", "logprob": -0.5}]))
-    before, listing = rows_of(output), read_sources(output)
+        write_rows(output, make_row(f"k{n}", tokens=[{"text": "a", "logprob": -0.5}]))
+    before, listing = read_rows(output), read_sources(output)
     assert compact_shards(output) == 16
-    assert (rows_of(output), read_sources(output)) == (before, listing)
+    assert (read_rows(output), read_sources(output)) == (before, listing)
     assert (len(output.requests.list_names("")), len(output.sources.list_names(""))) == (1, 1)
     assert compact_shards(output) == 0
 
@@ -334,14 +335,14 @@ def test_many_shards_become_few_with_the_same_rows(bucket: s3.Bucket, tmp_path: 
 def test_few_shards_are_left_alone(tmp_path: Path) -> None:
     (output := Output(tmp_path / "out")).create()
     for n in range(3):
-        write(output, row(f"k{n}"))
+        write_rows(output, make_row(f"k{n}"))
     before = output.requests.list_names("")
     assert compact_shards(output) == 0
     assert output.requests.list_names("") == before
 
 
 def test_records_are_the_same_before_within_and_after_a_compaction(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Documents of two requests each, some failed and asked again."""
+    """Documents of two requests each, some of them failed and retried."""
     monkeypatch.setattr(compaction, "MAX_SMALL_SHARDS", 8)
     (output := Output(workspace.folder / "out")).create()
     stage = make_settle_stage(workspace.job("pages.per_request=1"), pa.schema([]))
@@ -349,10 +350,10 @@ def test_records_are_the_same_before_within_and_after_a_compaction(workspace: Wo
     failure = {"stage": "generate", "kind": "length", "message": "cut"}
     for at, document in enumerate(listed):
         first, second = (document | one for one in test_settle.ledger(stage, document, *[INVALID if at == 2 else VALID] * 2))
-        write(output, first | {"status": "failed", "failure": failure, "answer": None} if at % 3 == 1 else first, second)
+        write_rows(output, first | {"status": "failed", "failure": failure, "answer": None} if at % 3 == 1 else first, second)
     for document in listed[1:9:4]:
         (again, _) = (document | one for one in test_settle.ledger(stage, document, VALID, VALID))
-        write(output, again | {"attempt": 2})
+        write_rows(output, again | {"attempt": 2})
 
     def settled() -> pa.Table:
         return stage.build_table(listed, read_requests(output, pa.chunked_array([[one["doc_id"] for one in listed]])).to_pylist())
@@ -368,19 +369,19 @@ def test_records_are_the_same_before_within_and_after_a_compaction(workspace: Wo
 
 
 class Killed(BaseException):
-    """What ends a process between two steps, as far as files can tell."""
+    """Stands for a kill of the process between two steps: no cleanup of the code under test runs on it."""
 
 
 @pytest.mark.parametrize("removed", [0, 1, 5, 9])
 def test_a_compaction_that_is_killed_leaves_rows_twice_and_harmless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: int) -> None:
-    """Everyone who reads takes both for one; the next compaction removes them."""
+    """Readers count duplicate rows once; the next compaction removes them."""
     monkeypatch.setattr(compaction, "MAX_SMALL_SHARDS", 8)
     (output := Output(tmp_path / "out")).create()
     output.write_job({"job": {"name": "slips"}, "fingerprint": "f", "asked": {}})
     for n in range(9):
-        write(output, row(f"k{n}", status="failed" if n == 3 else "extracted", failure=None))
-    write(output, row("k3", attempt=2))
-    before, counted = rows_of(output), read_status(output)
+        write_rows(output, make_row(f"k{n}", status="failed" if n == 3 else "extracted", failure=None))
+    write_rows(output, make_row("k3", attempt=2))
+    before, counted = read_rows(output), read_status(output)
 
     def die(folder: FolderStore, names: list[str]) -> None:
         for name in sorted(names)[:removed]:
@@ -392,35 +393,35 @@ def test_a_compaction_that_is_killed_leaves_rows_twice_and_harmless(tmp_path: Pa
     with pytest.raises(Killed):
         compact_shards(output)
     monkeypatch.setattr(FolderStore, "remove", remove)
-    twice = rows_of(output)
+    twice = read_rows(output)
     assert len(twice) == 20 - removed
     assert {(one["key"], one["attempt"]) for one in twice} == {(one["key"], one["attempt"]) for one in before}
     assert read_status(output) == counted
     for n in range(9):
-        write(output, row(f"m{n}"))
+        write_rows(output, make_row(f"m{n}"))
     compact_shards(output)
-    assert [one for one in rows_of(output) if str(one["key"]).startswith("k")] == before
+    assert [one for one in read_rows(output) if str(one["key"]).startswith("k")] == before
 
 
 def test_rows_of_a_large_shard_are_not_kept_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compaction, "MAX_SMALL_SHARDS", 1)
     (output := Output(tmp_path / "out")).create()
     for n in range(3):
-        write(output, row(f"k{n}", answer=os.urandom(20_000).hex()))
+        write_rows(output, make_row(f"k{n}", answer=os.urandom(20_000).hex()))
     small = {name: output.requests.read(name) for name in output.requests.list_names("")}
     compact_shards(output)
     monkeypatch.setattr(compaction, "TARGET_BYTES", sum(map(len, small.values())))  # what was gathered is large now
     for name, data in small.items():
         output.requests.put(name, data)
     compact_shards(output)
-    assert [one["key"] for one in rows_of(output)] == ["k0", "k1", "k2"]
+    assert [one["key"] for one in read_rows(output)] == ["k0", "k1", "k2"]
 
 
 def test_a_damaged_shard_stops_a_compaction_before_anything_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compaction, "MAX_SMALL_SHARDS", 1)
     (output := Output(tmp_path / "out")).create()
     for n in range(3):
-        write(output, row(f"k{n}"))
+        write_rows(output, make_row(f"k{n}"))
     output.requests.put("zz.parquet", b"PAR1")
     before = output.requests.list_names("")
     with pytest.raises(DamagedShard, match=r"zz\.parquet is damaged"):
@@ -429,11 +430,11 @@ def test_a_damaged_shard_stops_a_compaction_before_anything_is_removed(tmp_path:
 
 
 def test_a_reader_beside_a_compaction_sees_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has listed the small shards, and they are gone when it opens them."""
+    """The reader has listed the small shards, and they are removed before it opens them."""
     monkeypatch.setattr(compaction, "MAX_SMALL_SHARDS", 1)
     (output := Output(tmp_path / "out")).create()
     for n in range(3):
-        write(output, row(f"k{n}"))
+        write_rows(output, make_row(f"k{n}"))
     listed = FolderStore.list_names
 
     def late(folder: FolderStore, suffix: str) -> dict[str, int]:
@@ -443,4 +444,4 @@ def test_a_reader_beside_a_compaction_sees_every_row(tmp_path: Path, monkeypatch
         return found
 
     monkeypatch.setattr(FolderStore, "list_names", late)
-    assert [one["key"] for one in rows_of(output)] == ["k0", "k1", "k2"]
+    assert [one["key"] for one in read_rows(output)] == ["k0", "k1", "k2"]
