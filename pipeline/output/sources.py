@@ -1,4 +1,5 @@
-"""List of sources (`sources/` of the output folder): what was listed, completed by what was found out when it was opened.
+"""List of sources (`sources/` of the output folder): every listed source, completed by the doc_id and
+page count that were found when it was opened.
 
 In: rows with some of the columns known. Out: one complete row per source. Two shards may hold rows of the same source, one with a
 manifest's columns and one with the page count, until `replace_sources` writes them as one.
@@ -43,10 +44,8 @@ def complete_sources(table: pa.Table) -> pa.Table:
 
 def select_one_per_source(table: pa.Table, is_preferred: pa.ChunkedArray) -> pa.Table:
     """Return one row per source, sorted by source; a preferred row, if the source has one."""
-    order = pc.sort_indices(
-        table.append_column("_preferred", is_preferred), sort_keys=[("source", "ascending"), ("_preferred", "descending")]
-    )
-    table = table.take(order)
+    marked = table.append_column("_preferred", is_preferred)
+    table = table.take(pc.sort_indices(marked, sort_keys=[("source", "ascending"), ("_preferred", "descending")]))
     names = table["source"].to_pylist()
     return table.take(pa.array([row for row, name in enumerate(names) if not row or names[row - 1] != name], pa.int64()))
 

@@ -1,4 +1,4 @@
-"""Shards are whole or absent; the ledger, the listing and what is left behind."""
+"""The output folder: job.yaml, shards and their damage, the ledger, the list of sources, the records."""
 
 from __future__ import annotations
 
@@ -21,24 +21,23 @@ TABLE = pa.table({"key": ["a", "b"], "n": [1, 2]})
 
 @pytest.fixture
 def output(tmp_path: Path) -> Output:
-    made = Output(tmp_path / "out")
-    made.create()
-    return made
+    output = Output(tmp_path / "out")
+    output.create()
+    return output
 
 
-def row(key: str | None, source: str = "a.pdf", **given: object) -> dict[str, object]:
-    return {"key": key, "attempt": 1, "source": source, "size_bytes": 5, "version": "1", "doc_id": "d", "page_count": 1, **given}
+def make_row(key: str | None, source: str = "a.pdf", **columns: object) -> dict[str, object]:
+    return {"key": key, "attempt": 1, "source": source, "size_bytes": 5, "version": "1", "doc_id": "d", "page_count": 1, **columns}
 
 
-def listing(*rows: dict[str, object], **extras: list[object]) -> pa.Table:
-    """A listing as `source.find` gives it, the manifest's columns between those of its own and those found out later."""
-    table = pa.Table.from_pylist([row(None) | {"doc_id": None, "page_count": None} | given for given in rows], SOURCE_SCHEMA)
-    late = table.select(["doc_id", "page_count"])
+def make_listing(*rows: dict[str, object], **extras: list[object]) -> pa.Table:
+    """Return a list of sources as a run writes it: a manifest's columns stand before `doc_id` and `page_count`."""
+    table = pa.Table.from_pylist([make_row(None) | {"doc_id": None, "page_count": None} | columns for columns in rows], SOURCE_SCHEMA)
     columns = {name: table[name] for name in ("source", "size_bytes", "version")} | extras
-    return pa.table(columns).append_column("doc_id", late["doc_id"]).append_column("page_count", late["page_count"])
+    return pa.table(columns).append_column("doc_id", table["doc_id"]).append_column("page_count", table["page_count"])
 
 
-def names(folder: FolderStore | Path) -> list[str]:
+def list_folder(folder: FolderStore | Path) -> list[str]:
     return sorted(os.listdir(folder.path if isinstance(folder, FolderStore) else folder))
 
 
@@ -50,19 +49,19 @@ def write_test_shard(folder: FolderStore, table: pa.Table, keys: list[str]) -> P
 # --- the folder
 
 
-def test_make_makes_the_folders(output: Output) -> None:
-    assert names(output.root.path) == ["records", "requests", "sources"]
+def test_create_creates_the_folders(output: Output) -> None:
+    assert list_folder(output.root.path) == ["records", "requests", "sources"]
 
 
 @pytest.mark.parametrize("folder", [".", "sources", "requests", "records"])
-def test_clear_removes_what_a_killed_run_left_half_written(output: Output, folder: str) -> None:
+def test_half_written_files_of_a_killed_run_are_removed(output: Output, folder: str) -> None:
     left = output.root.path / folder / ".ab12.parquet.4711.tmp"
     left.write_bytes(b"PAR1")
     output.remove_leftovers()
     assert not left.exists()
 
 
-def test_make_refuses_a_folder_that_is_a_file(tmp_path: Path) -> None:
+def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(JobError, match="cannot write to the output folder"):
         Output(tmp_path / "out").create()
@@ -105,7 +104,7 @@ def test_a_shard_reads_back(output: Output) -> None:
 def test_the_same_keys_in_any_order_overwrite_themselves(output: Output) -> None:
     first = write_test_shard(output.records, TABLE, ["a", "b"])
     assert write_test_shard(output.records, TABLE, ["b", "a"]) == first
-    assert names(output.records) == [first.name]
+    assert list_folder(output.records) == [first.name]
 
 
 def test_other_keys_make_another_shard(output: Output) -> None:
@@ -120,17 +119,17 @@ def test_a_shard_written_twice_has_the_same_bytes(output: Output) -> None:
 def test_a_full_disk_leaves_no_half_shard_and_the_old_one_whole(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_test_shard(output.records, TABLE, ["a"])
 
-    def full(_: int) -> None:  # what fsync does on a disk that fills up: quotas and tmpfs say so at once, networks only here
+    def full(_: int) -> None:  # as on a full network disk; quotas and tmpfs fail at the write already
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(RunError, match=r"cannot write .*: No space left on device; free disk space and run the same command again"):
         write_test_shard(output.records, TABLE.slice(1), ["a"])
-    assert names(output.records) == [file.name]
+    assert list_folder(output.records) == [file.name]
     assert pq.read_table(file) == TABLE
 
 
-def test_a_folder_that_is_gone_is_an_error_that_says_so(output: Output) -> None:
+def test_writing_to_a_removed_folder_is_a_run_error(output: Output) -> None:
     output.records.path.rmdir()
     with pytest.raises(RunError, match="No such file or directory; fix the cause and run the same command again"):
         write_test_shard(output.records, TABLE, ["a"])
@@ -151,8 +150,8 @@ def test_a_shard_of_something_else_is_damaged(output: Output) -> None:
 
 @pytest.mark.parametrize("part", range(16))
 def test_a_byte_that_someone_changed_is_noticed_or_changes_nothing(output: Output, part: int) -> None:
-    given = pa.Table.from_pylist([row(f"k{n}", answer=f'{{"total":{n}}}', status="extracted") for n in range(50)], LEDGER_SCHEMA)
-    file = write_test_shard(output.requests, given, ["a"])
+    table = pa.Table.from_pylist([make_row(f"k{n}", answer=f'{{"total":{n}}}', status="extracted") for n in range(50)], LEDGER_SCHEMA)
+    file = write_test_shard(output.requests, table, ["a"])
     data = bytearray(file.read_bytes())
     data[len(data) * part // 16 + 3] ^= 0x10
     file.write_bytes(data)
@@ -160,15 +159,15 @@ def test_a_byte_that_someone_changed_is_noticed_or_changes_nothing(output: Outpu
         found = read_shards(output.requests, None, LEDGER_SCHEMA)
     except DamagedShard:
         return
-    assert found == given
+    assert found == table
 
 
-def test_what_is_damaged_is_set_aside_and_the_rest_is_read(output: Output) -> None:
-    good = write_test_shard(output.requests, pa.Table.from_pylist([row("k1", status="extracted")], LEDGER_SCHEMA), ["k1"])
-    bad = write_test_shard(output.requests, pa.Table.from_pylist([row("k2", status="extracted")], LEDGER_SCHEMA), ["k2"])
+def test_a_damaged_shard_is_set_aside_and_the_rest_is_read(output: Output) -> None:
+    good = write_test_shard(output.requests, pa.Table.from_pylist([make_row("k1", status="extracted")], LEDGER_SCHEMA), ["k1"])
+    bad = write_test_shard(output.requests, pa.Table.from_pylist([make_row("k2", status="extracted")], LEDGER_SCHEMA), ["k2"])
     bad.write_bytes(b"PAR1")
     assert set_aside_damaged_shards(output) == [str(bad)]
-    assert names(output.requests) == sorted([f".{bad.name}.damaged", good.name])
+    assert list_folder(output.requests) == sorted([f".{bad.name}.damaged", good.name])
     assert [outcome["key"] for outcome in read_outcomes(output)] == ["k1"]
 
 
@@ -178,7 +177,7 @@ def test_no_shards_are_an_empty_table_of_the_schema(output: Output) -> None:
     )
 
 
-def test_a_folder_called_like_a_partition_adds_no_column(tmp_path: Path) -> None:
+def test_a_folder_named_like_a_hive_partition_adds_no_column(tmp_path: Path) -> None:
     output = Output(tmp_path / "year=2024")
     output.create()
     write_test_shard(output.records, TABLE, ["a"])
@@ -190,8 +189,8 @@ def test_a_folder_called_like_a_partition_adds_no_column(tmp_path: Path) -> None
 
 def test_the_ledger_holds_what_was_added(output: Output) -> None:
     with LedgerWriter(output) as ledger:
-        ledger.add(row("k1", status="extracted", answer="{}"))
-        ledger.add(row("k2", status="failed"))
+        ledger.add(make_row("k1", status="extracted", answer="{}"))
+        ledger.add(make_row("k2", status="failed"))
     table = read_shards(output.requests, None, LEDGER_SCHEMA)
     assert table.schema == LEDGER_SCHEMA
     assert table.select(["key", "status", "answer"]).to_pylist() == [
@@ -200,66 +199,66 @@ def test_the_ledger_holds_what_was_added(output: Output) -> None:
     ]
 
 
-def test_the_ledger_writes_when_it_has_enough(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ledger_writes_after_so_many_rows(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LedgerWriter, "ROWS", 2)
     ledger = LedgerWriter(output)
     for key in ("k1", "k2", "k3"):
-        ledger.add(row(key))
+        ledger.add(make_row(key))
     assert read_shards(output.requests, ["key"], LEDGER_SCHEMA)["key"].to_pylist() == ["k1", "k2"]
 
 
-def test_the_ledger_writes_when_it_is_time(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ledger_writes_after_so_many_seconds(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LedgerWriter, "SECONDS", -1.0)
-    LedgerWriter(output).add(row("k1"))
+    LedgerWriter(output).add(make_row("k1"))
     assert read_shards(output.requests, ["key"], LEDGER_SCHEMA)["key"].to_pylist() == ["k1"]
 
 
-def test_what_stops_a_run_does_not_cost_what_was_answered(output: Output) -> None:
-    with pytest.raises(KeyboardInterrupt), LedgerWriter(output) as ledger:  # noqa: PT012  the block is what is interrupted
-        ledger.add(row("k1"))
+def test_an_interrupt_loses_no_row_that_was_added(output: Output) -> None:
+    with pytest.raises(KeyboardInterrupt), LedgerWriter(output) as ledger:  # noqa: PT012  the whole block is interrupted
+        ledger.add(make_row("k1"))
         raise KeyboardInterrupt
     assert read_shards(output.requests, ["key"], LEDGER_SCHEMA)["key"].to_pylist() == ["k1"]
 
 
-def test_a_document_that_asks_nothing_is_identified_and_not_in_the_ledger(output: Output) -> None:
+def test_a_document_without_a_request_is_identified_and_not_in_the_ledger(output: Output) -> None:
     with LedgerWriter(output) as ledger:
-        ledger.add(row(None, doc_id="twin"))
-    assert names(output.requests) == []
-    assert read_sources(output)["doc_id"].to_pylist() == ["twin"]
+        ledger.add(make_row(None, doc_id="same"))
+    assert list_folder(output.requests) == []
+    assert read_sources(output)["doc_id"].to_pylist() == ["same"]
 
 
 def test_requests_are_read_by_document(output: Output) -> None:
     with LedgerWriter(output) as ledger:
         for key, doc_id in (("k1", "a"), ("k2", "b"), ("k3", "c"), ("k4", None)):
-            ledger.add(row(key, doc_id=doc_id))
+            ledger.add(make_row(key, doc_id=doc_id))
     wanted = pa.chunked_array([["a", "b"]])
     assert read_requests(output, wanted)["key"].to_pylist() == ["k1", "k2"]
 
 
-def test_documents_without_identity_find_their_requests(output: Output) -> None:
+def test_requests_of_documents_without_a_doc_id_are_read(output: Output) -> None:
     with LedgerWriter(output) as ledger:
-        ledger.add(row("k1", doc_id="a"))
-        ledger.add(row("k2", doc_id=None))
+        ledger.add(make_row("k1", doc_id="a"))
+        ledger.add(make_row("k2", doc_id=None))
     assert read_requests(output, pa.chunked_array([[None]], pa.string()))["key"].to_pylist() == ["k2"]
 
 
-def test_tokens_stay_on_the_disk(output: Output) -> None:
+def test_tokens_are_not_read(output: Output) -> None:
     assert "tokens" not in read_requests(output, pa.chunked_array([["a"]])).column_names
 
 
 def test_a_row_that_comes_twice_is_kept_once(output: Output) -> None:
     with LedgerWriter(output) as ledger:
-        assert [ledger.add(row(key)) for key in ("k1", "k2", "k1", None, None)] == [True, True, False, True, True]
+        assert [ledger.add(make_row(key)) for key in ("k1", "k2", "k1", None, None)] == [True, True, False, True, True]
     assert [outcome["key"] for outcome in read_outcomes(output)] == ["k1", "k2"]
 
 
-# --- the listing
+# --- the list of sources
 
 
-def test_what_was_found_out_completes_the_listing(output: Output) -> None:
-    write_sources(output, listing({"source": "a.pdf"}, {"source": "b.pdf"}))
+def test_doc_id_and_page_count_complete_a_listed_source(output: Output) -> None:
+    write_sources(output, make_listing({"source": "a.pdf"}, {"source": "b.pdf"}))
     with LedgerWriter(output) as ledger:
-        ledger.add(row("k1", "b.pdf", doc_id="bb", page_count=7))
+        ledger.add(make_row("k1", "b.pdf", doc_id="bb", page_count=7))
     assert read_sources(output).to_pylist() == [
         {"source": "a.pdf", "size_bytes": 5, "version": "1", "doc_id": None, "page_count": None},
         {"source": "b.pdf", "size_bytes": 5, "version": "1", "doc_id": "bb", "page_count": 7},
@@ -267,18 +266,18 @@ def test_what_was_found_out_completes_the_listing(output: Output) -> None:
 
 
 @pytest.mark.parametrize("name", [f"{n}.pdf" for n in range(8)])
-def test_a_source_that_could_not_be_read_is_known_too(output: Output, name: str) -> None:
-    write_sources(output, listing({"source": name}))
-    with LedgerWriter(output) as ledger:  # whichever of the two shards comes first by name
-        ledger.add(row("k1", name, doc_id=None, page_count=0))
+def test_a_source_that_could_not_be_read_has_a_page_count(output: Output, name: str) -> None:
+    write_sources(output, make_listing({"source": name}))
+    with LedgerWriter(output) as ledger:  # the names of the two shards come in either order
+        ledger.add(make_row("k1", name, doc_id=None, page_count=0))
     assert read_sources(output)["page_count"].to_pylist() == [0]
 
 
 @pytest.mark.parametrize("name", [f"{n}.pdf" for n in range(8)])
 def test_a_manifests_columns_stay_with_a_source_that_was_identified(output: Output, name: str) -> None:
-    write_sources(output, listing({"source": name}, {"source": "other"}, customer=[None, "ACME"], tags=[["x"], None]))
+    write_sources(output, make_listing({"source": name}, {"source": "other"}, customer=[None, "ACME"], tags=[["x"], None]))
     with LedgerWriter(output) as ledger:
-        ledger.add(row("k1", name, doc_id="bb"))
+        ledger.add(make_row("k1", name, doc_id="bb"))
     found = read_sources(output).select(["source", "doc_id", "customer", "tags"]).to_pylist()
     assert found == [
         {"source": name, "doc_id": "bb", "customer": None, "tags": ["x"]},
@@ -286,17 +285,17 @@ def test_a_manifests_columns_stay_with_a_source_that_was_identified(output: Outp
     ]
 
 
-def test_a_listing_replaces_what_was_there(output: Output) -> None:
-    write_sources(output, listing({"source": "gone"}))
-    replace_sources(output, listing({"source": "a"}, {"source": "b"}))
+def test_replacing_the_sources_leaves_one_shard(output: Output) -> None:
+    write_sources(output, make_listing({"source": "gone"}))
+    replace_sources(output, make_listing({"source": "a"}, {"source": "b"}))
     assert read_sources(output)["source"].to_pylist() == ["a", "b"]
-    assert len(names(output.sources)) == 1
+    assert len(list_folder(output.sources)) == 1
 
 
 # --- records
 
 
-def test_records_of_an_earlier_settling_are_removed(output: Output) -> None:
+def test_records_of_an_earlier_settle_pass_are_removed(output: Output) -> None:
     old, new = (write_test_shard(output.records, TABLE, [key]) for key in ("old", "new"))
     output.remove_other_records({new.name})
     assert not old.exists()
