@@ -1,17 +1,17 @@
-"""A folder in the published AWQ layout <-> weights. Knows nothing of prompts and pages; the only door to autoawq.
+"""AWQ writer: rounds a checkpoint to 4 bits and writes it in the published AWQ layout, which `engines/transformers/awq.py` reads.
 
-    model.layers.0.mlp.up_proj.qweight  int32 (in, out / 8)      eight 4-bit numbers, columns 0 2 4 6 1 3 5 7 from the lowest bits up
-    model.layers.0.mlp.up_proj.qzeros   int32 (in / group, out / 8)
-    model.layers.0.mlp.up_proj.scales   fp16  (in / group, out)
-    -> model.language_model.layers.0.mlp.up_proj.weight (out, in) = (number - zero) * scale
+    model.language_model.layers.0.mlp.up_proj.weight (out, in)
+    -> model.layers.0.mlp.up_proj.qweight  int32 (in, out / 8)      eight 4-bit numbers, columns 0 2 4 6 1 3 5 7 from the lowest bits up
+       model.layers.0.mlp.up_proj.qzeros   int32 (in / group, out / 8)
+       model.layers.0.mlp.up_proj.scales   fp16  (in / group, out)       weight = (number - zero) * scale
 
-transformers' own way to such a folder (gptqmodel) converts the vision tower as well and fills it with fresh random weights, since
-it looks for `visual` only at the start of `model.visual…`. Here whatever has a `.qweight` is unpacked, and everything else is as stored.
+Only the linear layers of the language model are quantized; embeddings, `lm_head` and the vision tower are stored as fp16.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,28 +21,34 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.engines.transformers.awq import BITS, ORDER, PACKED, QUANTIZED
+from pipeline.engines.transformers.awq import BITS, PACKED
 from pipeline.errors import JobError
+
+COLUMN_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""The n-th lowest four bits of an int32 hold this one of eight neighbouring columns."""
+QUANTIZED = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")
+"""Published names of the weights that are quantized."""
 
 
 def quantize_checkpoint(folder_in: Path, folder_out: Path, group_size: int = 128, moments: Mapping[str, Tensor] | None = None) -> None:
-    """Write a checkpoint's AWQ copy: the language model's layers rounded to 4 bits, all else to fp16.
+    """Write an AWQ copy of a checkpoint: the language model's linear layers as 4-bit numbers, all other tensors as fp16.
 
-    Each weight becomes the nearest of 16 steps per group of inputs. `moments`, by published name, are the sums of x xᵀ over
-    inputs x that a layer was seen with, (in, in): where they are given, what rounding does to an answer is made up for by the
-    weights that are rounded later. Files that are not weights are copied.
+    Each weight is rounded to the nearest of 16 steps of its group of inputs. `moments` are, by published name, the sums of x xᵀ
+    (in, in) over sample inputs x of a layer: where they are given, the weights that are rounded later compensate for the error of
+    the earlier ones. Files that are not weights are copied. Raises JobError for a quantized checkpoint or layers that groups do
+    not divide.
     """
     config = json.loads((folder_in / "config.json").read_text())
     if "quantization_config" in config:
-        raise JobError(f"{folder_in}: is quantized already, by {config['quantization_config'].get('quant_method')!r}")
+        raise JobError(f"{folder_in} is quantized already, by {config['quantization_config'].get('quant_method')!r}")
     folder_out.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
     for file in sorted(folder_in.glob("*.safetensors")):
         written: dict[str, Tensor] = {}
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118
-                named = make_published_name(name)
-                written |= pack_tensor(named, opened.get_tensor(name), group_size, (moments or {}).get(named))
+                published = make_published_name(name)
+                written |= pack_tensor(published, opened.get_tensor(name), group_size, (moments or {}).get(published))
         save_file(written, folder_out / file.name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(written, file.name)
     if len(set(weight_map.values())) > 1:
@@ -57,12 +63,12 @@ def quantize_checkpoint(folder_in: Path, folder_out: Path, group_size: int = 128
 
 
 def make_published_name(name: str) -> str:
-    """Return the name that published folders use for a tensor."""
+    """Return the name of a tensor in published folders; the inverse of `awq.convert_published_name`."""
     return name.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
 
 
 def pack_tensor(name: str, tensor: Tensor, group_size: int, moment: Tensor | None = None) -> dict[str, Tensor]:
-    """Return the tensors that an AWQ folder holds for one of a plain folder's."""
+    """Return the tensors of an AWQ folder that represent one tensor (out, in) of a plain folder."""
     if not QUANTIZED.fullmatch(name):
         return {name: tensor.half().contiguous()}
     if tensor.shape[1] % group_size or tensor.shape[0] % PACKED:
@@ -77,7 +83,7 @@ def pack_tensor(name: str, tensor: Tensor, group_size: int, moment: Tensor | Non
 
 
 def round_weight(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return 4-bit numbers (in, out), zeros and scales (in / group, out) of a weight (in, out)."""
+    """Return the 4-bit numbers (in, out), zeros and scales (in / group, out) of a weight (in, out), rounded to the nearest."""
     groups = weight.reshape(-1, group_size, weight.shape[1])
     low, high = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)
     top = 2**BITS - 1
@@ -89,30 +95,30 @@ def round_weight(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def round_with_compensation(weight: Tensor, group_size: int, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the same as `rounded`, each row's error made up for by the rows behind it, as inputs with this moment have it.
+    """Return the same as `round_weight`, with each row's error compensated by later rows, for inputs with this moment (in, in).
 
     Row by row with the Cholesky factor of the inverse moment (Frantar et al., GPTQ, arXiv:2210.17323, algorithm 1).
     """
-    left = weight.double().clone()
+    remaining = weight.double().clone()
     damped = moment.double() + 0.01 * moment.double().diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
     share = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
     numbers, zeros, scales = torch.empty_like(weight), [], []
-    for row in range(len(left)):
+    for row in range(len(remaining)):
         if row % group_size == 0:
-            _, zero, scale = round_weight(left[row : row + group_size].float(), group_size)
+            _, zero, scale = round_weight(remaining[row : row + group_size].float(), group_size)
             zeros.append(zero)
             scales.append(scale)
         step = scales[-1][0].double()
-        numbers[row] = (left[row] / step).round().add(zeros[-1][0]).clamp(0, 2**BITS - 1)
-        error = (left[row] - (numbers[row] - zeros[-1][0]) * step) / share[row, row]
-        left[row + 1 :] -= share[row, row + 1 :].unsqueeze(1) * error
+        numbers[row] = (remaining[row] / step).round().add(zeros[-1][0]).clamp(0, 2**BITS - 1)
+        error = (remaining[row] - (numbers[row] - zeros[-1][0]) * step) / share[row, row]
+        remaining[row + 1 :] -= share[row, row + 1 :].unsqueeze(1) * error
     return numbers.int(), torch.cat(zeros), torch.cat(scales)
 
 
 def pack_columns(numbers: Tensor) -> Tensor:
-    """Put eight neighbouring 4-bit columns into one int32, in the published order."""
+    """Pack eight neighbouring columns of 4-bit numbers into one int32, in the published order: (rows, columns / 8)."""
     eight = numbers.int().reshape(len(numbers), -1, PACKED)
     packed = torch.zeros(eight.shape[:2], dtype=torch.int32)
-    for nibble, column in enumerate(ORDER):
+    for nibble, column in enumerate(COLUMN_ORDER):
         packed |= eight[:, :, column] << (BITS * nibble)
     return packed

@@ -293,7 +293,7 @@ def collect_second_moments(pupil: Pupil) -> dict[str, Tensor]:
 
     for name, layer in pupil.reader.named_modules():
         published = quantize.make_published_name(f"{name}.weight")
-        if awq.QUANTIZED.fullmatch(published):
+        if quantize.QUANTIZED.fullmatch(published):
             layer.register_forward_pre_hook(partial(note, published))
     for batch in islice(Lessons(CALIBRATION_SEED, 8, (0.0, 0.0)), CALIBRATION_BATCHES):
         pupil(batch)

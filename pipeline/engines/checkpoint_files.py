@@ -1,37 +1,39 @@
-"""A checkpoint's folder -> one sentence on what is wrong with its files, before anything is loaded. Knows no torch and no Ray.
+"""Checkpoint folder check: finds out from the files alone whether a checkpoint can be loaded. Reads no weights and imports no torch.
 
-What a glance can tell: that config.json describes a model that this package runs, that tokenizer and image processor are there,
-and that every weights file is there and as long as its own header says:
+In: a folder. Out: nothing, or a JobError with one sentence on the first file that is wrong. Checked are that config.json describes
+a model that this package runs, that the tokenizer and image processor files exist, and that every weights file exists and is a
+complete safetensors file. `safetensors.safe_open` reads the header alone, and compares the file's length with the offsets in it:
 
     8 bytes   n, little-endian
     n bytes   JSON: {"model.norm.weight": {"dtype": "F32", "shape": [128], "data_offsets": [0, 512]}, …}
-    512 …     the data; a copy that broke off, or a file of Git LFS in place of the weights, ends too early
+    512 …     the data; an interrupted copy, or a Git LFS pointer in place of the weights, is too short
 """
 
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import JobError
 
 MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl")
+CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt")
+"""The files of a checkpoint that are used: what is fetched from the hub or copied from an object store."""
 INDEX = "model.safetensors.index.json"
-PARTS = {
+REQUIRED_FILES = {
     "tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "image processor": (("preprocessor_config.json",), ("processor_config.json",)),
 }
-"""What a checkpoint has beside its weights, and the files that it may come in."""
-MAX_HEADER_BYTES = 100_000_000
-"""What the format itself allows."""
+"""What a checkpoint needs beside its weights, and the sets of files that may hold it."""
 
 
 def check_checkpoint_files(folder: Path, any_quantization: bool = False) -> None:
-    """Raise JobError when a checkpoint cannot be loaded from this folder; a sound one may still hold the wrong weights.
+    """Raise JobError when a checkpoint cannot be loaded from this folder. Shapes and values of the weights are not checked.
 
-    `any_quantization` leaves it to whoever loads it which ones there are.
+    `any_quantization` accepts every quantization method: vLLM checks it when it loads the checkpoint.
     """
     config = read_json_file(folder / "config.json")
     if config.get("model_type") not in MODEL_TYPES:
@@ -40,7 +42,7 @@ def check_checkpoint_files(folder: Path, any_quantization: bool = False) -> None
     if block and not any_quantization and (not isinstance(block, dict) or block.get("quant_method") != "awq"):
         method = block.get("quant_method") if isinstance(block, dict) else block
         raise JobError(f"{folder}: config.json says quantization by {method!r}; allowed are none and 'awq'")
-    for part, choices in PARTS.items():
+    for part, choices in REQUIRED_FILES.items():
         if not any(all((folder / name).is_file() for name in names) for names in choices):
             raise JobError(f"{folder}: its {part} is missing: there is no {' and no '.join(' with '.join(names) for names in choices)}")
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
@@ -52,12 +54,11 @@ def check_checkpoint_files(folder: Path, any_quantization: bool = False) -> None
 
 def read_tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor by its name in the weights files, of which only the headers are read."""
-    entries = [entry for file in list_weights_files(folder) for entry in read_safetensors_header(file).items()]
-    return {name: tuple(entry["shape"]) for name, entry in entries if name != "__metadata__"}
+    return {name: shape for file in list_weights_files(folder) for name, shape in read_safetensors_header(file).items()}
 
 
 def list_weights_files(folder: Path) -> list[Path]:
-    """Return the weights files: whatever is there, and what the index names where they are several."""
+    """Return the weights files: those that the index names, or else every .safetensors file. Raises JobError for a missing one."""
     if (folder / INDEX).is_file() and not (folder / "model.safetensors").is_file():
         named = read_json_file(folder / INDEX).get("weight_map")
         if not isinstance(named, dict) or not named:
@@ -72,30 +73,22 @@ def list_weights_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_safetensors_header(file: Path) -> dict[str, Any]:
-    """Return a safetensors file's header, refusing a file that is not as long as it says."""
+def read_safetensors_header(file: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor in a safetensors file by its name.
+
+    Raises JobError for a file that cannot be read, is not in this format or does not have the length that its header gives.
+    """
     try:
         with file.open("rb") as opened:
-            size_bytes = opened.seek(0, 2)
-            opened.seek(0)
-            start = opened.read(8)
-            header_bytes = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 1 < header_bytes <= MAX_HEADER_BYTES:
-                raise JobError(f"{file}: it is no safetensors file ({size_bytes:,} bytes that begin with {start!r})")
-            text = opened.read(header_bytes)
+            start, size_bytes = opened.read(9), opened.seek(0, 2)
+        with safe_open(file, "np") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118  not a mapping
     except OSError as error:
-        raise JobError(f"{file} cannot be read: {error.strerror}") from None
-    if len(text) < header_bytes:
-        raise JobError(f"{file}: it is damaged: it ends in its header, after {size_bytes:,} bytes; fetch it again")
-    try:
-        found: dict[str, Any] = json.loads(text)
-        data_bytes = max((int(entry["data_offsets"][1]) for name, entry in found.items() if name != "__metadata__"), default=0)
-    except (ValueError, AttributeError, TypeError, LookupError, RecursionError):
-        raise JobError(f"{file}: it is damaged: its header is not that of a safetensors file; fetch it again") from None
-    if size_bytes != 8 + header_bytes + data_bytes:
-        whole_bytes = 8 + header_bytes + data_bytes
-        raise JobError(f"{file}: it is damaged: {size_bytes:,} bytes long, {whole_bytes:,} by its own header; fetch it again")
-    return found
+        raise JobError(f"{file} cannot be read: {error.strerror or error}") from None
+    except SafetensorError as error:
+        if start[8:] != b"{":  # the format's first byte after the length of its header
+            raise JobError(f"{file} is not a safetensors file ({size_bytes:,} bytes that begin with {start[:8]!r})") from None
+        raise JobError(f"{file} is damaged or incomplete ({size_bytes:,} bytes): {error}; fetch it again") from None
 
 
 def read_json_file(file: Path) -> dict[str, Any]:

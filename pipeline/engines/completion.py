@@ -1,8 +1,9 @@
-"""What every engine that counts tokens itself says the same way: a request's length, and an answer's text. Knows no model.
-
-An answer is made of its tokens:
+"""Shared parts of the engines that count tokens themselves: length check, tokens to `Completion`, loop detection, own failures.
 
     [123, 51, 125], their log-probabilities, STOP  ->  Completion('{"total":3}', STOP, Usage(310, 4), (Token('{"total":', -0.01), …))
+
+A model that repeats itself would write until `max_tokens`: `find_loop` looks at the end of an answer from time to time, and an
+answer that loops is stopped and fails. The engine `openai` uses it too, on tokens or on characters.
 """
 
 from __future__ import annotations
@@ -14,62 +15,61 @@ from typing import TypeVar
 from pipeline.errors import DocumentError
 from pipeline.records import Completion, FinishReason, Token, Usage
 
+LOOP_PERIOD = 512
+"""A loop is a pattern of up to 512 tokens …"""
+LOOP_TIMES = 4
+"""… that stands at the end of an answer this many times in a row, exactly the same …"""
+LOOP_TOKENS = 512
+"""… and fills at least this many tokens. Tables with so many equal rows in sequence are rarer than loops; rows that differ in a
+running number are not a loop."""
+LOOP_SHOWN = 80
+"""Characters of a loop that its failure shows."""
+LOOP_EVERY = 64
+"""Tokens between two searches, which take 0.4 ms each."""
+LOOP_CHARACTERS = 4 * LOOP_TOKENS
+"""LOOP_PERIOD and LOOP_TOKENS where only characters are known: JSON has one to four characters to a token, so an answer is hardly
+ever stopped sooner than by its tokens. A table's row has about a hundred: twenty equal rows in sequence are still allowed."""
+LOOP_EVERY_CHARACTERS = 512
+"""Characters between two searches, which take 2 ms at most."""
 
-def check_token_length(prompt_tokens: int, answer_tokens: int, takes: int, allowed: int | None) -> None:
-    """Refuse a request that is longer than the job allows, or than the model can read."""
+Written = TypeVar("Written", list[int], list[str], str)
+"""The answer so far: tokens, or characters where the server does not report tokens."""
+
+
+def check_token_length(prompt_tokens: int, answer_tokens: int, context_tokens: int, max_request_tokens: int | None) -> None:
+    """Raise DocumentError `too_long` for a request that needs more tokens than the job allows or the model's context has."""
     needed = prompt_tokens + answer_tokens
-    if allowed and needed > allowed:
+    if max_request_tokens and needed > max_request_tokens:
         found = f"the request needs {needed:,} tokens ({prompt_tokens:,} to read and up to {answer_tokens:,} to write)"
         way_out = "lower pages.per_request or sampling.max_tokens, or raise limits.max_request_tokens"
-        raise DocumentError("too_long", f"{found}, limits.max_request_tokens allows {allowed:,}: {way_out}")
-    if prompt_tokens >= takes:
-        found = f"the prompt has {prompt_tokens:,} tokens, the model takes {takes:,}, answer included"
+        raise DocumentError("too_long", f"{found}, limits.max_request_tokens allows {max_request_tokens:,}: {way_out}")
+    if prompt_tokens >= context_tokens:
+        found = f"the prompt has {prompt_tokens:,} tokens, the model takes {context_tokens:,}, answer included"
         raise DocumentError("too_long", f"{found}: lower pages.per_request")
 
 
 def build_completion(
-    tokens: Sequence[int], logprobs: Sequence[float], reason: FinishReason, prompt_tokens: int, bytes_of: Callable[[int], bytes]
+    tokens: Sequence[int], logprobs: Sequence[float], reason: FinishReason, prompt_tokens: int, decode_token: Callable[[int], bytes]
 ) -> Completion:
-    """Return tokens, without the one that ended them, as an answer. A character spread over tokens is the last one's."""
-    characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    texts = [characters.decode(bytes_of(token)) for token in tokens]
+    """Return the completion made of these tokens, which lack the end token. A character spread over tokens belongs to the last one."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    texts = [decoder.decode(decode_token(token)) for token in tokens]
     scored = tuple(Token(text, logprob) for text, logprob in zip(texts, logprobs, strict=True))
     usage = Usage(prompt_tokens, len(tokens) + (reason is FinishReason.STOP))
-    return Completion("".join(texts) + characters.decode(b"", final=True), reason, usage, scored)
-
-
-LOOP_PERIOD = 512
-"""An answer that repeats up to 512 tokens …"""
-LOOP_TIMES = 4
-"""… this many times, one after the other, to the letter …"""
-LOOP_TOKENS = 512
-"""… and for this long will not end by itself. Tables with so many equal rows in sequence are rarer than loops; rows that only
-count on are no loop."""
-LOOP_SHOWN = 80
-"""Characters of a loop that its failure shows."""
-LOOP_EVERY = 64
-"""How many tokens are written between two looks of 0.4 ms each."""
-LOOP_CHARACTERS = 4 * LOOP_TOKENS
-"""What stands for 512 tokens, and for the longest period, where only characters are known: JSON has one to four to a token, so that
-hardly anything is stopped sooner than by its tokens. A table's row has some hundred: twenty equal ones, one after the other, pass."""
-LOOP_EVERY_CHARACTERS = 512
-"""How many characters are written between two looks of 2 ms at most."""
-
-Written = TypeVar("Written", list[int], list[str], str)
-"""Tokens, or characters where nobody says which tokens they are."""
+    return Completion("".join(texts) + decoder.decode(b"", final=True), reason, usage, scored)
 
 
 def make_loop_error(text: str, period: int, written: int, unit: str = "tokens") -> DocumentError:
-    """Return the failure that names a loop; a long one is shown by its beginning."""
+    """Return the failure that shows a loop; of a long one, its beginning."""
     shown = repr(text) if len(text) <= LOOP_SHOWN else f"{text[:LOOP_SHOWN]!r}… ({period:,} {unit})"
     return DocumentError("loop", f"the answer repeats {shown} and was stopped after {written:,} {unit}")
 
 
 def find_loop(written: Written, longest: int = LOOP_PERIOD, least: int = LOOP_TOKENS) -> Written:
-    """Return the pattern that the last tokens repeat, as it stands where they begin to; nothing when they repeat none.
+    """Return the pattern that the end of an answer repeats, rotated to where the repetition begins; empty when there is no loop.
 
-    Reads the tail from its end and keeps, for each of its beginnings, the length of the longest shorter beginning that it ends with
-    (Knuth, Morris and Pratt's prefix function): what is missing to the whole is its shortest period. Each token is looked at twice.
+    Reads the tail backwards and computes, for each prefix of it, the length of its longest proper border (the prefix function of
+    Knuth, Morris and Pratt): the prefix's length minus its border is its shortest period. Each token is read twice at most.
     """
     tail = written[: -longest * LOOP_TIMES - 1 : -1]
     border, borders = 0, [0]
@@ -88,7 +88,7 @@ def find_loop(written: Written, longest: int = LOOP_PERIOD, least: int = LOOP_TO
 
 
 def convert_request_error(error: Exception) -> DocumentError:
-    """Return what went wrong with one request as its own failure."""
+    """Return an exception that one request caused as that request's own failure."""
     if isinstance(error, DocumentError):
         return error
     return DocumentError("engine", f"the engine failed on this request: {type(error).__name__}: {error}")

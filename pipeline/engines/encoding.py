@@ -1,10 +1,10 @@
-"""Messages -> the token ids, 3-D positions and images of a Qwen-VL prompt. Knows no weights.
+"""Prompt encoder: turns a request's messages into token ids, 3-D positions and images, as Qwen2.5-VL takes them.
 
     system text, one page of 56 x 84 px, "Return the JSON …"
     -> <|im_start|> system … <|vision_start|> <|image_pad|> x 6 <|vision_end|> Return the JSON … <|im_start|> assistant
 
-The text is the checkpoint's own chat template's. The images are already sized (28 x 28 px are one visual token), so the
-checkpoint's image processor has nothing to resize, which is checked.
+The text is made by the checkpoint's own chat template. The images have their final size (28 x 28 px are one visual token), so neither
+`qwen_vl_utils.process_vision_info` nor the checkpoint's image processor has anything to resize; the resulting grid is checked.
 """
 
 from __future__ import annotations
@@ -18,24 +18,27 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
+from qwen_vl_utils import process_vision_info  # type: ignore[import-untyped]
 
 from pipeline.errors import DocumentError
 from pipeline.records import Message, Pixels
 from pipeline.schema.prompt import CONTROL_TOKEN
 
 CUT = "\x00"
-"""Where the text is cut before it is tokenized. No printed text holds it."""
+"""Marks where the text is cut before it is tokenized. It occurs in no printed text."""
 
 Grid = tuple[int, int]
-"""An image's visual tokens: (down, across)."""
+"""An image's visual tokens: (rows, columns)."""
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedPrompt:
-    """One request as the model takes it."""
+    """One request's prompt in the model's form."""
 
     ids: list[int]
-    short: list[int]
+    """Token ids, each image's placeholder repeated for each of its visual tokens."""
+    unexpanded_ids: list[int]
     """The same with one placeholder for each image, as chat templates write it."""
     positions: NDArray[np.int64]
     """(3, tokens): time, height and width of each token, as Qwen's multimodal rotary embedding counts them."""
@@ -52,61 +55,82 @@ class Encoder:
         self._device = device
         self._merge = int(processor.image_processor.merge_size)
         self._unit_px = int(processor.image_processor.patch_size) * self._merge
-        specials = sorted((re.escape(t.content) for t in self._tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
-        self._control = re.compile("|".join([*specials, CONTROL_TOKEN.pattern]))
-        self._one_at_a_time = Lock()
+        special = sorted((re.escape(t.content) for t in self._tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
+        self._control_token = re.compile("|".join([*special, CONTROL_TOKEN.pattern]))
+        self._lock = Lock()
 
     def encode(self, messages: Sequence[Message]) -> EncodedPrompt:
-        """Return the prompt that asks for an answer to these messages.
+        """Return the prompt of these messages, up to where the answer begins.
 
-        Raises DocumentError for an image that is not RGB of whole visual tokens.
+        Raises DocumentError for an image that is not RGB of whole visual tokens, and for a template that leaves out an image.
         """
         images = tuple(part for message in messages for part in message.parts if not isinstance(part, str))
-        grids = [self._grid(image) for image in images]
-        with self._one_at_a_time:  # a tokenizer's truncation settings are its own state
-            text = self._processor.apply_chat_template([self._turn(m) for m in messages], tokenize=False, add_generation_prompt=True)
+        grids = [self._compute_grid(image) for image in images]
+        with self._lock:  # tokenizers keep truncation settings as shared state
+            text = self._processor.apply_chat_template([self._build_turn(m) for m in messages], tokenize=False, add_generation_prompt=True)
             pieces = [self._tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in text.split(CUT)]
-        short = [token for piece in pieces for token in piece]
-        if short.count(self._image_token) != len(images):
-            raise DocumentError("prompt", f"the chat template shows {short.count(self._image_token)} of {len(images)} images")
-        places = compute_positions(short, grids, self._image_token)
-        return EncodedPrompt(list(expand_image_tokens(short, grids, self._image_token)), short, places, images)
+        ids = [token for piece in pieces for token in piece]
+        if ids.count(self._image_token) != len(images):
+            raise DocumentError("prompt", f"the chat template shows {ids.count(self._image_token)} of {len(images)} images")
+        positions = compute_positions(ids, grids, self._image_token)
+        return EncodedPrompt(list(expand_image_tokens(ids, grids, self._image_token)), ids, positions, images)
 
-    def trial(self) -> EncodedPrompt:
-        """Return a prompt about a page of one visual token: what a template must be able to ask at least."""
+    def encode_sample_page(self) -> EncodedPrompt:
+        """Return a prompt about a blank page of one visual token: the least that a chat template must support."""
         page = np.zeros((self._unit_px, self._unit_px, 3), np.uint8)
         return self.encode([Message("system", ("Read.",)), Message("user", (page, "What does it say?"))])
 
-    def pixel_values(self, prompts: Sequence[EncodedPrompt]) -> dict[str, torch.Tensor]:
-        """Return the images of a batch as the vision tower takes them, on the model's device; empty without images."""
+    def build_pixel_values(self, prompts: Sequence[EncodedPrompt]) -> dict[str, torch.Tensor]:
+        """Return a batch's images as keyword arguments of the vision tower, on the model's device; empty without images.
+
+        `pixel_values` (patches, values of a patch) and `image_grid_thw` (images, 3). Raises DocumentError when the grid has changed.
+        """
         images = [image for prompt in prompts for image in prompt.images]
         if not images:
             return {}
         batch = self._processor.image_processor(
-            images=images, do_resize=False, input_data_format="channels_last", device=str(self._device), return_tensors="pt"
+            images=self._process_images(images),
+            do_resize=False,
+            input_data_format="channels_last",
+            device=str(self._device),
+            return_tensors="pt",
         )
         grid = batch["image_grid_thw"]
-        expected = [[1, down * self._merge, across * self._merge] for down, across in map(self._grid, images)]
+        expected = [[1, rows * self._merge, columns * self._merge] for rows, columns in map(self._compute_grid, images)]
         if grid.tolist() != expected:
             raise DocumentError("pixels", f"the image processor changed the images' grid: expected {expected}, found {grid.tolist()}")
         return {"pixel_values": batch["pixel_values"].to(self._device), "image_grid_thw": grid.to(self._device)}
 
-    def _turn(self, message: Message) -> dict[str, Any]:
-        """Return a message as chat templates take it."""
+    def _process_images(self, images: Sequence[Pixels]) -> list[Pixels]:
+        """Return images after Qwen's own preprocessing, which keeps every pixel of an image of whole visual tokens.
+
+        Its default bounds would enlarge images of fewer than 4 tokens, so each image's own area is given as both bounds. Costs
+        1.8 ms of CPU for a page of 840 x 1176 px; passing PIL images on would cost 10 ms, because their layout slows the image processor.
+        """
+        areas = [image.shape[0] * image.shape[1] for image in images]
+        parts = [
+            {"type": "image", "image": Image.fromarray(image), "min_pixels": area, "max_pixels": area}
+            for image, area in zip(images, areas, strict=True)
+        ]
+        processed, _ = process_vision_info([{"role": "user", "content": parts}], image_patch_size=self._unit_px // self._merge)
+        return [np.array(image) for image in processed]
+
+    def _build_turn(self, message: Message) -> dict[str, Any]:
+        """Return a message in the form that chat templates take."""
         if all(isinstance(part, str) for part in message.parts):
-            return {"role": message.role, "content": "".join(self._harmless(str(part)) for part in message.parts)}
-        parts = [{"type": "text", "text": self._harmless(p)} if isinstance(p, str) else {"type": "image"} for p in message.parts]
+            return {"role": message.role, "content": "".join(self._split_control_tokens(str(part)) for part in message.parts)}
+        parts = [{"type": "text", "text": self._split_control_tokens(p)} if isinstance(p, str) else {"type": "image"} for p in message.parts]
         return {"role": message.role, "content": parts}
 
-    def _harmless(self, text: str) -> str:
-        """Mark where to cut control tokens that a text only spells, so that no tokenizer can put them together.
+    def _split_control_tokens(self, text: str) -> str:
+        """Mark a cut inside each control token that a text spells, so that the tokenizer cannot turn it into one.
 
         The model reads the same characters; only the template's own `<|im_end|>` ends a turn.
         """
-        return self._control.sub(lambda found: found[0][0] + CUT + found[0][1:], text.replace(CUT, " "))
+        return self._control_token.sub(lambda found: found[0][0] + CUT + found[0][1:], text.replace(CUT, " "))
 
-    def _grid(self, image: Pixels) -> Grid:
-        """Return an image's visual tokens down and across."""
+    def _compute_grid(self, image: Pixels) -> Grid:
+        """Return an image's rows and columns of visual tokens. Raises DocumentError for another type or size."""
         unit = self._unit_px
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.shape[0] % unit or image.shape[1] % unit:
             raise DocumentError("pixels", f"expected uint8 RGB of whole {unit} px steps, found {image.dtype} {image.shape}")
@@ -115,29 +139,29 @@ class Encoder:
 
 def expand_image_tokens(ids: Sequence[int], grids: Sequence[Grid], image_token: int) -> Iterator[int]:
     """Yield the ids with each image's placeholder repeated for each of its visual tokens."""
-    left = iter(grids)
+    remaining = iter(grids)
     for token in ids:
         if token == image_token:
-            down, across = next(left)
-            yield from [image_token] * (down * across)
+            rows, columns = next(remaining)
+            yield from [image_token] * (rows * columns)
         else:
             yield token
 
 
 def compute_positions(ids: Sequence[int], grids: Sequence[Grid], image_token: int) -> NDArray[np.int64]:
-    """Return the 3-D positions of a prompt whose images are still one placeholder each.
+    """Return the positions (3, tokens) of a prompt whose images are still one placeholder each.
 
-    Text counts up in all three; an image stands still in time and counts rows and columns from where the text stopped; the
-    text after it goes on behind its longer side (Qwen2-VL report, arXiv:2409.12191, section 2.1).
+    A text token has the same position in time, height and width. An image's tokens share one time, and their rows and columns count up
+    from it; the text after an image goes on after its longer side (Qwen2-VL report, arXiv:2409.12191, section 2.1).
     """
-    columns, left, at = [], iter(grids), 0
+    positions, remaining, start = [], iter(grids), 0
     for token in ids:
         if token == image_token:
-            down, across = next(left)
-            rows, places = np.divmod(np.arange(down * across), across)
-            columns.append(at + np.stack([np.zeros_like(rows), rows, places]))
-            at += max(down, across)
+            rows, columns = next(remaining)
+            row, column = np.divmod(np.arange(rows * columns), columns)
+            positions.append(start + np.stack([np.zeros_like(row), row, column]))
+            start += max(rows, columns)
         else:
-            columns.append(np.full((3, 1), at))
-            at += 1
-    return np.concatenate(columns, axis=1)
+            positions.append(np.full((3, 1), start))
+            start += 1
+    return np.concatenate(positions, axis=1)

@@ -1,10 +1,10 @@
-"""A checkpoint in an object store -> a folder of this machine that holds a copy of it. Knows no job and no model library.
+"""Model cache: copies a checkpoint from an object store into a folder of this machine, once for each revision.
 
     s3://models/qwen    ->    ~/.cache/pipeline/models/qwen-5f1c09b2a7d4-9a3be0c1d2f34455/
 
-The last part of the name is the checkpoint's revision: a digest of what the store lists there, names, sizes and etags. A copy
-is made by the first process of a machine that needs it, while the others wait; it is there whole or not at all, is never
-changed, and is not cleared away.
+The last part of the name is the checkpoint's revision: a digest of the names, sizes and etags that the store lists. The first
+process of a machine that needs a copy makes it, while the others wait for a file lock. A copy gets its name when it is complete, is
+never changed, and is never deleted.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
 
+from pipeline.engines.checkpoint_files import CHECKPOINT_FILES
 from pipeline.errors import JobError, RunError
 from pipeline.storage import object_store, store
 from pipeline.storage.object_store import StoredObject
 
 CACHE_ENV = "PIPELINE_CACHE"
-"""Where copies lie is a matter of each machine, so that the environment says it and no job."""
+"""The environment variable with the cache's folder: it belongs to the machine and not to the job."""
 OFFLINE_ENV = "HF_HUB_OFFLINE"
-COPIED_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt")
 
 
 def resolve_store_revision(uri: str, wanted: str | None = None) -> str:
-    """Return the revision of a checkpoint: the one there is now, or the one that is wanted if it can be had.
+    """Return the revision of a checkpoint: the store's current one, or `wanted` if that is current or in the cache.
 
-    Raises JobError when there is no checkpoint, or another one. Offline, only copies on this machine are looked at.
+    Raises JobError when there is no checkpoint, or only another revision. Offline, only the cache is searched.
     """
     if wanted and find_copy_folder(uri, wanted).is_dir():
         return wanted
     if is_offline():
         copies = sorted(find_cache_folder().glob(f"{escape(make_folder_stem(uri))}-*"), key=lambda copy: copy.stat().st_mtime)
         if not copies or wanted:
-            raise JobError(f"the model {uri} is not in {find_cache_folder()}, and {OFFLINE_ENV} forbids to fetch it")
+            raise JobError(f"the model {uri} is not in {find_cache_folder()}, and {OFFLINE_ENV} forbids fetching it")
         return copies[-1].name.rpartition("-")[2]
     found = compute_digest(list_checkpoint_files(uri))
     if wanted not in (None, found):
@@ -48,7 +48,7 @@ def resolve_store_revision(uri: str, wanted: str | None = None) -> str:
 
 
 def copy_checkpoint(uri: str, revision: str) -> Path:
-    """Return the folder with a copy of a checkpoint, made now if there is none. Raises JobError, RunError."""
+    """Return the folder with a copy of a checkpoint, after making it if there is none. Raises JobError, RunError."""
     copy = find_copy_folder(uri, revision)
     if copy.is_dir():
         return copy
@@ -61,7 +61,10 @@ def copy_checkpoint(uri: str, revision: str) -> Path:
 
 
 def download_checkpoint(uri: str, revision: str, copy: Path) -> None:
-    """Copy a checkpoint's files and give their folder its name when all are there, as the store lists them before and after."""
+    """Download a checkpoint into a temporary folder and rename that when it is complete and the revision is still the same.
+
+    Raises RunError for a file that comes short, and for a checkpoint that has changed.
+    """
     for leftover in copy.parent.glob(f".{escape(copy.name)}.*.tmp"):
         shutil.rmtree(leftover)
     draft = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
@@ -71,9 +74,9 @@ def download_checkpoint(uri: str, revision: str, copy: Path) -> None:
         target = draft / find_file_name(file)
         object_store.download_object(file.url, target)
         if target.stat().st_size != file.size_bytes:
-            raise RunError(f"{file.url} has {file.size_bytes} bytes, and {target.stat().st_size} came: run the same command again")
+            raise RunError(f"{file.url} has {file.size_bytes} bytes, but {target.stat().st_size} were received: run the same command again")
         with target.open("rb") as written:
-            os.fsync(written.fileno())  # or a power cut leaves the folder's name and empty files
+            os.fsync(written.fileno())  # otherwise a power failure can leave the renamed folder with empty files
     if {compute_digest(files), compute_digest(list_checkpoint_files(uri))} != {revision}:
         shutil.rmtree(draft)
         raise RunError(f"the model {uri} has changed since the run began: it had the revision {revision}")
@@ -81,14 +84,14 @@ def download_checkpoint(uri: str, revision: str, copy: Path) -> None:
 
 
 def list_checkpoint_files(uri: str) -> list[StoredObject]:
-    """Return the files of a checkpoint that are used, sorted. Raises JobError when there is none, or no way to it."""
+    """Return the files of a checkpoint that are used, sorted by name. Raises JobError when there are none or the store fails."""
     try:
         found = object_store.list_objects(uri)
     except OSError as error:
         raise JobError(f"the model {uri} cannot be listed: {object_store.format_os_error(error)}") from None
     prefix = f"{uri.rstrip('/')}/"
     inside = [file for file in found if file.url.partition(prefix)[2] == find_file_name(file)]
-    files = [file for file in inside if any(fnmatchcase(find_file_name(file), pattern) for pattern in COPIED_FILES)]
+    files = [file for file in inside if any(fnmatchcase(find_file_name(file), pattern) for pattern in CHECKPOINT_FILES)]
     for needed in ("config.json", "*.safetensors"):
         if not any(fnmatchcase(find_file_name(file), needed) for file in files):
             raise JobError(f"model.name is {uri!r}, which holds no checkpoint (no {needed})")
@@ -100,13 +103,13 @@ def find_file_name(file: StoredObject) -> str:
 
 
 def compute_digest(files: Sequence[StoredObject]) -> str:
-    """Return 16 hex digits that change with any of the files."""
+    """Return 16 hex digits that depend on the name, size and version of every file."""
     text = "\n".join(f"{find_file_name(file)} {file.size_bytes} {file.version}" for file in files)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def find_copy_folder(uri: str, revision: str) -> Path:
-    """Return where the copy of a revision lies, if there is one."""
+    """Return the folder that holds the copy of a revision, if there is one."""
     return find_cache_folder() / f"{make_folder_stem(uri)}-{revision}"
 
 
@@ -120,13 +123,13 @@ def find_cache_folder() -> Path:
 
 
 def is_offline() -> bool:
-    """Say whether nothing may be fetched, as Hugging Face's libraries understand it."""
+    """Return whether fetching is forbidden; the variable is read as Hugging Face's libraries read it."""
     return os.environ.get(OFFLINE_ENV, "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 @contextmanager
 def hold_file_lock(lock: Path) -> Iterator[None]:
-    """Wait until no other process of this machine is here. Whoever dies here lets the next one in."""
+    """Hold an exclusive file lock; the kernel releases it if the process dies."""
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         yield

@@ -74,7 +74,7 @@ def test_the_copy_answers_like_the_original_within_quantisation_error(plain: Pat
 def test_the_copy_answers_exactly_like_the_original_with_rounded_weights(plain: Path, quantized: Path) -> None:
     model = reference(plain)
     for name, parameter in model.named_parameters():
-        if awq.QUANTIZED.fullmatch(name.replace("model.language_model.", "model.")):
+        if quantize.QUANTIZED.fullmatch(name.replace("model.language_model.", "model.")):
             parameter.data = rounded_by_hand(parameter.data).half().float()
     torch.testing.assert_close(logits(loaded(quantized)), logits(model), rtol=1e-4, atol=1e-4)
 
@@ -87,7 +87,7 @@ def test_the_vision_tower_is_bit_equal(plain: Path, quantized: Path) -> None:
 
 def test_everything_that_is_not_rounded_is_bit_equal(plain: Path, quantized: Path) -> None:
     before, after = load_file(plain / "model.safetensors"), load_file(quantized / "model.safetensors")
-    kept = [name for name in before if not awq.QUANTIZED.fullmatch(name)]
+    kept = [name for name in before if not quantize.QUANTIZED.fullmatch(name)]
     assert {"model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.bias"} <= set(kept)
     assert all(torch.equal(before[name], after[name]) for name in kept)
 

@@ -94,14 +94,14 @@ def test_the_prompt_is_what_the_checkpoints_own_processor_makes(shared_engine: T
     expected = processor(text=[text], images=images, do_resize=False, return_tensors="pt")
     made = encoder(shared_engine).encode((Message("system", ("Read.",)), Message("user", (image, "Go."))))
     assert made.ids == expected["input_ids"][0].tolist()
-    assert torch.equal(encoder(shared_engine).pixel_values([made])["pixel_values"], expected["pixel_values"])
+    assert torch.equal(encoder(shared_engine).build_pixel_values([made])["pixel_values"], expected["pixel_values"])
 
 
 def test_positions_are_the_models_own(shared_engine: TransformersEngine) -> None:
     made = encoder(shared_engine).encode(request(2, pages=3).messages)
     ids = torch.tensor([made.ids])
     kinds = (ids == shared_engine._model.network.config.image_token_id).int()
-    grids = encoder(shared_engine).pixel_values([made])["image_grid_thw"]
+    grids = encoder(shared_engine).build_pixel_values([made])["image_grid_thw"]
     expected, _ = shared_engine._model.network.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grids)
     assert np.array_equal(made.positions, expected[:, 0].numpy())
 
@@ -159,7 +159,7 @@ def test_greedy_answers_are_those_of_transformers_own_generate(shared_engine: Tr
             suppress_tokens=[*control, *range(len(words), tiny_checkpoint.VOCABULARY)],
             do_sample=False,
             max_new_tokens=40,
-            **encoder(shared_engine).pixel_values([made]),
+            **encoder(shared_engine).build_pixel_values([made]),
         )[0, len(made.ids) :].tolist()
     (answer,) = ask(shared_engine, [request(schema="", max_tokens=40)])
     assert answer.text == words.decode(written, skip_special_tokens=True)
@@ -172,7 +172,7 @@ def test_logprobs_are_the_raw_ones_of_a_pass_over_the_whole_answer(shared_engine
     ids = torch.tensor([[*made.ids, *written]])
     kinds = (ids == shared_engine._model.network.config.image_token_id).int()
     with torch.no_grad():
-        images = encoder(shared_engine).pixel_values([made])
+        images = encoder(shared_engine).build_pixel_values([made])
         logits = shared_engine._model.network(input_ids=ids, mm_token_type_ids=kinds, **images).logits[0]
     expected = logits.log_softmax(-1)[torch.arange(len(made.ids) - 1, ids.shape[1] - 1), torch.tensor(written)]
     assert [t.logprob for t in answer.tokens] == pytest.approx(expected.tolist(), abs=1e-3)
@@ -275,7 +275,7 @@ def test_qwen2_vl_checkpoints_answer(tmp_path: Path) -> None:
 
 
 def test_a_place_that_becomes_free_is_filled_while_others_go_on(engine: TransformersEngine) -> None:
-    engine._limit = 2
+    engine._batch_size = 2
     sizes: list[int] = []
     all_wait = Event()
     language = engine._model.network.model.language_model
@@ -288,7 +288,7 @@ def test_a_place_that_becomes_free_is_filled_while_others_go_on(engine: Transfor
 
     async def one_long_and_many_short() -> None:
         asked = [asyncio.ensure_future(engine.complete(request(0, "", max_tokens=60)))]
-        while not engine._asked:
+        while not engine._active:
             await asyncio.sleep(0.001)
         asked += [asyncio.ensure_future(engine.complete(request(key, "", max_tokens=4))) for key in range(10)]
         while len(engine._waiting) < 10:
@@ -305,7 +305,7 @@ def test_requests_of_one_length_are_taken_together(engine: TransformersEngine) -
     widths: list[tuple[int, int]] = []
     language = engine._model.network.model.language_model
     language.register_forward_pre_hook(lambda _m, _a, kw: widths.append(tuple(kw["inputs_embeds"].shape[:2])), with_kwargs=True)
-    engine._limit = 2
+    engine._batch_size = 2
     ask(engine, [request(key % 2, "", pages=1 + 5 * (key % 2), max_tokens=1) for key in range(8)])
     assert len({width for _, width in widths}) == 2
 
@@ -437,7 +437,7 @@ def test_requests_that_wait_when_the_engine_closes_fail(folder: Path) -> None:
 
     async def close_while_asking() -> list[Any]:
         waiting = [asyncio.ensure_future(engine.complete(request(key, "", max_tokens=4000))) for key in range(3)]
-        while len(engine._asked) + len(engine._waiting) < 3:
+        while len(engine._active) + len(engine._waiting) < 3:
             await asyncio.sleep(0)
         await asyncio.to_thread(engine.close)
         return await asyncio.gather(*waiting, return_exceptions=True)
@@ -450,13 +450,13 @@ def test_requests_that_wait_when_the_engine_closes_fail(folder: Path) -> None:
 def test_a_caller_that_leaves_makes_room(engine: TransformersEngine) -> None:
     async def leave() -> Completion:
         gone = asyncio.ensure_future(engine.complete(request(0, "", max_tokens=4000)))
-        while not engine._asked:
+        while not engine._active:
             await asyncio.sleep(0)
         gone.cancel()
         return await engine.complete(request(1))
 
     assert asyncio.run(leave()).finish_reason is FinishReason.STOP
-    assert not engine._asked
+    assert not engine._active
 
 
 # Checkpoints
@@ -470,7 +470,7 @@ def test_an_unknown_checkpoint_is_refused() -> None:
 def test_a_damaged_checkpoint_is_refused_whoever_names_it(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "mine"))
     (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:1000])
-    with pytest.raises(JobError, match=r"mine/model\.safetensors: it is damaged"):
+    with pytest.raises(JobError, match=r"mine/model\.safetensors is damaged or incomplete \(1,000 bytes\)"):
         TransformersEngine(str(copy))
 
 

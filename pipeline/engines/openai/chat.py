@@ -1,4 +1,4 @@
-"""A request -> the body of a Chat Completions call, and the events that come back -> a `Completion`. Knows no network.
+"""Chat Completions format: builds a call's JSON body from a request, and a `Completion` from the events of the reply.
 
     Message("user", (page 1, page 2, "Return …"))
     -> {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}}, …, {"type": "text", …}]}
@@ -6,7 +6,7 @@
     {"choices": [{"delta": {"content": "{\\"tot"}}]}, …, {"choices": [{"delta": {}, "finish_reason": "stop"}]}, {"usage": {…}}
     -> Completion('{"total":…}', STOP, Usage(1310, 42))
 
-Pages travel as data URLs, never as a document's address: a server that fetches addresses can be sent anywhere (CVE-2026-34753).
+Pages are sent as data URLs and never as addresses: a server that fetches addresses can be made to fetch any (CVE-2026-34753).
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from pipeline.schema.prompt import CONTROL_TOKEN
 
 Structure = Literal["json_schema", "tool", "prompt"]
 RECORD = "record"
-"""What the schema is called where it must have a name."""
-COMPACT = {"x-guidance": {"whitespace_flexible": False}}
-"""No spaces between tokens: llguidance, which vLLM decodes by for `guidance`, reads it in the schema; others pass it over. With spaces
-allowed a weak model writes newlines without end (vllm#38696)."""
-FINISHED = {"stop": FinishReason.STOP, "tool_calls": FinishReason.STOP, "function_call": FinishReason.STOP, "length": FinishReason.LENGTH}
+"""The schema's name, where the API requires one."""
+NO_WHITESPACE = {"x-guidance": {"whitespace_flexible": False}}
+"""Forbids whitespace between JSON tokens. llguidance, vLLM's backend `guidance`, reads this key of the schema; others ignore it. With
+whitespace allowed, a weak model can write newlines without end (vllm#38696)."""
+FINISH_REASONS = {"stop": FinishReason.STOP, "tool_calls": FinishReason.STOP, "function_call": FinishReason.STOP, "length": FinishReason.LENGTH}
 MAX_TOKEN_CHARACTERS = 64
-"""More than this per token, or more than two events per token, and the server does not keep to `max_tokens`."""
+"""More than this for each token, or more than two events for each, means that the server ignores `max_tokens`."""
 
 
 class RetryableError(Exception):
-    """An answer did not come, or not whole; asking again may help. `wait_s` is how long the server said to wait."""
+    """An answer did not come or is incomplete, and a retry may help. `wait_s` is the time that the server asked to wait."""
 
     def __init__(self, kind: str, message: str, wait_s: float | None = None) -> None:
         super().__init__(kind, message, wait_s)
@@ -44,72 +44,72 @@ class RetryableError(Exception):
 
 @dataclass(frozen=True)
 class ServerProfile:
-    """How one server is spoken to."""
+    """What a server is and what it supports: decides how requests are written for it."""
 
     model: str
     structure: Structure = "prompt"
     vllm: bool = False
-    """vLLM is told everything: what is left out it takes from the checkpoint's own defaults, a repetition penalty of 1.05 among them."""
+    """To vLLM every sampling value is sent: it replaces missing ones by the checkpoint's defaults, such as a repetition penalty of 1.05."""
     logprobs: bool = False
     image_format: ImageFormat = "png"
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Goes over everything else; a null takes a key away."""
+    """Overrides all other keys of the body; a null removes a key."""
 
 
-def build_body(request: Request, dialect: ServerProfile) -> bytes:
-    """Return a request as JSON. Milliseconds for each page: not for an event loop."""
-    asked = {
-        "model": dialect.model,
-        "messages": [build_turn(message, dialect.image_format) for message in build_conversation(request, dialect.structure)],
+def build_body(request: Request, profile: ServerProfile) -> bytes:
+    """Return a request as JSON. Takes milliseconds for each page, so it must not run in an event loop."""
+    body = {
+        "model": profile.model,
+        "messages": [build_turn(message, profile.image_format) for message in build_conversation(request, profile.structure)],
         "stream": True,
         "stream_options": {"include_usage": True},
         "max_tokens": request.sampling.max_tokens,
-        **build_sampling(request.sampling, dialect.vllm),
-        **(build_format(request.schema, dialect) if request.schema else {}),
+        **build_sampling(request.sampling, profile.vllm),
+        **(build_format(request.schema, profile) if request.schema else {}),
     }
-    if dialect.logprobs:
-        asked["logprobs"] = True
-    asked |= dialect.extra
-    return json.dumps({name: value for name, value in asked.items() if value is not None}, separators=(",", ":")).encode()
+    if profile.logprobs:
+        body["logprobs"] = True
+    body |= profile.extra
+    return json.dumps({name: value for name, value in body.items() if value is not None}, separators=(",", ":")).encode()
 
 
 def build_sampling(sampling: Sampling, everything: bool) -> dict[str, Any]:
-    """Return how tokens are chosen; what changes nothing is left out, for servers that refuse keys they do not know."""
-    given = {"temperature": sampling.temperature}
-    chosen = {"top_p": sampling.top_p, "top_k": sampling.top_k, "repetition_penalty": sampling.repetition_penalty}
+    """Return the sampling keys. Defaults are left out unless `everything`, because some servers refuse keys that they do not know."""
+    sent = {"temperature": sampling.temperature}
+    optional = {"top_p": sampling.top_p, "top_k": sampling.top_k, "repetition_penalty": sampling.repetition_penalty}
     default = Sampling()
-    given |= {name: value for name, value in chosen.items() if everything or value != getattr(default, name)}
-    return given | ({"seed": sampling.seed} if sampling.temperature else {})
+    sent |= {name: value for name, value in optional.items() if everything or value != getattr(default, name)}
+    return sent | ({"seed": sampling.seed} if sampling.temperature else {})
 
 
-def build_format(schema: str, dialect: ServerProfile) -> dict[str, Any]:
-    """Return what makes a server keep to a schema; nothing where only the prompt can ask for it."""
-    kept = json.loads(schema) | (COMPACT if dialect.vllm else {})
-    if dialect.structure == "json_schema":
-        record = {"name": RECORD, "strict": True, "schema": kept}
+def build_format(schema: str, profile: ServerProfile) -> dict[str, Any]:
+    """Return the keys that make a server follow a schema; none where only the prompt can ask for it."""
+    parameters = json.loads(schema) | (NO_WHITESPACE if profile.vllm else {})
+    if profile.structure == "json_schema":
+        record = {"name": RECORD, "strict": True, "schema": parameters}
         return {"response_format": {"type": "json_schema", "json_schema": record}}
-    if dialect.structure == "tool":
-        function = {"name": RECORD, "description": "Keeps what the document says.", "parameters": kept}
+    if profile.structure == "tool":
+        function = {"name": RECORD, "description": "Keeps what the document says.", "parameters": parameters}
         choice = {"type": "function", "function": {"name": RECORD}}
         return {"tools": [{"type": "function", "function": function}], "tool_choice": choice}
     return {}
 
 
 def build_conversation(request: Request, structure: Structure) -> Sequence[Message]:
-    """Return the conversation, with the schema itself in its system message where nothing else carries it."""
+    """Return the conversation, with the schema in its system message where the body has no key for it."""
     if structure != "prompt" or not request.schema:
         return request.messages
-    words = f"Answer with the JSON object alone, without a code fence. It must satisfy this JSON Schema:\n{request.schema}"
+    instruction = f"Answer with the JSON object alone, without a code fence. It must satisfy this JSON Schema:\n{request.schema}"
     first, *others = request.messages
     if first.role != "system":
-        return (Message("system", (words,)), *request.messages)
-    return (Message("system", (*first.parts, words)), *others)
+        return (Message("system", (instruction,)), *request.messages)
+    return (Message("system", (*first.parts, instruction)), *others)
 
 
 def build_turn(message: Message, image_format: ImageFormat) -> dict[str, Any]:
-    """Return a message; one without images as plain text, which some servers' templates insist on.
+    """Return a message as JSON; one without images as plain text, which the templates of some servers require.
 
-    What a page or an answer says must not become a control token on the server, which knows no difference.
+    Control tokens that a page or an answer spells are replaced by a space: the server would take them for real ones.
     """
     parts = [CONTROL_TOKEN.sub(" ", part) if isinstance(part, str) else part for part in message.parts]
     texts = [part for part in parts if isinstance(part, str)]
@@ -125,7 +125,7 @@ def build_turn(message: Message, image_format: ImageFormat) -> dict[str, Any]:
 
 
 class ChatAnswer:
-    """An answer as its events come in; of a server that does not stream, one event."""
+    """An answer, assembled from the events of its stream; a server that does not stream sends one event."""
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
@@ -133,81 +133,80 @@ class ChatAnswer:
         self.tokens: list[Token] = []
         self.usage: Usage | None = None
         self.finish_reason: str | None = None
-        self._events, self._written, self._looked = 0, 0, 0
-        self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._events, self._written, self._searched = 0, 0, 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     @property
-    def runs_away(self) -> bool:
-        """Whether more has come than `max_tokens` allows, by any measure of a token."""
+    def is_too_long(self) -> bool:
+        """Whether more events or characters have come than `max_tokens` tokens can have."""
         return self._events > 2 * self.max_tokens + 16 or self._written > MAX_TOKEN_CHARACTERS * (self.max_tokens + 16)
 
-    def add(self, event: Any) -> None:
-        """Take an event in. Raises Broken for one that says or is an error, DocumentError when the answer will not end by itself."""
+    def add_event(self, event: Any) -> None:
+        """Add an event. Raises RetryableError for an error or an invalid event, DocumentError for an answer that loops."""
         try:
             if error := event.get("error"):
                 raise RetryableError("server", f"the server broke off: {extract_error_message(error)}")
-            self._count(event.get("usage"))
+            self._set_usage(event.get("usage"))
             for choice in event.get("choices") or ():
-                self._choose(choice)
+                self._add_choice(choice)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise RetryableError(
                 "garbled", f"the server sent what is no Chat Completions event ({type(error).__name__}: {error})"
             ) from None
-        self._stop_loop()
+        self._check_loop()
 
-    def completion(self) -> Completion:
-        """Return the whole answer. Raises Broken when it is not whole, DocumentError when the server declines to give one."""
+    def build_completion(self) -> Completion:
+        """Return the answer. Raises RetryableError for an incomplete one, DocumentError `refused` when the model declined."""
         if self.refusal or self.finish_reason == "content_filter":
-            said = "".join(self.refusal) or "its content filter"
-            raise DocumentError("refused", f"the model declines to answer: {said[:200]}")
-        reason = "length" if self.runs_away else self.finish_reason
+            refusal = "".join(self.refusal) or "its content filter"
+            raise DocumentError("refused", f"the model declines to answer: {refusal[:200]}")
+        reason = "length" if self.is_too_long else self.finish_reason
         if reason is None:
             raise RetryableError("connection", "the answer ended before it was finished")
-        if reason not in FINISHED:
+        if reason not in FINISH_REASONS:
             raise RetryableError("garbled", f"the answer ended with the finish_reason {reason[:40]!r}")
-        text = self._text()
-        return Completion(
-            text, FINISHED[reason], self.usage or Usage(0, len(self.tokens) or self._events), select_spelling_tokens(text, self.tokens)
-        )
+        text = self._join_text()
+        usage = self.usage or Usage(0, len(self.tokens) or self._events)
+        return Completion(text, FINISH_REASONS[reason], usage, select_spelling_tokens(text, self.tokens))
 
-    def _text(self) -> str:
+    def _join_text(self) -> str:
         return "".join(self.arguments or self.content)
 
-    def _stop_loop(self) -> None:
-        """Raise DocumentError for an answer that repeats itself: by its tokens where the server tells them, else by its characters."""
+    def _check_loop(self) -> None:
+        """Raise DocumentError for an answer that repeats itself: in its tokens where the server reports them, else in its characters."""
         written, every = (len(self.tokens), LOOP_EVERY) if self.tokens else (self._written, LOOP_EVERY_CHARACTERS)
-        if self.finish_reason is not None or written < self._looked + every:
+        if self.finish_reason is not None or written < self._searched + every:
             return
-        self._looked = written
+        self._searched = written
         if self.tokens and (repeated := find_loop([token.text for token in self.tokens])):
             raise make_loop_error("".join(repeated), len(repeated), written)
-        if not self.tokens and (pattern := find_loop(self._text(), LOOP_CHARACTERS, LOOP_CHARACTERS)):
+        if not self.tokens and (pattern := find_loop(self._join_text(), LOOP_CHARACTERS, LOOP_CHARACTERS)):
             raise make_loop_error(pattern, len(pattern), written, "characters")
 
-    def _count(self, usage: Any) -> None:
-        """Keep the token counts; the last ones count."""
+    def _set_usage(self, usage: Any) -> None:
+        """Set the token counts; later ones replace earlier ones."""
         if usage:
             self.usage = Usage(int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0))
 
-    def _choose(self, choice: Any) -> None:
-        """Take in what one event adds to the answer."""
+    def _add_choice(self, choice: Any) -> None:
+        """Add the text, log-probabilities and finish reason of one choice."""
         delta = choice.get("delta") or choice.get("message") or {}
         calls = [call["function"].get("arguments") or "" for call in delta.get("tool_calls") or ()]
         arguments = [call if isinstance(call, str) else json.dumps(call) for call in calls]
-        for pieces, kept in ([delta.get("content")], self.content), (arguments, self.arguments), ([delta.get("refusal")], self.refusal):
+        for pieces, received in ([delta.get("content")], self.content), (arguments, self.arguments), ([delta.get("refusal")], self.refusal):
             for piece in filter(None, pieces):
-                kept.append(piece)
+                received.append(piece)
                 self._written += len(piece)
                 self._events += 1
         for token in (choice.get("logprobs") or {}).get("content") or ():
-            known = token.get("bytes")
-            text = token["token"] if known is None else self._characters.decode(bytes(known))
+            utf8 = token.get("bytes")
+            text = token["token"] if utf8 is None else self._decoder.decode(bytes(utf8))
             self.tokens.append(Token(text, float(token["logprob"])))
         self.finish_reason = choice.get("finish_reason") or self.finish_reason
 
 
 def select_spelling_tokens(text: str, tokens: Sequence[Token]) -> tuple[Token, ...]:
-    """Return the tokens that spell the text: not the one that ended it, and none at all if they spell something else."""
+    """Return the tokens that spell the text, without the end token; none at all if they spell another text."""
     at = 0
     for count, token in enumerate(tokens):
         if at == len(text):
@@ -219,7 +218,7 @@ def select_spelling_tokens(text: str, tokens: Sequence[Token]) -> tuple[Token, .
 
 
 def extract_error_message(error: Any) -> str:
-    """Return what a server says went wrong, from any of the shapes in which servers say it."""
+    """Return the message, at most 200 characters, of an error in any of the shapes that servers use."""
     for name in ("error", "message", "detail", "msg"):
         if isinstance(error, dict) and error.get(name):
             return extract_error_message(error[name])

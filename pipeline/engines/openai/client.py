@@ -1,10 +1,10 @@
-"""The body of a call -> its answer by a server, asked again while that helps. Knows no schema and no page; the only door to httpx2.
+"""HTTP client for Chat Completions: sends a call's body, reads the streamed answer, and retries. Only this file imports httpx2.
 
-    429, 5xx, a connection lost, an answer cut or stalled   asked again, later and later; `Retry-After` is obeyed
-    any other 4xx                                           this request's failure
-    nobody there, for all its tries                         the engine is dead
+    429, 5xx, a lost connection, an incomplete or stalled answer   retried with growing waits; `Retry-After` is obeyed
+    any other 4xx                                                  this request's failure (DocumentError)
+    no connection in all attempts                                  EngineDead
 
-No redirect is followed: the key must not travel to another host. The key is in no text that leaves this room.
+Redirects are not followed, because the key must not be sent to another host. The key is removed from all messages.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ from pipeline.records import Completion
 from pipeline.version import __version__
 
 MAX_WAIT_S = 60.0
-MAX_TOLD_S = 300.0
-"""Longest wait, and longest that a server may ask for."""
+"""Longest wait that this client chooses."""
+MAX_RETRY_AFTER_S = 300.0
+"""Longest wait that a server may ask for."""
 CONNECT_S = 10.0
 LINGER_S = 1.0
-"""How long a connection may take to end after its answer has, so that it can be used again."""
+"""Time for a reply to end after its last event: only then can its connection be used again."""
 MAX_ERROR_BYTES = 65_536
 MAX_REPLY_BYTES = 64 * 2**20
-AGAIN = {408, 409, 425, 429}
+RETRIED_STATUSES = {408, 409, 425, 429}
 TOO_LONG = re.compile(r"context_length_exceeded|maximum (context|model) length|longer than the maximum", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How much is asked at once, how long an answer may take, and how often it is asked for again."""
+    """Concurrent calls, time limits of a call, and retries."""
 
     concurrency: int = 16
     idle_timeout_s: float = 120.0
@@ -51,10 +52,10 @@ class RetryPolicy:
 
 
 class ChatClient:
-    """A server's address. Lives in one event loop."""
+    """The connections to one server. Belongs to one event loop."""
 
-    def __init__(self, base_url: str, key: str | None, patience: RetryPolicy) -> None:
-        self.base_url, self.patience, self._key = base_url.rstrip("/"), patience, key
+    def __init__(self, base_url: str, key: str | None, policy: RetryPolicy) -> None:
+        self.base_url, self.policy, self._key = base_url.rstrip("/"), policy, key
         headers = {
             "Accept": "text/event-stream, application/json",
             "Accept-Encoding": "identity",
@@ -62,131 +63,130 @@ class ChatClient:
             "User-Agent": f"pipeline/{__version__}",
             **({"Authorization": f"Bearer {key}"} if key else {}),
         }
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=patience.concurrency)
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=policy.concurrency)
         timeout = httpx2.Timeout(None, connect=CONNECT_S)
         self._client = httpx2.AsyncClient(headers=headers, limits=limits, timeout=timeout, follow_redirects=False)
-        self._heard = float("-inf")
+        self._last_reply_s = float("-inf")
 
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def models(self) -> list[dict[str, Any]] | None:
-        """Return the models that the server lists, None if it has no such list.
+    async def fetch_models(self) -> list[dict[str, Any]] | None:
+        """Return the server's list of models; None if it has no such list.
 
-        Raises DocumentError `refused` for a wrong key, Broken when there is no server.
+        Raises DocumentError `refused` for a wrong key, RetryableError when the server cannot be reached.
         """
-        once = self._client.stream("GET", f"{self.base_url}/models", headers={"Connection": "close"})
-        try:  # a connection of its own: transformers serve fails here and then closes it, perhaps while the next call is under way
-            async with asyncio.timeout(self.patience.idle_timeout_s), once as reply:
+        call = self._client.stream("GET", f"{self.base_url}/models", headers={"Connection": "close"})
+        try:  # not kept alive: `transformers serve` fails here and closes it, perhaps during the next call
+            async with asyncio.timeout(self.policy.idle_timeout_s), call as reply:
                 data = await receive_reply(reply, MAX_REPLY_BYTES)
         except (httpx2.HTTPError, httpx2.StreamError, TimeoutError) as error:
-            raise RetryableError("unreachable", f"{self.base_url} cannot be reached ({self._shown(error)})") from None
+            raise RetryableError("unreachable", f"{self.base_url} cannot be reached ({self._format_exception(error)})") from None
         if reply.status_code in (401, 403):
-            raise DocumentError("refused", f"{self.base_url} answers {reply.status_code}: {self._said(data)}")
+            raise DocumentError("refused", f"{self.base_url} answers {reply.status_code}: {self._extract_message(data)}")
         try:
             return [card for card in json.loads(data)["data"] if isinstance(card, dict)] if reply.status_code == 200 else None
         except (ValueError, KeyError, TypeError):
             return None
 
-    async def ask(self, body: bytes, max_tokens: int) -> Completion:
-        """Return the answer to one call.
+    async def complete(self, body: bytes, max_tokens: int) -> Completion:
+        """Return the answer to one call, after retries if necessary.
 
-        Raises DocumentError when this call cannot be answered, EngineDead when nobody is there for all of its tries.
+        Raises DocumentError when this call cannot be answered, EngineDead when the server cannot be reached in any attempt.
         """
-        first_asked, attempt = time.monotonic(), 0
+        started_s, attempt = time.monotonic(), 0
         while True:
             try:
-                return await self._attempt(body, max_tokens)
+                return await self._send_once(body, max_tokens)
             except RetryableError as fault:
-                if attempt == self.patience.max_retries:
-                    raise self._given_up(fault, attempt + 1, first_asked) from None
-                await asyncio.sleep(compute_wait_s(attempt, fault.wait_s, self.patience.backoff_s))
+                if attempt == self.policy.max_retries:
+                    raise self._build_final_error(fault, attempt + 1, started_s) from None
+                await asyncio.sleep(compute_wait_s(attempt, fault.wait_s, self.policy.backoff_s))
                 attempt += 1
 
-    async def _attempt(self, body: bytes, max_tokens: int) -> Completion:
-        """Ask once. Raises Broken when asking again may help."""
-        answer, patience = ChatAnswer(max_tokens), self.patience
+    async def _send_once(self, body: bytes, max_tokens: int) -> Completion:
+        """Return the answer to one attempt. Raises RetryableError when another attempt may help."""
+        answer, policy = ChatAnswer(max_tokens), self.policy
         try:
-            async with asyncio.timeout(patience.timeout_s) as whole, asyncio.timeout(patience.idle_timeout_s) as idle:
-                await self._read(body, answer, idle)
+            async with asyncio.timeout(policy.timeout_s) as whole, asyncio.timeout(policy.idle_timeout_s) as idle:
+                await self._receive(body, answer, idle)
         except TimeoutError:
             if answer.finish_reason is None and whole.expired():
-                message = f"the answer was still being written after {patience.timeout_s:g} s (model.timeout_s) and was cut"
+                message = f"the answer was still being written after {policy.timeout_s:g} s (model.timeout_s) and was cut"
                 raise DocumentError("timeout", message) from None
             if answer.finish_reason is None:
-                raise RetryableError("timeout", f"nothing came for {patience.idle_timeout_s:g} s (model.idle_timeout_s)") from None
+                raise RetryableError("timeout", f"nothing came for {policy.idle_timeout_s:g} s (model.idle_timeout_s)") from None
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-            raise RetryableError("unreachable", f"{self.base_url} cannot be reached ({self._shown(error)})") from None
+            raise RetryableError("unreachable", f"{self.base_url} cannot be reached ({self._format_exception(error)})") from None
         except (httpx2.HTTPError, httpx2.StreamError) as error:
-            raise RetryableError("connection", f"the connection was lost ({self._shown(error)})") from None
-        return answer.completion()
+            raise RetryableError("connection", f"the connection was lost ({self._format_exception(error)})") from None
+        return answer.build_completion()
 
-    async def _read(self, body: bytes, answer: ChatAnswer, idle: asyncio.Timeout) -> None:
-        """Take an answer in as it comes; each event sets the clock anew, and one that runs away is cut."""
+    async def _receive(self, body: bytes, answer: ChatAnswer, idle: asyncio.Timeout) -> None:
+        """Send a call and add the reply's events to the answer. Each event restarts the idle timeout; too long an answer is cut."""
         now = asyncio.get_running_loop().time
         async with self._client.stream("POST", f"{self.base_url}/chat/completions", content=body) as reply:
-            self._heard = time.monotonic()
+            self._last_reply_s = time.monotonic()
             if reply.status_code != 200:
-                raise self._refused(reply.status_code, await receive_reply(reply, MAX_ERROR_BYTES), reply.headers.get("Retry-After", ""))
+                raise self._build_status_error(reply.status_code, await receive_reply(reply, MAX_ERROR_BYTES), reply.headers.get("Retry-After", ""))
             async for data in iterate_events(reply):
                 ended = data == "[DONE]"
                 if not idle.expired():
-                    idle.reschedule(now() + (LINGER_S if ended else self.patience.idle_timeout_s))
+                    idle.reschedule(now() + (LINGER_S if ended else self.policy.idle_timeout_s))
                 if not ended:
                     event = parse_event(data)
                     if status := find_late_status(event):
-                        raise self._refused(status, data.encode())
-                    answer.add(event)
-                if answer.runs_away:
+                        raise self._build_status_error(status, data.encode())
+                    answer.add_event(event)
+                if answer.is_too_long:
                     return
 
-    def _refused(self, status: int, data: bytes, retry_after: str = "") -> RetryableError | DocumentError:
-        """Return what an answer that is none means."""
-        said = self._said(data)
-        if status in AGAIN or status >= 500:
-            return RetryableError(
-                "busy" if status == 429 else "server", f"the server answers {status}: {said}", parse_retry_after(retry_after)
-            )
+    def _build_status_error(self, status: int, data: bytes, retry_after: str = "") -> RetryableError | DocumentError:
+        """Return the error of a reply with another status than 200."""
+        message = self._extract_message(data)
+        if status in RETRIED_STATUSES or status >= 500:
+            kind = "busy" if status == 429 else "server"
+            return RetryableError(kind, f"the server answers {status}: {message}", parse_retry_after(retry_after))
         if 300 <= status < 400:
             return DocumentError("refused", f"the server answers {status}, a redirect, which is not followed: correct model.base_url")
         kind = "too_long" if TOO_LONG.search(data.decode("utf-8", "replace")) else "refused"
-        return DocumentError(kind, f"the server answers {status}: {said}")
+        return DocumentError(kind, f"the server answers {status}: {message}")
 
-    def _given_up(self, fault: RetryableError, times: int, first_asked: float) -> DocumentError | EngineDead:
-        """Return why a call is not asked again."""
-        message = self._hidden(f"{fault.message}; asked {times} times")
-        if fault.kind == "unreachable" and self._heard < first_asked:
+    def _build_final_error(self, fault: RetryableError, times: int, started_s: float) -> DocumentError | EngineDead:
+        """Return the error of a call after its last attempt: EngineDead when no call has reached the server since it started."""
+        message = self._redact_key(f"{fault.message}; asked {times} times")
+        if fault.kind == "unreachable" and self._last_reply_s < started_s:
             return EngineDead(message)
         return DocumentError("connection" if fault.kind == "unreachable" else fault.kind, message)
 
-    def _said(self, data: bytes) -> str:
-        """Return a server's own sentence, shortened."""
+    def _extract_message(self, data: bytes) -> str:
+        """Return the error message of a reply's JSON or HTML, shortened and without the key."""
         text = data.decode("utf-8", "replace")
         try:
-            return self._hidden(extract_error_message(json.loads(text)))
+            return self._redact_key(extract_error_message(json.loads(text)))
         except ValueError:
-            return self._hidden(extract_error_message(re.sub(r"<[^>]*>", " ", text)))
+            return self._redact_key(extract_error_message(re.sub(r"<[^>]*>", " ", text)))
 
-    def _shown(self, error: BaseException) -> str:
-        return self._hidden(f"{type(error).__name__}: {error}".removesuffix(": "))
+    def _format_exception(self, error: BaseException) -> str:
+        return self._redact_key(f"{type(error).__name__}: {error}".removesuffix(": "))
 
-    def _hidden(self, text: str) -> str:
-        """Return a text without the key, which a server may repeat."""
+    def _redact_key(self, text: str) -> str:
+        """Return a text without the key, which a server may repeat in its messages."""
         return text.replace(self._key, "***") if self._key else text
 
 
-async def receive_reply(reply: httpx2.Response, most: int) -> bytes:
-    """Return a reply's beginning, which is all of it unless it is huge."""
+async def receive_reply(reply: httpx2.Response, max_bytes: int) -> bytes:
+    """Return a reply's body, cut after `max_bytes`."""
     data = b""
     async for block in reply.aiter_bytes():
         data += block
-        if len(data) >= most:
+        if len(data) >= max_bytes:
             break
-    return data[:most]
+    return data[:max_bytes]
 
 
 async def iterate_events(reply: httpx2.Response) -> AsyncIterator[str]:
-    """Yield the data of each event; a server that does not stream sends one."""
+    """Yield the data of each server-sent event; of a reply without events, its body."""
     if reply.headers.get("Content-Type", "").startswith("text/event-stream"):
         async for event in httpx2.EventSource(reply):
             yield event.data
@@ -195,7 +195,7 @@ async def iterate_events(reply: httpx2.Response) -> AsyncIterator[str]:
 
 
 def parse_event(data: str) -> Any:
-    """Return an event's value."""
+    """Return an event's JSON value. Raises RetryableError."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
@@ -203,21 +203,24 @@ def parse_event(data: str) -> Any:
 
 
 def find_late_status(event: Any) -> int | None:
-    """Return the 4xx that an event says it is. vLLM looks at a schema when its 200 has gone out, and says so in the stream."""
+    """Return the status 4xx in an event: vLLM checks a schema after it has sent its 200, and reports the error in the stream."""
     error = event.get("error") if isinstance(event, dict) else None
     code = error.get("code") if isinstance(error, dict) else None
     return code if isinstance(code, int) and 400 <= code < 500 else None
 
 
-def compute_wait_s(attempt: int, told: float | None, backoff_s: float) -> float:
-    """Return how long to wait after a failed attempt, counted from 0: as told, or longer each time; never all at once."""
-    if told is not None:
-        return min(told, MAX_TOLD_S) + random.uniform(0, backoff_s)
+def compute_wait_s(attempt: int, retry_after_s: float | None, backoff_s: float) -> float:
+    """Return how long to wait after a failed attempt, counted from 0: as the server asked, or twice as long each time.
+
+    Random, so that concurrent calls do not all return at the same moment.
+    """
+    if retry_after_s is not None:
+        return min(retry_after_s, MAX_RETRY_AFTER_S) + random.uniform(0, backoff_s)
     return random.uniform(0.5, 1.0) * min(MAX_WAIT_S, backoff_s * 2.0**attempt)
 
 
 def parse_retry_after(retry_after: str) -> float | None:
-    """Return the seconds that a Retry-After header asks for: a number, or a date; None if it is neither."""
+    """Return the seconds of a Retry-After header (RFC 9110, 10.2.3): a number or a date; None if it is neither."""
     if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", retry_after.strip()):
         return float(retry_after)
     try:

@@ -1,12 +1,12 @@
-"""Answers being written side by side, and the attention cache they share. Knows no weights and no vocabulary.
+"""Batch of answers in progress and their shared attention cache.
 
-A forward pass takes from each row the tokens it has not fed yet: its whole prompt at first, then one token, or one and the
-forced ones behind it. Rows that feed fewer are padded on the left, and a mask (`seen`) keeps what they attend to:
+A forward pass takes each row's pending tokens: its whole prompt at first, then one token, or one and the forced tokens after it.
+Rows with fewer pending tokens are padded on the left, and a mask (`seen`) marks the columns that hold a token of the row:
 
     row 0   prompt prompt prompt . . t1  . .  t2        t: chosen     f: forced
     row 1      .   prompt prompt t1 f f  t2 f t3        .: padding, never attended to
 
-so that rows can leave, join and feed different numbers of tokens at any step. `compact` removes padding that all share.
+So rows can leave, join and take different numbers of tokens at any step. `compact` removes padding that all rows share.
 """
 
 from __future__ import annotations
@@ -28,62 +28,63 @@ from pipeline.records import FinishReason, Sampling
 from pipeline.schema.grammar import Constraint
 
 SPARE_COLUMNS = 64
-"""Padding that is not worth a copy of the cache to be rid of."""
+"""Shared padding that `compact` leaves: removing it copies the whole cache."""
 
 
 @dataclass(eq=False)
 class BatchRow:
-    """One answer being written."""
+    """One answer in progress."""
 
     prompt: EncodedPrompt
     sampling: Sampling
     constraint: Constraint
-    room: int
-    """How many tokens the answer may have."""
+    max_tokens: int
+    """The sampling's limit, or what the model's context leaves for the answer."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    """One per token but the last `unscored`, which were forced and whose probabilities the next pass gives."""
+    """One for each token but the last `unscored`: those were forced, and the next pass computes their log-probabilities."""
     unscored: int = 0
     pending: list[int] = field(default_factory=list)
-    """Tokens the model has not been fed."""
-    fed: int = 0
-    ended: FinishReason | DocumentError | None = None
-    """Set when nothing more is to be chosen; the row is finished once nothing is unscored."""
-    chance: torch.Generator = field(default_factory=torch.Generator)
+    """Tokens that are not in the cache yet."""
+    cached: int = 0
+    """Tokens that are in the cache."""
+    outcome: FinishReason | DocumentError | None = None
+    """Set when no further token is chosen; the row is finished once nothing is unscored."""
+    generator: torch.Generator = field(default_factory=torch.Generator)
 
     def __post_init__(self) -> None:
-        self.chance.manual_seed(self.sampling.seed)
+        self.generator.manual_seed(self.sampling.seed)
         self.pending = list(self.prompt.ids)
-        self.force()
+        self.append_forced()
 
-    def force(self) -> None:
-        """Append what the grammar leaves no choice about."""
+    def append_forced(self) -> None:
+        """Append the tokens to which the grammar allows no alternative, and set the outcome if the answer ends with them."""
         forced = self.constraint.take_forced_tokens()
-        if len(self.tokens) + len(forced) > self.room:
-            forced, self.ended = forced[: self.room - len(self.tokens)], FinishReason.LENGTH
+        if len(self.tokens) + len(forced) > self.max_tokens:
+            forced, self.outcome = forced[: self.max_tokens - len(self.tokens)], FinishReason.LENGTH
         elif self.constraint.is_done:
-            self.ended = FinishReason.STOP
-        elif len(self.tokens) + len(forced) == self.room:
-            self.ended = FinishReason.LENGTH
+            self.outcome = FinishReason.STOP
+        elif len(self.tokens) + len(forced) == self.max_tokens:
+            self.outcome = FinishReason.LENGTH
         self.tokens += forced
         self.pending += forced
         self.unscored = len(forced)
 
-    def pending_positions(self) -> NDArray[np.int64]:
-        """Return (3, pending) positions: the prompt's own, then counting up."""
-        start = int(self.prompt.positions.max()) + 1 + max(0, self.fed - len(self.prompt.ids))
-        known = self.prompt.positions[:, self.fed :]
+    def compute_pending_positions(self) -> NDArray[np.int64]:
+        """Return the positions (3, pending) of the pending tokens: the prompt's own, then counting up."""
+        start = int(self.prompt.positions.max()) + 1 + max(0, self.cached - len(self.prompt.ids))
+        known = self.prompt.positions[:, self.cached :]
         more = np.arange(start, start + len(self.pending) - known.shape[1])
         return np.concatenate([known, np.broadcast_to(more, (3, len(more)))], axis=1)
 
     @property
-    def finished(self) -> bool:
-        """Whether the answer and its probabilities are complete, or it failed."""
-        return isinstance(self.ended, DocumentError) or (self.ended is not None and not self.unscored)
+    def is_finished(self) -> bool:
+        """Whether the answer and its log-probabilities are complete, or it has failed."""
+        return isinstance(self.outcome, DocumentError) or (self.outcome is not None and not self.unscored)
 
 
 class Batch:
-    """Rows and their cache: per layer keys and values of (rows, heads, columns, width)."""
+    """Rows and their attention cache: for each layer keys and values (rows, heads, columns, width)."""
 
     def __init__(self, rows: Sequence[BatchRow], cache: Any = None, seen: Tensor | None = None) -> None:
         self.rows = list(rows)
@@ -96,43 +97,43 @@ class Batch:
 
     @property
     def columns(self) -> int:
-        """How many tokens and paddings the cache holds for each row."""
+        """Length of the cache: tokens and padding."""
         return self.seen.shape[1]
 
-    def inputs(self, filler: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ids (rows, width), their mask, and positions (3, rows, width) of what is pending."""
+    def build_inputs(self, pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the pending tokens' ids (rows, width), mask (rows, width) and positions (3, rows, width), padded on the left."""
         width = max(len(row.pending) for row in self.rows)
-        ids = torch.full((len(self), width), filler)
+        ids = torch.full((len(self), width), pad_id)
         mask = torch.zeros((len(self), width), dtype=torch.long)
         positions = torch.zeros((3, len(self), width), dtype=torch.long)
         for at, row in enumerate(self.rows):
             start = width - len(row.pending)
             ids[at, start:] = torch.tensor(row.pending)
             mask[at, start:] = 1
-            positions[:, at, start:] = torch.from_numpy(row.pending_positions())
+            positions[:, at, start:] = torch.from_numpy(row.compute_pending_positions())
         return ids, mask, positions
 
-    def feed(self, mask: Tensor) -> None:
-        """Note that what was pending is in the cache now."""
+    def mark_cached(self, mask: Tensor) -> None:
+        """Record that a pass has put the pending tokens into the cache; `mask` (rows, width) is that of `build_inputs`."""
         self.seen = torch.cat([self.seen, mask.to(self.seen.device)], dim=1)
         for row in self.rows:
-            row.fed += len(row.pending)
+            row.cached += len(row.pending)
             row.pending = []
 
     def rewind(self) -> None:
-        """Drop what a pass that broke off has left in some layers."""
+        """Remove what a failed pass has added to the cache of some layers."""
         for layer in self.cache.layers:
             if layer.is_initialized:
                 layer.keys, layer.values = layer.keys[:, :, : self.columns], layer.values[:, :, : self.columns]
 
-    def keep(self, chosen: Sequence[int]) -> Batch:
-        """Return a batch of some rows."""
+    def select(self, chosen: Sequence[int]) -> Batch:
+        """Return a batch of the rows with these indices."""
         index = torch.tensor(list(chosen), dtype=torch.long)
         layers = [(k[index.to(k.device)], v[index.to(v.device)]) for k, v in self._layers()]
         return Batch([self.rows[at] for at in chosen], make_cache(layers), self.seen[index.to(self.seen.device)])
 
     def join(self, other: Batch) -> Batch:
-        """Return one batch of both's rows, the shorter cache padded on the left."""
+        """Return one batch with the rows of both, the shorter cache padded on the left."""
         columns = max(self.columns, other.columns)
         layers = []
         for mine, theirs in zip(self._layers(), other._layers(), strict=True):
@@ -142,16 +143,16 @@ class Batch:
         return Batch([*self.rows, *other.rows], make_cache(layers), seen)
 
     def compact(self) -> None:
-        """Move each row's tokens to the right and cut columns that no row needs, when there are many."""
-        needed = max((row.fed for row in self.rows), default=0)
+        """Move each row's tokens to the right and remove the columns that no row needs, if there are more than `SPARE_COLUMNS`."""
+        needed = max((row.cached for row in self.rows), default=0)
         if self.columns - needed <= SPARE_COLUMNS:
             return
         index = self.seen.argsort(dim=1, stable=True)[:, self.columns - needed :]
         self.seen = self.seen.gather(1, index)
         layers = []
         for keys, values in self._layers():
-            places = index[:, None, :, None].to(keys.device).expand(-1, keys.shape[1], -1, keys.shape[3])
-            layers.append((keys.gather(2, places), values.gather(2, places)))
+            positions = index[:, None, :, None].to(keys.device).expand(-1, keys.shape[1], -1, keys.shape[3])
+            layers.append((keys.gather(2, positions), values.gather(2, positions)))
         self.cache = make_cache(layers)
 
     def _layers(self) -> list[tuple[Tensor, Tensor]]:
@@ -159,7 +160,7 @@ class Batch:
 
 
 def make_cache(layers: Sequence[tuple[Tensor, Tensor]]) -> Any:
-    """Return a cache that holds these keys and values."""
+    """Return a cache with these keys and values, one pair for each layer."""
     cache = DynamicCache()
     for at, (keys, values) in enumerate(layers):
         cache.update(keys, values, at)
@@ -167,6 +168,6 @@ def make_cache(layers: Sequence[tuple[Tensor, Tensor]]) -> Any:
 
 
 def pad_left(values: Tensor, columns: int, dim: int) -> Tensor:
-    """Pad on the left of the last or the last but one dimension."""
+    """Pad with zeros on the left of dimension -1 or -2, to a length of `columns`."""
     missing = columns - values.shape[dim]
     return pad(values, (missing, 0) if dim == -1 else (0, 0, missing, 0))

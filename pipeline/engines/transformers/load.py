@@ -1,7 +1,8 @@
-"""A hub id or a folder -> a loaded Qwen2.5-VL or Qwen2-VL checkpoint. Knows no request.
+"""Checkpoint loader of the engine `transformers`: brings weights, tokenizer and grammar vocabulary into this process.
 
-Only safetensors are read, no code comes with a checkpoint, and one that lacks a weight is refused: transformers would fill
-it with random numbers behind a warning.
+In: a hub id or a folder, and how its weights are to be held. Out: a `LoadedModel` of Qwen2.5-VL or Qwen2-VL, plain or AWQ, with a LoRA
+adapter merged into it. Only safetensors are read. A checkpoint that lacks a weight is refused: transformers would fill it with random
+numbers and only warn.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ def load_checkpoint(
     name: str, revision: str | None, dtype: str, device: torch.device, threads: int,
     rope_scaling: dict[str, Any] | None, lora: str | None, keep_int4: bool,
 ) -> LoadedModel:  # fmt: skip
-    """Return a checkpoint ready to answer. Raises JobError for one that cannot be used."""
-    quiet: Any = logging  # what happened is said by values and errors; transformers' bars and notes are for notebooks
-    quiet.set_verbosity_error()
-    quiet.disable_progress_bar()
+    """Return a checkpoint that is ready to answer. Raises JobError for one that cannot be used."""
+    untyped_logging: Any = logging
+    untyped_logging.set_verbosity_error()  # errors are raised; transformers' progress bars and notes would fill the run's stderr
+    untyped_logging.disable_progress_bar()
     folder = locate_checkpoint(name, revision)
     checkpoint_files.check_checkpoint_files(folder)
     config = load_config(folder, rope_scaling)
@@ -66,9 +67,9 @@ def load_checkpoint(
 
 
 def check_shapes(folder: Path, config: Any, quantized: bool) -> None:
-    """Hold the shapes of the stored weights against what the config asks for, before gigabytes of either are in memory.
+    """Compare the shapes of the stored weights with those that the config asks for, before gigabytes of either are in memory.
 
-    Raises JobError. What the folder lacks shows when it is loaded, and what the model does not have is not looked at.
+    Raises JobError for a different shape. Missing weights are found when the model is loaded; additional ones are ignored.
     """
     loader: Any = AutoModelForImageTextToText
     try:
@@ -87,7 +88,7 @@ def check_shapes(folder: Path, config: Any, quantized: bool) -> None:
 
 
 def find_stored_shape(name: str, wanted: dict[str, tuple[int, ...]], group_size: int) -> tuple[int, ...] | None:
-    """Return the shape in which a folder holds a tensor of this name; None for one that the model does not have."""
+    """Return the shape that a folder's tensor of this name must have; None for a tensor that the model does not have."""
     layer, _, kind = name.rpartition(".")
     packed = group_size and kind in ("qweight", "qzeros", "scales")
     try:
@@ -102,9 +103,9 @@ def find_stored_shape(name: str, wanted: dict[str, tuple[int, ...]], group_size:
 
 
 def choose_dtype(wanted: str, config: Any, device: torch.device, quantized: bool, keep_int4: bool) -> torch.dtype:
-    """Return the type of the weights: by default float32 on a CPU, else the checkpoint's own.
+    """Return the type of the weights: by default float32 on a CPU, else the checkpoint's own. Raises JobError.
 
-    AWQ folders store float16, whose range these models were not trained in: their weights become bfloat16 where the GPU has it.
+    AWQ folders store float16, in whose range these models were not trained: their weights become bfloat16 where the GPU supports it.
     """
     if keep_int4 and (not quantized or device.type != "cuda" or wanted not in ("auto", "float16")):
         raise JobError(f"model: int4 weights need an AWQ checkpoint, an NVIDIA GPU and float16; found {device.type}, dtype {wanted}")
@@ -120,7 +121,7 @@ def choose_dtype(wanted: str, config: Any, device: torch.device, quantized: bool
 
 
 def load_plain_model(folder: Path, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """Return an unquantized checkpoint's model."""
+    """Return the model of an unquantized checkpoint. Raises JobError for one that cannot be read or lacks weights."""
     loader: Any = AutoModelForImageTextToText
     try:
         network, report = loader.from_pretrained(
@@ -134,9 +135,9 @@ def load_plain_model(folder: Path, config: Any, dtype: torch.dtype, device: torc
 
 
 def merge_lora(network: Any, lora: str, keep_int4: bool) -> Any:
-    """Return the model with an adapter merged into its weights."""
+    """Return the model with an adapter (hub id or folder) merged into its weights. Raises JobError."""
     if importlib.util.find_spec("peft") is None:
-        raise JobError("model.lora: adapters are applied by the package peft, which is not installed: pip install peft")
+        raise JobError("model.lora: adapters need the package peft, which is not installed: pip install peft")
     if keep_int4:
         raise JobError("model.lora: an adapter cannot be merged into int4 weights")
     folder = locate_checkpoint(lora, None)
@@ -148,7 +149,7 @@ def merge_lora(network: Any, lora: str, keep_int4: bool) -> Any:
 
 
 def find_end_tokens(network: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end an answer: the generation config's and the tokenizer's."""
+    """Return the ids of the tokens that end an answer: those of the generation config and of the tokenizer."""
     given = network.generation_config.eos_token_id
     listed = given if isinstance(given, list) else [given]
     size = len(tokenizer)

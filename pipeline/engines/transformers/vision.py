@@ -1,8 +1,8 @@
-"""A Qwen vision tower -> the same tower, with one attention call for all windows of one size. Knows no language model.
+"""Window batching for Qwen's vision tower: one attention call for all windows of one size.
 
-transformers 5 calls attention once per window and per image: 2,244 calls for a page of 5,120 patches. Windows of one size
-do not see each other, so they are a batch: a page has at most four sizes of them (inner, right edge, bottom edge,
-corner), and a batch of equal pages no more than one page alone.
+transformers 5 calls attention once for each window and image: 2,244 calls for a page of 5,120 patches. Windows do not attend to each
+other, so windows of one size can be one batch: a page has at most four sizes (inner, right edge, bottom edge, corner), and a batch of
+equal pages has no more than one page.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ ATTENTIONS = (Qwen2_5_VLVisionAttention, VisionAttention)
 
 @dataclass(frozen=True, eq=False)
 class WindowLayout:
-    """Where the windows of each size lie in a packed sequence of patches."""
+    """The windows of each size in a packed sequence of patches."""
 
     sizes: tuple[tuple[int, int], ...]
-    """(windows, patches in each), in the order in which `order` lists them."""
+    """(windows, patches in each), in the order of `order`."""
     order: Tensor | None
-    """Patch indices sorted by window size; None when they are already in this order."""
+    """Patch indices sorted by window size; None when they are in this order already."""
     back: Tensor | None
     """The inverse of `order`."""
 
@@ -38,7 +38,7 @@ class WindowLayout:
 def batch_windows(model: nn.Module) -> int:
     """Make every vision attention of `model` batch its windows; return how many there are.
 
-    Only these modules' own `forward` changes: weights, outputs (to rounding) and gradients stay the same. Safe to repeat.
+    Only the `forward` of these objects is replaced: weights, outputs (up to rounding) and gradients stay the same. Safe to repeat.
     """
     layout_of = cache_per_pass(arrange_windows)
     found = [module for module in model.modules() if isinstance(module, ATTENTIONS)]
@@ -51,7 +51,7 @@ def attend_windows(
     module: Any, layout_of: Callable[[Tensor], WindowLayout], hidden_states: Tensor, cu_seqlens: Tensor,
     position_embeddings: tuple[Tensor, Tensor], **_: Any,
 ) -> Tensor:  # fmt: skip
-    """Return what the module's own forward returns, with one attention call per window size."""
+    """Return what the module's own `forward` returns, with one attention call for each window size."""
     layout = layout_of(cu_seqlens)
     cos, sin = position_embeddings
     if layout.order is not None:
@@ -72,7 +72,7 @@ def attend_windows(
 def compute_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Return softmax(query · keyᵀ · scale) · value.
 
-    On the CPU windows are multiplied out: the fused kernel is made for long sequences and takes, for 4,096 windows of 64
+    On a CPU windows are computed by plain products: the fused kernel is made for long sequences and takes, for 4,096 windows of 64
     patches, twice as long forward and eight times as long backward (0.19 s instead of 0.025 s, bf16, one core).
     """
     if query.device.type == "cpu" and query.shape[-2] <= WINDOW_PATCHES:
@@ -81,7 +81,7 @@ def compute_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -
 
 
 def arrange_windows(cu_seqlens: Tensor) -> WindowLayout:
-    """Sort windows, given by their cumulative lengths, by size."""
+    """Return the layout of windows that are given by their cumulative lengths."""
     bounds = cu_seqlens.tolist()
     starts: dict[int, list[int]] = {}
     for start, stop in pairwise(bounds):
@@ -98,9 +98,9 @@ def arrange_windows(cu_seqlens: Tensor) -> WindowLayout:
 
 
 def cache_per_pass(compute: Callable[[Tensor], WindowLayout]) -> Callable[[Tensor], WindowLayout]:
-    """Compute a layout once per forward pass instead of once per layer: reading `cu_seqlens` waits for the GPU.
+    """Return `compute` with a cache for one forward pass instead of a call in each layer: reading `cu_seqlens` waits for the GPU.
 
-    A pass uses two tensors, windows and whole images, and hands the same two to every layer.
+    A pass uses two tensors, one of windows and one of whole images, and passes the same two objects to every layer.
     """
     kept: list[tuple[Tensor, WindowLayout]] = []
 

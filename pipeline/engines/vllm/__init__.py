@@ -1,13 +1,16 @@
-"""Requests -> answers by vLLM, which runs the model in processes of its own. Knows no document and no Ray.
+"""Engine `vllm`: vLLM's asynchronous engine, which runs the model in child processes. Runs without Ray.
 
-The prompt is token ids and page images: the checkpoint's own template with one placeholder an image, encoded as for the engine
-`transformers`, so that no text can become a control token and both count the same tokens. vLLM is told the budget's bounds, within
-which its image processor leaves a page as it is; a prompt that comes out another length is refused.
+Requests with their page images come in, from any event loop. Completions with one log-probability for each token go out, or a
+DocumentError for a request that cannot be answered.
+
+vLLM receives token ids and page images. The ids are those of the checkpoint's template with one placeholder for each image, encoded
+as for the engine `transformers`, so no text can become a control token and both engines count the same tokens. vLLM's image processor
+gets the budget's bounds, within which it does not resize; a prompt that comes out with other tokens is refused.
 
     Message("user", (page of 56 x 84 px, "Return …"))  ->  [… <|image_pad|> …] + the page  ->  vLLM  ->  [… 6 x <|image_pad|> …]
 
-vLLM masks the logits by the grammar before it computes log-probabilities, whatever its `logprobs_mode`: under a schema they are those
-among the tokens that the grammar allows.
+vLLM masks the logits by the grammar before it computes log-probabilities, with any `logprobs_mode`: under a schema they are relative to
+the tokens that the grammar allows.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from pipeline.schema.grammar import ANY_TEXT, KEPT_GRAMMARS, Vocabulary, compile
 
 
 class VLLMEngine:
-    """Qwen2.5-VL or Qwen2-VL by vLLM, quantised or not."""
+    """Qwen2.5-VL or Qwen2-VL in vLLM, with quantized or unquantized weights."""
 
     name = "vllm"
 
@@ -44,7 +47,7 @@ class VLLMEngine:
         self, model: str, arguments: Mapping[str, Any], *, revision: str | None = None, threads: int | None = None,
         max_request_tokens: int | None = None, rope_scaling: dict[str, Any] | None = None, lora: str | None = None,
     ) -> None:  # fmt: skip
-        """Load a checkpoint (hub id or folder); `arguments` are those of vLLM's engine, `threads` the cores it may use without a GPU.
+        """Load a checkpoint (hub id or folder). `arguments` are those of vLLM's engine, `threads` is its number of cores without a GPU.
 
         Raises JobError for a checkpoint or an argument that cannot be used, RunError when vLLM does not start.
         """
@@ -52,85 +55,85 @@ class VLLMEngine:
         folder = checkpoint.locate_checkpoint(model, revision)
         checkpoint_files.check_checkpoint_files(folder, any_quantization=True)
         config = checkpoint.load_config(folder, rope_scaling)
-        tokenizer = self._encode_by(folder, config.image_token_id)
+        tokenizer = self._load_encoder(folder, config.image_token_id)
         size = config.get_text_config().vocab_size
         self._vocabulary = Vocabulary(tokenizer.backend_tokenizer.to_str(), size=size, eos_ids=[tokenizer.eos_token_id])
-        self._numbers, self._heard = count(), launch.prepare_environment(threads)
-        self._background = EventLoopThread("vllm-engine")
+        self._request_ids, self._log_offset = count(), launch.prepare_environment(threads)
+        self._loop_thread = EventLoopThread("vllm-engine")
         self._lora = checkpoint.locate_checkpoint(lora, None) if lora else None
         try:
-            asked = launch.build_engine_arguments(folder, config, bool(rope_scaling), self._lora, arguments)
-            self._llm, self._watch = launch.start_with_watch(lambda: self._background.begin(launch.start_vllm(asked)))
+            engine_arguments = launch.build_engine_arguments(folder, config, bool(rope_scaling), self._lora, arguments)
+            self._llm, self._watch = launch.start_with_watch(lambda: self._loop_thread.submit(launch.start_vllm(engine_arguments)))
         except BaseException as error:
-            self._background.close()
+            self._loop_thread.close()
             if isinstance(error, RuntimeError):  # "Engine core initialization failed. See root cause above"
-                raise RunError(f"vLLM does not start: {read_reason_since(self._heard) or error}") from error
+                raise RunError(f"vLLM does not start: {read_reason_since(self._log_offset) or error}") from error
             raise
         self.max_model_len = int(self._llm.model_config.max_model_len)
 
     async def complete(self, request: Request) -> Completion:
-        """Return the answer to one request; from any event loop."""
-        return await self._background.answer(self._answer(request))
+        """Return the answer to one request; called from any event loop."""
+        return await self._loop_thread.run(self._complete(request))
 
     def close(self) -> None:
         """End vLLM's processes. Requests still waiting fail with EngineDead."""
         launch.release_watch(self._watch)
-        self._background.close(last=self._llm.shutdown)
+        self._loop_thread.close(on_close=self._llm.shutdown)
 
-    def _encode_by(self, folder: Path, image_token: int) -> Any:
-        """Take on a checkpoint's chat template, and return its tokenizer."""
+    def _load_encoder(self, folder: Path, image_token: int) -> Any:
+        """Set the encoder, made of the checkpoint's chat template and tokenizer; return the tokenizer."""
         processor = checkpoint.load_processor(folder)
         self._encoder = Encoder(processor, image_token, torch.device("cpu"))
         checkpoint.check_chat_template(self._encoder, folder)
         return processor.tokenizer
 
-    # What follows runs in the engine's own loop, or in threads of it.
+    # The following methods run in the engine's own loop or its executor.
 
-    async def _answer(self, request: Request) -> Completion:
-        """Return the answer to one request. What goes wrong is its own fault, unless vLLM's processes have died of it."""
+    async def _complete(self, request: Request) -> Completion:
+        """Return the answer to one request. An error becomes this request's DocumentError, or EngineDead if vLLM's processes died."""
         try:
             prompt = await asyncio.to_thread(self._prepare, request)
-            return await self._written(request, prompt)
+            return await self._generate(request, prompt)
         except PipelineError:
             raise
-        except Exception as error:  # any: vLLM's own classes have no common one, and change with its version
+        except Exception as error:  # any: vLLM's exceptions have no common class, and change between versions
             if self._llm.errored or type(error).__name__ == "EngineDeadError":
-                said = read_reason_since(self._heard) or "its process ended without a word"
-                raise EngineDead(f"vLLM cannot go on: {said}") from error
+                reason = read_reason_since(self._log_offset) or "its process ended without a word"
+                raise EngineDead(f"vLLM cannot go on: {reason}") from error
             raise convert_request_error(error.__cause__ if isinstance(error.__cause__, Exception) else error) from None
 
     def _prepare(self, request: Request) -> EncodedPrompt:
-        """Return a request's prompt, refusing what cannot be answered."""
+        """Return a request's prompt. Raises DocumentError for one that cannot be answered."""
         prompt = self._encoder.encode(request.messages)
         check_token_length(len(prompt.ids), request.sampling.max_tokens, self.max_model_len, self.max_request_tokens)
         return prompt
 
-    async def _written(self, request: Request, prompt: EncodedPrompt) -> Completion:
-        """Ask vLLM, look at what it writes while it does, and return the whole."""
-        asked: dict[str, Any] = {"prompt_token_ids": prompt.short}
+    async def _generate(self, request: Request, prompt: EncodedPrompt) -> Completion:
+        """Stream vLLM's answer and return it. Raises DocumentError for a changed prompt and for an answer that loops."""
+        vllm_prompt: dict[str, Any] = {"prompt_token_ids": prompt.unexpanded_ids}
         if prompt.images:
-            asked["multi_modal_data"] = {"image": [Image.fromarray(page) for page in prompt.images]}
+            vllm_prompt["multi_modal_data"] = {"image": [Image.fromarray(page) for page in prompt.images]}
         tokens, logprobs, reason = list[int](), list[float](), None
-        answering = self._llm.generate(
-            asked, build_sampling_params(request), str(next(self._numbers)), lora_request=make_lora_request(self._lora)
+        outputs = self._llm.generate(
+            vllm_prompt, build_sampling_params(request), str(next(self._request_ids)), lora_request=make_lora_request(self._lora)
         )
-        async with aclosing(answering) as pieces:
-            async for piece in pieces:
+        async with aclosing(outputs):
+            async for output in outputs:
                 if not tokens:
-                    check_prompt_tokens(prompt, piece.prompt_token_ids)
-                [more], before = piece.outputs, len(tokens)
-                tokens += more.token_ids
-                logprobs += [scores[token].logprob for token, scores in zip(more.token_ids, more.logprobs, strict=True)]
-                reason = more.finish_reason
+                    check_prompt_tokens(prompt, output.prompt_token_ids)
+                [added], before = output.outputs, len(tokens)
+                tokens += added.token_ids
+                logprobs += [scores[token].logprob for token, scores in zip(added.token_ids, added.logprobs, strict=True)]
+                reason = added.finish_reason
                 if reason is None and len(tokens) // LOOP_EVERY > before // LOOP_EVERY and (repeated := find_loop(tokens)):
-                    said = b"".join(map(self._vocabulary.decode_token, repeated)).decode(errors="replace")
-                    raise make_loop_error(said, len(repeated), len(tokens))
-        return self._completion(request, prompt, tokens, logprobs, reason)
+                    text = b"".join(map(self._vocabulary.decode_token, repeated)).decode(errors="replace")
+                    raise make_loop_error(text, len(repeated), len(tokens))
+        return self._build_completion(request, prompt, tokens, logprobs, reason)
 
-    def _completion(
+    def _build_completion(
         self, request: Request, prompt: EncodedPrompt, tokens: list[int], logprobs: list[float], reason: str | None
     ) -> Completion:
-        """Return what vLLM wrote as an answer, without the token that ended it."""
+        """Return the completion of an answer, without its end token. Raises DocumentError for an unknown finish reason."""
         if reason not in ("stop", "length"):
             raise DocumentError("engine", f"vLLM ended the answer after {len(tokens)} tokens with the reason {reason!r}")
         length = min(len(tokens) - (reason == "stop"), request.sampling.max_tokens)
@@ -139,16 +142,16 @@ class VLLMEngine:
 
 
 def make_lora_request(folder: Path | None) -> Any:
-    """Return the LoRA adapter in this folder as a request names it."""
+    """Return the `lora_request` argument for the adapter in this folder; None without one."""
     from vllm.lora.request import LoRARequest
 
     return LoRARequest("adapter", 1, str(folder)) if folder else None
 
 
 def build_sampling_params(request: Request) -> Any:
-    """Return a request's sampling as vLLM takes it. The token that ends an answer is one beside `max_tokens`.
+    """Return a request's sampling in vLLM's form, whose `max_tokens` includes the end token.
 
-    Raises DocumentError for a schema that cannot constrain.
+    Raises DocumentError for a schema that cannot constrain the decoding.
     """
     from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
@@ -157,7 +160,7 @@ def build_sampling_params(request: Request) -> Any:
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
-        seed=sampling.seed if sampling.temperature else None,  # a generator of its own for each request costs time
+        seed=sampling.seed if sampling.temperature else None,  # a seeded generator for each request costs time
         repetition_penalty=sampling.repetition_penalty,
         max_tokens=sampling.max_tokens + 1,
         logprobs=0,
@@ -169,9 +172,9 @@ def build_sampling_params(request: Request) -> Any:
 
 @lru_cache(maxsize=KEPT_GRAMMARS)
 def build_structured_outputs(schema: str) -> dict[str, Any]:
-    """Return what holds an answer to a schema: the one that the engine `transformers` decodes by, what llguidance cannot express left out.
+    """Return the constraint of an answer: the schema without the keywords that llguidance cannot express, as in the engine `transformers`.
 
-    Without a schema any text is allowed, but no control token and no broken UTF-8.
+    Without a schema any text is allowed, but no control token and no invalid UTF-8.
     """
     if not schema:
         return {"grammar": ANY_TEXT}
@@ -183,7 +186,7 @@ def build_structured_outputs(schema: str) -> dict[str, Any]:
 
 
 def check_prompt_tokens(prompt: EncodedPrompt, found: list[int]) -> None:
-    """Refuse an answer to other pages than those that were planned: resized ones have other numbers of visual tokens."""
+    """Raise DocumentError when vLLM has changed the prompt: resized pages have other numbers of visual tokens."""
     if found != prompt.ids:
         expected = [f"{image.shape[1]}x{image.shape[0]}" for image in prompt.images]
         raise DocumentError("pixels", f"vLLM changed the prompt from {len(prompt.ids)} to {len(found)} tokens; its pages are {expected} px")

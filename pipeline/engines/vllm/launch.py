@@ -1,7 +1,8 @@
-"""A job and a checkpoint -> vLLM's engine, started. Knows no request.
+"""vLLM start: a job and a checkpoint become vLLM's engine arguments and a started engine; its error log explains a failed start.
 
-`arguments` says what the job wants, `engine_arguments` adds what the checkpoint and this package need, `started` waits for vLLM and sees
-to it that no process of its own outlives this one.
+`collect_arguments` takes what the job sets, `build_engine_arguments` adds what the checkpoint and this package need, and
+`start_with_watch` starts vLLM and makes its processes end with this one. vLLM raises only general errors ("Engine core initialization
+failed"): the reason is in its log, which `configure_vllm_log` directs into a file and `read_reason_since` searches.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ import torch
 
 from pipeline.budget import compute_area_bounds
 from pipeline.engines import checkpoint, checkpoint_files
-from pipeline.engines.vllm import launch
 from pipeline.errors import JobError
 from pipeline.job import Job
 
@@ -35,18 +35,22 @@ SAME_NAMES = (
     "dtype", "max_model_len", "tensor_parallel_size", "pipeline_parallel_size", "gpu_memory_utilization", "max_num_seqs", "quantization",
     "kv_cache_dtype", "enforce_eager", "enable_prefix_caching",
 )  # fmt: skip
-"""What a job and vLLM's engine call the same."""
+"""Keys with the same name in a job and in vLLM's engine arguments."""
 CPU_CACHE_BYTES = 4 * 2**30
-"""Attention cache on a CPU, where vLLM would take nearly all the memory there is."""
+"""Attention cache on a CPU: by default vLLM would reserve nearly all memory."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""The room that vLLM can keep for an adapter."""
+"""The values of `max_lora_rank` that vLLM accepts."""
+RAISED_LINE = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception|Interrupt)): (.+)$", re.MULTILINE)
+"""The line of a traceback with the exception."""
+GENERAL_REASONS = ("Engine core initialization failed", "EngineCore encountered an issue", "cancelled", "WorkerProc initialization failed")
+"""Messages of the parent processes, which do not contain the reason."""
 WATCH = "while read -r line; do processes=$line; done; kill -9 $processes"
 """What a shell does that holds a pipe from this process: when that closes, because this process has died, vLLM's shall die too."""
 WATCH_PERIOD_S = 0.5
 
 
 def collect_arguments(job: Job) -> dict[str, Any]:
-    """Return what a job says of vLLM's engine, by vLLM's names; what it leaves to vLLM is left out."""
+    """Return the engine arguments that a job sets, by vLLM's names; those that it does not set are left out."""
     model = job.sections.model
     low, high = compute_area_bounds(job.sections.pages.budget)
     return {
@@ -58,12 +62,12 @@ def collect_arguments(job: Job) -> dict[str, Any]:
 
 
 def check_vllm_arguments(job: Job) -> None:
-    """Raise JobError for an argument that this version of vLLM does not know. Imports vLLM, which takes seconds, only to look one up."""
+    """Raise JobError for an unknown name in `model.engine_args`. Imports vLLM, which takes seconds, only if there is one to check."""
     given = job.sections.model.engine_args
     if not given:
         return
-    launch.silence_vllm()
-    with redirect_stdout(sys.stderr):  # what it prints is no data
+    silence_vllm()
+    with redirect_stdout(sys.stderr):  # the import prints, and stdout is for data
         from vllm.engine.arg_utils import AsyncEngineArgs
 
     known = {field.name for field in fields(AsyncEngineArgs)}
@@ -75,22 +79,22 @@ def check_vllm_arguments(job: Job) -> None:
 
 
 def prepare_environment(threads: int | None) -> int:
-    """Set what vLLM reads from the environment, unless it is set; return the length of its log.
+    """Set the environment variables that vLLM reads, unless they are set; return the length of its error log.
 
-    Its processes are started afresh (`spawn`): a fork of a process that has threads can hang. It tells nobody how it is used. On a CPU it
-    would bind its threads to all cores, as every other engine beside it would.
+    Its processes are spawned, because a fork of a process with threads can hang. It sends no usage statistics. On a CPU it does not
+    bind its threads to cores: each of several engines would bind them to all cores.
     """
     wanted = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     if not torch.cuda.is_available():
         wanted |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads or torch.get_num_threads())}
     os.environ.update({name: value for name, value in wanted.items() if name not in os.environ})
-    return launch.configure_vllm_log()
+    return configure_vllm_log()
 
 
 def build_engine_arguments(folder: Path, config: Any, stretched: bool, lora: Path | None, given: Mapping[str, Any]) -> Any:
-    """Return the arguments of vLLM's engine: what is given, and what the checkpoint and this package need.
+    """Return vLLM's engine arguments: those given, and those that the checkpoint and this package need.
 
-    `config` is the checkpoint's own; `stretched` says that its rotary scaling is the job's.
+    `config` is the checkpoint's config; `stretched` is true if its rotary scaling comes from the job.
     """
     from vllm.config import StructuredOutputsConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -99,9 +103,9 @@ def build_engine_arguments(folder: Path, config: Any, stretched: bool, lora: Pat
     arguments = {"max_model_len": checkpoint.count_context_tokens(config), "disable_log_stats": True, "use_tqdm_on_load": False, **given}
     if stretched:
         text = config.get_text_config()
-        longest = max(text.max_position_embeddings, checkpoint.count_context_tokens(config))  # vLLM takes it for the stretched length
-        ropes = {"text_config": {"rope_parameters": text.rope_parameters, "max_position_embeddings": longest}}
-        arguments["hf_overrides"] = {**ropes, **given.get("hf_overrides", {})}
+        longest = max(text.max_position_embeddings, checkpoint.count_context_tokens(config))  # vLLM expects the stretched length here
+        overrides = {"text_config": {"rope_parameters": text.rope_parameters, "max_position_embeddings": longest}}
+        arguments["hf_overrides"] = {**overrides, **given.get("hf_overrides", {})}
     if current_platform.is_cpu() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ and "gpu_memory_utilization" not in given:
         arguments.setdefault("kv_cache_memory_bytes", CPU_CACHE_BYTES)
     if lora:
@@ -112,20 +116,20 @@ def build_engine_arguments(folder: Path, config: Any, stretched: bool, lora: Pat
 
 
 def find_lora_rank(folder: Path) -> int:
-    """Return the rank for which vLLM keeps room: the least that an adapter fits. Raises JobError for a folder without one."""
+    """Return the `max_lora_rank` for an adapter: the smallest allowed value that is not below its rank. Raises JobError."""
     if not (folder / "adapter_model.safetensors").is_file():
         raise JobError(f"model.lora: {folder} holds no adapter_model.safetensors; adapters in other formats are not read")
     rank = checkpoint_files.read_json_file(folder / "adapter_config.json").get("r")
     if not isinstance(rank, int) or not 0 < rank <= LORA_RANKS[-1]:
         raise JobError(f"{folder}: adapter_config.json says the rank r is {rank!r}; allowed are 1 to {LORA_RANKS[-1]}")
-    return next(room for room in LORA_RANKS if room >= rank)
+    return next(allowed for allowed in LORA_RANKS if allowed >= rank)
 
 
-async def start_vllm(engine: Any) -> Any:
-    """Return vLLM's engine, started in the loop that it will live in."""
+async def start_vllm(engine_arguments: Any) -> Any:
+    """Return vLLM's started engine, which belongs to the running event loop."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    return AsyncLLM.from_engine_args(engine)
+    return AsyncLLM.from_engine_args(engine_arguments)
 
 
 def start_with_watch(begin: Callable[[], Future[Any]]) -> tuple[Any, subprocess.Popen[bytes]]:
@@ -151,15 +155,9 @@ def release_watch(shell: subprocess.Popen[bytes]) -> None:
     shell.communicate()
 
 
-RAISED_LINE = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception|Interrupt)): (.+)$", re.MULTILINE)
-"""The line of a traceback that says what was raised."""
-EMPTY_REASONS = ("Engine core initialization failed", "EngineCore encountered an issue", "cancelled", "WorkerProc initialization failed")
-"""What the processes further up say about it, in whose tracebacks no reason stands."""
-
-
 @cache
 def make_log_folder() -> tempfile.TemporaryDirectory[str]:
-    """Return where this process keeps its log; it goes when the process ends."""
+    """Return the temporary folder of this process's vLLM log, which is deleted when the process ends."""
     return tempfile.TemporaryDirectory(prefix="pipeline-vllm-")
 
 
@@ -168,9 +166,9 @@ def find_log_file() -> Path:
 
 
 def configure_vllm_log() -> int:
-    """Have the vLLM of this process and of those it starts log errors to stderr and into a file, nothing else; return the file's length.
+    """Make vLLM, in this process and in its children, log only errors, to stderr and to a file; return the file's length.
 
-    vLLM's own way is every step of its work on stdout, where data belongs. A configuration that is set already stays.
+    By default vLLM logs every step to stdout, which is for data. A configuration that the environment names is kept.
     """
     silence_vllm()
     handlers = {
@@ -185,16 +183,16 @@ def configure_vllm_log() -> int:
 
 
 def silence_vllm() -> None:
-    """Have vLLM say nothing but errors while it is imported: it reads its configuration later."""
+    """Make vLLM log only errors while it is imported; it reads its logging configuration later."""
     logging.getLogger("vllm").setLevel(logging.ERROR)
 
 
-def read_reason_since(length: int) -> str:
-    """Return the first reason that was logged after the file had this length; "" where there is none."""
+def read_reason_since(offset: int) -> str:
+    """Return the first exception with a reason in the log after this offset in bytes; "" if there is none."""
     if not find_log_file().exists():
         return ""
     with find_log_file().open("rb") as opened:
-        opened.seek(length)
+        opened.seek(offset)
         text = opened.read().decode(errors="replace")
-    reasons = [f"{kind}: {said}" for kind, said in RAISED_LINE.findall(text) if not said.startswith(EMPTY_REASONS)]
+    reasons = [f"{kind}: {message}" for kind, message in RAISED_LINE.findall(text) if not message.startswith(GENERAL_REASONS)]
     return " ".join(reasons[0].split())[:600] if reasons else ""

@@ -83,7 +83,7 @@ def test_a_copy_that_breaks_off_is_none(uri: str, tmp_path: Path, monkeypatch: p
 
 def test_a_file_that_comes_short_is_noticed(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_store, "download_object", lambda url, file: file.write_bytes(b""))
-    with pytest.raises(RunError, match=r"config\.json has 2 bytes, and 0 came"):
+    with pytest.raises(RunError, match=r"config\.json has 2 bytes, but 0 were received"):
         model_cache.copy_checkpoint(uri, model_cache.resolve_store_revision(uri))
 
 
