@@ -52,7 +52,9 @@ def locate_checkpoint(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(CHECKPOINT_FILES)))
     except (OSError, ValueError) as error:  # the hub's errors are OSErrors, a malformed id is a ValueError
-        raise JobError(f"model {name!r}: neither a folder here nor a checkpoint that can be fetched from the hub: {format_error_line(error)}") from None
+        raise JobError(
+            f"model {name!r}: neither a folder here nor a checkpoint that can be fetched from the hub: {format_error_line(error)}"
+        ) from None
 
 
 def load_config(folder: Path, rope_scaling: dict[str, Any] | None) -> Any:

@@ -119,7 +119,9 @@ class Encoder:
         """Return a message in the form that chat templates take."""
         if all(isinstance(part, str) for part in message.parts):
             return {"role": message.role, "content": "".join(self._split_control_tokens(str(part)) for part in message.parts)}
-        parts = [{"type": "text", "text": self._split_control_tokens(p)} if isinstance(p, str) else {"type": "image"} for p in message.parts]
+        parts = [
+            {"type": "text", "text": self._split_control_tokens(p)} if isinstance(p, str) else {"type": "image"} for p in message.parts
+        ]
         return {"role": message.role, "content": parts}
 
     def _split_control_tokens(self, text: str) -> str:

@@ -29,7 +29,12 @@ RECORD = "record"
 NO_WHITESPACE = {"x-guidance": {"whitespace_flexible": False}}
 """Forbids whitespace between JSON tokens. llguidance, vLLM's backend `guidance`, reads this key of the schema; others ignore it. With
 whitespace allowed, a weak model can write newlines without end (vllm#38696)."""
-FINISH_REASONS = {"stop": FinishReason.STOP, "tool_calls": FinishReason.STOP, "function_call": FinishReason.STOP, "length": FinishReason.LENGTH}
+FINISH_REASONS = {
+    "stop": FinishReason.STOP,
+    "tool_calls": FinishReason.STOP,
+    "function_call": FinishReason.STOP,
+    "length": FinishReason.LENGTH,
+}
 MAX_TOKEN_CHARACTERS = 64
 """More than this for each token, or more than two events for each, means that the server ignores `max_tokens`."""
 

@@ -128,7 +128,9 @@ class ChatClient:
         async with self._client.stream("POST", f"{self.base_url}/chat/completions", content=body) as reply:
             self._last_reply_s = time.monotonic()
             if reply.status_code != 200:
-                raise self._build_status_error(reply.status_code, await receive_reply(reply, MAX_ERROR_BYTES), reply.headers.get("Retry-After", ""))
+                raise self._build_status_error(
+                    reply.status_code, await receive_reply(reply, MAX_ERROR_BYTES), reply.headers.get("Retry-After", "")
+                )
             async for data in iterate_events(reply):
                 ended = data == "[DONE]"
                 if not idle.expired():

@@ -69,7 +69,9 @@ def load_awq_model(folder: Path, config: Any, dtype: torch.dtype, device: torch.
     model.tie_weights()  # type: ignore[operator]
     empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if empty or incomplete:
-        raise JobError(f"{folder}: the checkpoint lacks weights: {', '.join([*empty, *incomplete][:5])} (of {len(empty) + len(incomplete)})")
+        raise JobError(
+            f"{folder}: the checkpoint lacks weights: {', '.join([*empty, *incomplete][:5])} (of {len(empty) + len(incomplete)})"
+        )
     return model.to(device).eval()
 
 
