@@ -104,7 +104,7 @@ def test_another_checkpoint_has_another_revision_and_place(uri: str, bucket: s3.
 
 def test_offline_the_copy_is_used_and_nothing_else(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(model_cache.OFFLINE_ENV, "1")
-    with pytest.raises(JobError, match=r"is not in .*/models, and HF_HUB_OFFLINE forbids to fetch it"):
+    with pytest.raises(JobError, match=r"is not in .*/models, and HF_HUB_OFFLINE forbids fetching it"):
         model_cache.resolve_store_revision(uri)
     monkeypatch.delenv(model_cache.OFFLINE_ENV)
     copy = model_cache.copy_checkpoint(uri, model_cache.resolve_store_revision(uri))
