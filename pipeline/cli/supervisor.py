@@ -1,47 +1,43 @@
-"""Work in a child process, watched -> an exit status, also when the child ends without a word. Knows nothing of the work.
+"""Process supervisor: runs a command in a child process and returns its exit status, also when that process ends without one.
 
-Ray ends its driver by `_Exit(1)`, past all handlers, when its own node dies, and the kernel kills whoever has most memory when
-that runs out. A scheduler would take the one for a run that has finished with failures, and nobody would say a word
-about the other. And what a killed driver leaves behind, its workers and agents, notice only after half a minute or more.
+Ray ends its driver by `_Exit(1)`, past all handlers, when its own node dies, and the kernel kills the process with most memory when
+memory runs out. A scheduler would take the first for a run that has finished with failures, and the second would end without a
+message. And the workers and agents that a killed driver leaves behind notice its end only after half a minute or more.
 
-    this process         passes signals on
-      the keeper         waits for the work, says how it ended, and ends what it has left; lives on when this process is killed
-        the work         dies with the keeper
-          Ray, …         come to the keeper, as its children, when theirs die: it is their subreaper
+    this process         forwards signals
+      the keeper         waits for the command, reports how it ended, kills what it has left; survives a SIGKILL of this process
+        the command      dies with the keeper
+          Ray, …         become the keeper's children when their parents end: the keeper is a subreaper
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
+from pipeline.processes import adopt_orphans, die_with_parent, kill_children, send_signal
+
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SIGNAL_AT_PARENTS_DEATH, SUBREAPER = 1, 36
-"""PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of prctl(2)."""
-CLEARED_S = 10.0
-"""How long is waited for killed processes to be gone: one may hang in a driver."""
-REAP_PERIOD_S = 0.01
+LEAVE_S = 2.0
+"""How long Ray's exit handlers may take when the command is over: they wait for processes that the keeper kills anyway."""
 
 
 def run_supervised(work: Callable[[], int], broken: Callable[[str], int]) -> int:
-    """Do some work in a process of its own and return its exit status.
+    """Run a function in a process of its own and return its exit status.
 
-    If that process ends before the work does, `broken` is told how, and what it returns is the status. Signals go on to the work,
-    which a terminal's Ctrl-C does not reach directly; it dies when this process is killed, and with it whatever it has started.
+    If that process ends before the function does, `broken` gets a phrase that says how, and returns the status. Signals are forwarded
+    to the function's process, which a terminal's Ctrl-C does not reach directly. It dies when this process is killed, and with it
+    every process that it has started.
     """
     if sys.platform != "linux":
         return work()
     here = os.getpid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until there is somebody to send them on to
-    set_process_option(SUBREAPER, 1)  # should the keeper be killed
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until there is a process to forward them to
+    adopt_orphans()  # should the keeper be killed
     keeper = os.fork()
     if not keeper:
         run_keeper(work, broken, here)
@@ -51,9 +47,9 @@ def run_supervised(work: Callable[[], int], broken: Callable[[str], int]) -> int
 
 
 def run_keeper(work: Callable[[], int], broken: Callable[[str], int], parent: int) -> NoReturn:
-    """The keeper: have the work done, end what it has left, and exit with its status."""
+    """The keeper: start the command, wait for it, kill what it has left, and exit with its status."""
     os.setpgid(0, 0)
-    set_process_option(SUBREAPER, 1)
+    adopt_orphans()
     here = os.getpid()
     reading, writing = os.pipe()
     child = os.fork()
@@ -62,33 +58,31 @@ def run_keeper(work: Callable[[], int], broken: Callable[[str], int], parent: in
         run_work(work, writing, here)
     os.close(writing)
     signal.signal(signal.SIGUSR1, lambda *_: send_signal(child, signal.SIGKILL))
-    set_process_option(SIGNAL_AT_PARENTS_DEATH, signal.SIGUSR1)
-    if os.getppid() != parent:
-        send_signal(child, signal.SIGKILL)
+    die_with_parent(parent, signal.SIGUSR1)  # which kills the command first
     status = wait_for_child(child)
     kill_children()
-    said = os.read(reading, 1)
-    code = said[0] if said else broken(describe_end(status))
+    sent = os.read(reading, 1)
+    code = sent[0] if sent else broken(describe_end(status))
     sys.stdout.flush()
     os._exit(code)
 
 
 def run_work(work: Callable[[], int], writing: int, parent: int) -> NoReturn:
-    """The work: do it, and say with which code it ended, before anything else can end this process."""
+    """The command: run it, and send its exit status to the keeper before an exit handler can end this process."""
     os.setpgid(0, 0)
-    set_process_option(SIGNAL_AT_PARENTS_DEATH, signal.SIGKILL)
+    die_with_parent(parent)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-    if os.getppid() != parent:
-        os._exit(1)
     code = work()
     os.write(writing, bytes([code]))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends this process
+    signal.setitimer(signal.ITIMER_REAL, LEAVE_S)
     sys.exit(code)
 
 
 def wait_for_child(process: int) -> int:
-    """Wait for a child and return its wait status; pass signals on to it, and let others that end here meanwhile go.
+    """Wait for a child and return its wait status; forward signals to it, and reap other children that end in the meantime.
 
-    Nobody listens to signals from then on: a second Ctrl-C shall not break off what is to be done after the end.
+    From then on signals have no effect: a second Ctrl-C must not interrupt what is done after the child's end.
     """
 
     def forward(number: int, _: FrameType | None) -> None:
@@ -97,47 +91,17 @@ def wait_for_child(process: int) -> int:
     for number in FORWARDED:
         signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-    found, status = 0, 0
-    while found != process:
-        found, status = os.waitpid(-1, 0)
+    ended, status = 0, 0
+    while ended != process:
+        ended, status = os.waitpid(-1, 0)
     return status
 
 
-def kill_children() -> None:
-    """Kill the children of this process, and theirs, which become its own when they lose their parents."""
-    deadline = time.monotonic() + CLEARED_S
-    while time.monotonic() < deadline:
-        for child in list_child_processes():
-            send_signal(child, signal.SIGKILL)
-        try:
-            if os.waitpid(-1, os.WNOHANG) == (0, 0):
-                time.sleep(REAP_PERIOD_S)
-        except ChildProcessError:
-            return
-
-
-def list_child_processes() -> Iterator[int]:
-    """Yield the children of this process."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it is gone
-            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == os.getpid():
-                yield int(folder.name)
-
-
-def send_signal(process: int, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(process, number)
-
-
-def set_process_option(option: int, value: int) -> None:
-    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
-
-
 def describe_end(status: int) -> str:
-    """Return how a process ended that nobody asked to."""
+    """Return a phrase for how a process ended that nothing had asked to end."""
     code = os.waitstatus_to_exitcode(status)
     if code == -signal.SIGKILL:
         return "it was killed, as the kernel does when memory runs out"
     if code < 0:
         return f"it ended by {signal.Signals(-code).name}"
-    return f"it ended with status {code} and without a word, as Ray does when its node dies"
+    return f"it ended with status {code} and without a message, as Ray does when its node dies"

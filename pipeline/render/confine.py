@@ -11,14 +11,14 @@ renderer has. So a document costs at most `memory_bytes` of real memory, a quart
 from __future__ import annotations
 
 import ctypes
-import fcntl
-import os
 import platform
 import resource
 import signal
 import struct
 import sys
 from contextlib import suppress
+
+from pipeline.processes import die_when_pipe_closes, set_process_option
 
 NO_NEW_PRIVILEGES, SET_FILTER = 38, 22
 NEW_NETWORK, NEW_USER = 0x40000000, 0x10000000
@@ -47,23 +47,13 @@ def confine_process(memory_bytes: int) -> None:
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # should the machine's memory run out, this process goes first, and no neighbour
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+    set_process_option(NO_NEW_PRIVILEGES, 1)
     if libc.unshare(NEW_NETWORK) != 0:
         libc.unshare(NEW_NETWORK | NEW_USER)
     install_syscall_filter(libc)
     with open("/proc/self/statm") as file:
         idle_bytes = int(file.read().split()[0]) * resource.getpagesize()
     set_resource_limit(resource.RLIMIT_AS, idle_bytes + memory_bytes)
-
-
-def die_when_pipe_closes(pipe: int) -> None:
-    """Have the kernel kill this process when the other end of a pipe is closed: when whoever holds it dies, of whatever cause.
-
-    Unlike PR_SET_PDEATHSIG, which waits for the one thread that started the process, this means the whole parent.
-    """
-    fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
-    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(pipe, fcntl.F_SETFL, os.O_ASYNC)
 
 
 def install_syscall_filter(libc: ctypes.CDLL) -> None:

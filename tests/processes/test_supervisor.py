@@ -1,4 +1,4 @@
-"""Work that takes its process along still has an exit status, and a process that is killed takes its work along."""
+"""Supervisor: a command whose process dies still has an exit status, and nothing that it has started outlives it."""
 
 from __future__ import annotations
 
@@ -8,59 +8,64 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is watched")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is supervised")
 PROGRAM = """\
 import os, signal, sys, time
-from pipeline.watch import watched
+from pipeline.cli.supervisor import run_supervised
 
 def work():
     {work}
 
-sys.exit(watched(work, lambda how: print(how, flush=True) or 3))
+sys.exit(run_supervised(work, lambda how: print(how, flush=True) or 3))
 """
 PATIENCE_S = 60
 
 
-def program(work: str) -> subprocess.Popen[str]:
-    """Start a process that does this work, watched."""
+def start_program(work: str) -> subprocess.Popen[str]:
+    """Start a process that runs this code, supervised."""
     code = PROGRAM.format(work=work.replace("\n", "\n    "))
     return subprocess.Popen([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE, start_new_session=True)
 
 
 @pytest.mark.parametrize("code", [0, 1, 143])
-def test_work_that_ends_has_its_own_code(code: int) -> None:
-    run = program(f"return {code}")
+def test_a_command_that_ends_has_its_own_code(code: int) -> None:
+    run = start_program(f"return {code}")
     assert (run.communicate(timeout=PATIENCE_S)[0], run.returncode) == ("", code)
 
 
 @pytest.mark.parametrize(
-    ("death", "said"),
+    ("death", "phrase"),
     [
-        ("os._exit(1)", "it ended with status 1 and without a word, as Ray does when its node dies"),
+        ("os._exit(1)", "it ended with status 1 and without a message, as Ray does when its node dies"),
         ("os.kill(os.getpid(), signal.SIGKILL)", "it was killed, as the kernel does when memory runs out"),
         ("os.abort()", "it ended by SIGABRT"),
     ],
 )
-def test_work_that_takes_its_process_along_is_told_from_work_that_ends(death: str, said: str) -> None:
-    run = program(death)
-    assert (run.communicate(timeout=PATIENCE_S)[0], run.returncode) == (said + "\n", 3)
+def test_a_process_that_dies_is_distinguished_from_a_command_that_ends(death: str, phrase: str) -> None:
+    run = start_program(death)
+    assert (run.communicate(timeout=PATIENCE_S)[0], run.returncode) == (phrase + "\n", 3)
 
 
-def test_what_dies_after_its_work_has_worked() -> None:
-    run = program("import atexit\natexit.register(os._exit, 1)\nreturn 0")
+def test_a_process_that_dies_after_its_command_has_succeeded() -> None:
+    run = start_program("import atexit\natexit.register(os._exit, 1)\nreturn 0")
+    assert (run.communicate(timeout=PATIENCE_S)[0], run.returncode) == ("", 0)
+
+
+def test_exit_handlers_have_a_limited_time() -> None:
+    run = start_program(f"import atexit\natexit.register(time.sleep, {2 * PATIENCE_S})\nreturn 0")
     assert (run.communicate(timeout=PATIENCE_S)[0], run.returncode) == ("", 0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_go_on_to_the_work(number: signal.Signals) -> None:
-    run = program(f"signal.signal({int(number)}, lambda *_: sys.exit(9))\nprint('ready', flush=True)\ntime.sleep({PATIENCE_S})")
+def test_signals_are_forwarded(number: signal.Signals) -> None:
+    run = start_program(f"signal.signal({int(number)}, lambda *_: sys.exit(9))\nprint('ready', flush=True)\ntime.sleep({PATIENCE_S})")
     assert run.stdout is not None
     assert run.stdout.readline() == "ready\n"
     run.send_signal(number)
     assert "status 9" in run.communicate(timeout=PATIENCE_S)[0]
 
 
-def test_a_signal_that_comes_after_the_work_changes_nothing() -> None:
+def test_a_signal_after_the_end_changes_nothing() -> None:
     late = (
         PROGRAM.format(work="return 0").replace("sys.exit(", "code = (")
         + "os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.1)\nsys.exit(code)"
@@ -72,22 +77,22 @@ STARTED = {
     "child": "import subprocess\nsubprocess.Popen(['sleep', '600'])",
     "session of its own": "import subprocess\nsubprocess.Popen(['setsid', 'sh', '-c', 'sleep 600 & sleep 600'])",
 }
-"""What work leaves behind. Each holds its stdout, which is at its end when nobody holds it any more."""
+"""Processes that a command leaves behind. Each holds its stdout, which ends when nothing holds it any more."""
 
 
 @pytest.mark.parametrize("started", STARTED.values(), ids=STARTED)
 @pytest.mark.parametrize(
     "death", ["return 0", "os._exit(1)", *(f"os.kill({who}, 9)\ntime.sleep(600)" for who in ("os.getpid()", "os.getppid()"))]
 )
-def test_what_the_work_has_started_ends_with_it(death: str, started: str) -> None:
-    run = program(f"{started}\n{death}")
+def test_what_the_command_has_started_ends_with_it(death: str, started: str) -> None:
+    run = start_program(f"{started}\n{death}")
     run.communicate(timeout=PATIENCE_S)
     assert run.returncode == (0 if death == "return 0" else 3)
 
 
 @pytest.mark.parametrize("started", STARTED.values(), ids=STARTED)
-def test_work_and_what_it_has_started_die_with_the_process_that_watches_it(started: str) -> None:
-    run = program(f"{started}\nprint('ready', flush=True)\ntime.sleep(600)")
+def test_a_command_and_what_it_has_started_die_with_their_supervisor(started: str) -> None:
+    run = start_program(f"{started}\nprint('ready', flush=True)\ntime.sleep(600)")
     assert run.stdout is not None
     assert run.stdout.readline() == "ready\n"
     run.kill()

@@ -163,9 +163,9 @@ def test_processes_that_a_start_began_end_with_whoever_started_it() -> None:
         Timer(launch.WATCH_PERIOD_S * 3, starting.set_result, (None,)).start()
         return starting
 
-    _, shell = launch.start_with_watch(begin)
+    _, killer = launch.start_with_killer(begin)
     assert child.is_alive()
-    shell.communicate()  # closes the pipe, as the death of this process would
+    killer.shell.communicate()  # closes the pipe, as the death of this process would
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
 

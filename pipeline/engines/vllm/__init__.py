@@ -63,7 +63,7 @@ class VLLMEngine:
         self._lora = checkpoint.locate_checkpoint(lora, None) if lora else None
         try:
             engine_arguments = launch.build_engine_arguments(folder, config, bool(rope_scaling), self._lora, arguments)
-            self._llm, self._watch = launch.start_with_watch(lambda: self._loop_thread.submit(launch.start_vllm(engine_arguments)))
+            self._llm, self._killer = launch.start_with_killer(lambda: self._loop_thread.submit(launch.start_vllm(engine_arguments)))
         except BaseException as error:
             self._loop_thread.close()
             if isinstance(error, RuntimeError):  # "Engine core initialization failed. See root cause above"
@@ -77,7 +77,7 @@ class VLLMEngine:
 
     def close(self) -> None:
         """End vLLM's processes. Requests still waiting fail with EngineDead."""
-        launch.release_watch(self._watch)
+        self._killer.release()
         self._loop_thread.close(on_close=self._llm.shutdown)
 
     def _load_encoder(self, folder: Path, image_token: int) -> Any:

@@ -12,7 +12,6 @@ import logging
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -30,6 +29,7 @@ from pipeline.budget import compute_area_bounds
 from pipeline.engines import checkpoint, checkpoint_files
 from pipeline.errors import JobError
 from pipeline.job import Job
+from pipeline.processes import OrphanKiller
 
 SAME_NAMES = (
     "dtype", "max_model_len", "tensor_parallel_size", "pipeline_parallel_size", "gpu_memory_utilization", "max_num_seqs", "quantization",
@@ -44,8 +44,6 @@ RAISED_LINE = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception|Interrupt)): (.+)$"
 """The line of a traceback with the exception."""
 GENERAL_REASONS = ("Engine core initialization failed", "EngineCore encountered an issue", "cancelled", "WorkerProc initialization failed")
 """Messages of the parent processes, which do not contain the reason."""
-WATCH = "while read -r line; do processes=$line; done; kill -9 $processes"
-"""What a shell does that holds a pipe from this process: when that closes, because this process has died, vLLM's shall die too."""
 WATCH_PERIOD_S = 0.5
 
 
@@ -132,27 +130,19 @@ async def start_vllm(engine_arguments: Any) -> Any:
     return AsyncLLM.from_engine_args(engine_arguments)
 
 
-def start_with_watch(begin: Callable[[], Future[Any]]) -> tuple[Any, subprocess.Popen[bytes]]:
-    """Return what starts, and what ends its processes when this one is killed: on their own they wait on, with all the GPU's memory."""
+def start_with_killer(begin: Callable[[], Future[Any]]) -> tuple[Any, OrphanKiller]:
+    """Return what `begin` starts, and what kills its processes when this one is killed: else they stay, with all the GPU's memory."""
     others, starting = set(multiprocessing.active_children()), begin()
-    shell = subprocess.Popen(["/bin/sh", "-c", WATCH], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, bufsize=0)
+    killer = OrphanKiller()
     try:
         done = False
         while not done:
             done = bool(wait([starting], WATCH_PERIOD_S).done)
-            processes = " ".join(str(child.pid) for child in set(multiprocessing.active_children()) - others)
-            if shell.stdin and processes:
-                shell.stdin.write(f"{processes}\n".encode())
-        return starting.result(), shell
+            killer.name_processes(child.pid for child in set(multiprocessing.active_children()) - others if child.pid)
+        return starting.result(), killer
     except BaseException:
-        release_watch(shell)
+        killer.release()
         raise
-
-
-def release_watch(shell: subprocess.Popen[bytes]) -> None:
-    """End a watch without what it would do at the end."""
-    shell.kill()
-    shell.communicate()
 
 
 @cache
