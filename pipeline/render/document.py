@@ -1,9 +1,8 @@
-"""A document's bytes and a pixel budget -> pages as the model sees them. Knows no path, no job and no model.
+"""Document renderer: takes the bytes of a PDF or image and render settings, and returns pages at the size that the model reads.
 
-The only door to MuPDF (`pdf.py`) and Pillow (`images.py`). What kind a document is, its content says, never its name. A
-PDF page is rasterized once, by MuPDF, at its final size; an image is resampled once. Everything that cannot be read is a
-DocumentError of a stable kind. It parses strangers' bytes in C libraries: `pipeline.sandbox` runs it in a process of its
-own, with limits that nothing in here could enforce.
+The kind of a document is detected from its content, never from its name. A PDF page is rasterized once, by MuPDF (`pdf.py`), at
+its final size; an image is decoded by Pillow (`images.py`) and resampled once. What cannot be read is a DocumentError with a
+stable kind. C libraries parse untrusted bytes here, so `sandbox.py` runs this code in a child process with limits on time and memory.
 """
 
 from __future__ import annotations
@@ -29,28 +28,28 @@ FILE_SIGNATURES = {
     DocumentKind.PDF: re.compile(rb".{0,8192}?(%PDF-|\b\d+ \d+ obj\b)", re.DOTALL),
 }
 ARCHIVE_SIGNATURES = (b"PK\3\4", b"\x1f\x8b", b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
-"""Archives and compressed files, DOCX and EPUB among them. A PDF may lie in one uncompressed, and is not what the file is."""
+"""Archives and compressed files, DOCX and EPUB among them. They are refused first: an archive may contain an uncompressed PDF."""
 
 
 @dataclass(frozen=True, eq=False)
 class OpenDocument:
-    """A document that opened without an error."""
+    """A document that was opened without an error."""
 
     kind: DocumentKind
     page_count: int
     draw: Callable[[int], Page]
-    """Draws the page of this 1-based number."""
+    """Returns the page with this 1-based number. Raises DocumentError."""
 
 
 def render_pages(data: bytes, settings: RenderSettings, first_page: int = 1, last_page: int | None = None) -> Iterator[Page]:
-    """Yield a document's pages, drawn one by one. Raises DocumentError."""
+    """Yield the pages of a document in this range (1-based, last page included), drawn one by one. Raises DocumentError."""
     opened = open_document(data, settings)
     for page_no in range(first_page, min(last_page or opened.page_count, opened.page_count) + 1):
         yield opened.draw(page_no)
 
 
 def open_document(data: bytes, settings: RenderSettings) -> OpenDocument:
-    """Return the document, opened and within the job's limits, or raise DocumentError."""
+    """Return the opened document. Raises DocumentError if it cannot be opened or exceeds a limit of the settings."""
     if not data:
         raise DocumentError("empty", "the file is empty (0 bytes)")
     if len(data) > settings.max_file_bytes:
@@ -70,10 +69,13 @@ def open_document(data: bytes, settings: RenderSettings) -> OpenDocument:
 
 
 def detect_kind(data: bytes) -> DocumentKind:
-    """Return the kind that the content begins like; in a PDF the marker may come later, or an object without one."""
+    """Return the kind of a document by its first bytes; a PDF may have its header, or its first object, up to 8 kB later.
+
+    Raises DocumentError if the kind is not supported.
+    """
     if data.startswith(ARCHIVE_SIGNATURES):
         raise DocumentError("unrecognised", f"the file is an archive or compressed: unpack it; it begins with {data[:16]!r}")
-    for kind, magic in FILE_SIGNATURES.items():
-        if magic.match(data):
+    for kind, signature in FILE_SIGNATURES.items():
+        if signature.match(data):
             return kind
     raise DocumentError("unrecognised", f"the content is none of {', '.join(DocumentKind)}: it begins with {data[:16]!r}")

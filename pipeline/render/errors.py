@@ -1,7 +1,7 @@
-"""What MuPDF and Pillow raise and say -> DocumentErrors and short texts. Knows neither of them.
+"""Conversion of MuPDF's and Pillow's errors and messages to DocumentErrors and short texts; imports neither library.
 
-Whatever leaves the renderer is bounded here and in its neighbours: 300 characters a message, 20 warnings a page; 20,000
-words and 200,000 characters of text layer a page (`pdf.py`).
+The output of a renderer is bounded: 300 characters a message and 20 warnings a page here; 20,000 words and 200,000
+characters of text layer a page in `pdf.py`.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ ALLOCATION = re.compile(
     r"|(cannot|can't|could not|couldn't|unable to|failed to) allocate|\balloc\w* .*fail",
     re.IGNORECASE,
 )
-"""What a library says when it gets no memory."""
+"""Matches the messages of a library that cannot allocate memory."""
 
 
 @contextmanager
 def convert_library_errors(failed: str) -> Iterator[None]:
-    """Turn whatever MuPDF or Pillow raises into a DocumentError.
+    """Convert any exception of MuPDF or Pillow to a DocumentError whose message begins with `failed`.
 
-    The one place that catches everything: what they raise comes from unrelated families (`FzErrorBase` is not even a
-    RuntimeError, Pillow's readers raise eight classes, struct.error and AssertionError among them).
+    The only `except Exception` of the renderer: the libraries' exceptions have no common base class (`FzErrorBase` is not even
+    a RuntimeError, and Pillow's readers raise eight classes, struct.error and AssertionError among them).
     """
     try:
         yield
     except DocumentError:
         raise
     except Exception as error:
-        said = re.sub(r"<\S+ object at 0x\w+>", "it", " ".join(str(error)[: 10 * MAX_CHARS].split()))
-        reason = clean_text(f"{type(error).__name__}: {said}")
+        text = re.sub(r"<\S+ object at 0x\w+>", "it", " ".join(str(error)[: 10 * MAX_CHARS].split()))
+        reason = clean_text(f"{type(error).__name__}: {text}")
         if isinstance(error, MemoryError) or ALLOCATION.search(reason):
             raise DocumentError("memory", f"{failed} within `limits.memory_mib`: {reason}") from None
         raise DocumentError("broken", f"{failed}: {reason}") from None
 
 
 def clean_text(text: str, most_chars: int = MAX_CHARS) -> str:
-    """Return the beginning of a foreign text as what UTF-8 can hold."""
+    """Return the beginning of a text from a library, with "?" for characters that UTF-8 cannot encode."""
     return text[:most_chars].encode("utf-8", "replace").decode("utf-8")

@@ -1,7 +1,7 @@
-"""An image's bytes -> its pages, by Pillow. Knows no PDF.
+"""Image renderer on Pillow: takes the bytes of an image and returns its page count and a function that draws one page.
 
-Memory: an image is decoded whole, 1 to 4 bytes a pixel (a WebP 16), but for a JPEG, which is decoded at 1/2, 1/4 or 1/8
-where that is enough; in RGB it never exists at full size. So 100 megapixels cost 1.6 MB as a JPEG and 400 MB as a PNG.
+Memory: an image is decoded whole, with 1 to 4 bytes a pixel (a WebP 16), except a JPEG, which is decoded at 1/2, 1/4 or 1/8
+of its size if that is enough; it never exists in RGB at full size. So 100 megapixels take 1.6 MB as a JPEG and 400 MB as a PNG.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.render.errors import MAX_WARNINGS, clean_text, convert_library_err
 
 
 class DocumentKind(StrEnum):
-    """Each value is Pillow's name for it, but for PDF."""
+    """The supported kinds of documents. Each value except PDF is Pillow's name of the format."""
 
     PDF = "PDF"
     PNG = "PNG"
@@ -37,20 +37,32 @@ class DocumentKind(StrEnum):
 ASSUMED_DPI = 200.0
 BAND_PIXELS = 4_000_000
 REDUCE_ABOVE = 3
-"""Before the one resampling, whole blocks of a much larger image are averaged, down to this many times the target:
-Pillow's `reducing_gap`, where 3.0 is as good as none."""
+"""Before it is resampled, a much larger image is averaged in whole blocks to this many times the target size: Pillow's
+`reducing_gap`, for which 3.0 gives nearly the result of no reduction."""
 ORIENTATION = 0x0112
 PHOTOMETRIC = 0x0106
-TURN = Image.Transpose
-TURNED = (TURN.FLIP_LEFT_RIGHT, TURN.ROTATE_180, TURN.FLIP_TOP_BOTTOM, TURN.TRANSPOSE, TURN.ROTATE_270, TURN.TRANSVERSE, TURN.ROTATE_90)
-TURNS = dict(enumerate(TURNED, 2))
-"""EXIF orientation -> what sets the picture upright."""
-SWAPPING = TURNED[3:]
+Transpose = Image.Transpose
+TRANSPOSES = (
+    Transpose.FLIP_LEFT_RIGHT,
+    Transpose.ROTATE_180,
+    Transpose.FLIP_TOP_BOTTOM,
+    Transpose.TRANSPOSE,
+    Transpose.ROTATE_270,
+    Transpose.TRANSVERSE,
+    Transpose.ROTATE_90,
+)
+TRANSPOSE_BY_ORIENTATION = dict(enumerate(TRANSPOSES, 2))
+"""EXIF orientation -> the transpose that makes the image upright."""
+SWAPPING_TRANSPOSES = TRANSPOSES[3:]
+"""The transposes that swap width and height."""
 
 
 def open_image(data: bytes, kind: DocumentKind, settings: RenderSettings) -> tuple[int, Callable[[int], Page]]:
-    """Return an image's page count and what draws a page. Frames are pages in a TIFF; of an animation only the first is read."""
-    # Pillow's own bomb check warns at 89 and raises at 179 megapixels; `max_image_pixels` stands in its place.
+    """Return the page count of an image and a function that draws one page.
+
+    The frames of a TIFF are pages; of an animation only the first frame is read. Raises DocumentError and Pillow's errors.
+    """
+    # Pillow's own check for decompression bombs warns at 89 and raises at 179 megapixels; `max_image_pixels` replaces it.
     Image.MAX_IMAGE_PIXELS = None
     if kind is DocumentKind.WEBP:
         check_webp(data, settings)
@@ -58,7 +70,7 @@ def open_image(data: bytes, kind: DocumentKind, settings: RenderSettings) -> tup
         warnings.simplefilter("ignore")
         image = Image.open(io.BytesIO(data), formats=[kind])
         page_count = count_frames(image, settings.max_pages) if kind is DocumentKind.TIFF else 1
-    whole = (*image.size, len(image.getbands()), 2)
+    decoded_shape = (*image.size, len(image.getbands()), 2)
 
     def draw(page_no: int) -> Page:
         with warnings.catch_warnings(record=True) as caught:
@@ -68,7 +80,8 @@ def open_image(data: bytes, kind: DocumentKind, settings: RenderSettings) -> tup
                 page = draw_image(image, page_no, settings)
             except OSError:
                 if "progressive" in image.info:
-                    np.empty(whole, np.uint8)  # libjpeg holds such an image whole, and calls it broken when it cannot
+                    # libjpeg holds such an image whole, and reports a lack of memory as damage; this raises MemoryError instead.
+                    np.empty(decoded_shape, np.uint8)
                 raise
         texts = dict.fromkeys(clean_text(str(warning.message)) for warning in caught)
         return replace(page, warnings=(*page.warnings, *texts)[:MAX_WARNINGS])
@@ -77,9 +90,10 @@ def open_image(data: bytes, kind: DocumentKind, settings: RenderSettings) -> tup
 
 
 def check_webp(data: bytes, settings: RenderSettings) -> None:
-    """Raise DocumentError when a WebP's canvas is too large: Pillow makes room for it twice when it opens the file.
+    """Raise DocumentError if a WebP's canvas is larger than allowed, MemoryError if there is no memory for it.
 
-    And says of a lack of memory only that it "could not create decoder object", as of any other damage.
+    Pillow allocates the canvas twice when it opens the file, and reports a lack of memory as it does damage: "could not create
+    decoder object".
     """
     chunk = data[12:16]
     if chunk == b"VP8X":
@@ -88,22 +102,22 @@ def check_webp(data: bytes, settings: RenderSettings) -> None:
         bits = int.from_bytes(data[21:25], "little")
         size = ImageSize(1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF))
     else:
-        size = ImageSize(*(int.from_bytes(data[place : place + 2], "little") & 0x3FFF for place in (26, 28)))
+        size = ImageSize(*(int.from_bytes(data[offset : offset + 2], "little") & 0x3FFF for offset in (26, 28)))
     check_image_size(size.width_px, size.height_px, settings)
-    np.empty((size.height_px, size.width_px, 2, 4), np.uint8)  # asked for and given back: a MemoryError has a name
+    np.empty((size.height_px, size.width_px, 2, 4), np.uint8)  # allocated and freed at once
 
 
 def check_image_size(width_px: int, height_px: int, settings: RenderSettings) -> None:
-    """Raise DocumentError when an image has more pixels than the job allows."""
+    """Raise DocumentError if an image has more pixels than the job allows."""
     if width_px * height_px > settings.max_image_pixels:
         allowed = f"`limits.max_image_megapixels` allows {settings.max_image_pixels / 1e6:g} megapixels"
         raise DocumentError("too_large", f"the image has {width_px}x{height_px} px; {allowed}")
 
 
 def count_frames(image: Image.Image, most: int) -> int:
-    """Return how many frames there are, counted no further than one more than `most`.
+    """Return the number of frames, at most `most` + 1.
 
-    The first that cannot be found ends the count and is in it: what stands behind a damaged link is a page that fails.
+    A frame that cannot be read ends the count and is included in it, so that it becomes a page that fails.
     """
     for frame in range(1, most + 1):
         try:
@@ -124,27 +138,27 @@ def has_frame(image: Image.Image, frame: int) -> bool:
 
 
 def draw_image(image: Image.Image, page_no: int, settings: RenderSettings) -> Page:
-    """Return an image as a page: upright, RGB on white, resampled once."""
-    # 1) what it measures, upright, in its own pixels and on paper
+    """Return an image as a page: upright, RGB on white, resampled once. Raises DocumentError if it is larger than allowed."""
+    # 1) size upright, in its own pixels, and dpi
     check_image_size(image.width, image.height, settings)
     x_dpi, y_dpi = read_dpi(image)
-    turn = find_orientation(image)
-    turned = turn in SWAPPING
-    if turned:
+    transpose = find_transpose(image)
+    is_swapped = transpose in SWAPPING_TRANSPOSES
+    if is_swapped:
         x_dpi, y_dpi = y_dpi, x_dpi
     if image.format == DocumentKind.TIFF:
-        image.load()
-        turn, turned = None, False
-    upright = image.size[::-1] if turned else image.size
-    # 2) its place on the canvas
+        image.load()  # Pillow makes a TIFF upright when it loads it
+        transpose, is_swapped = None, False
+    upright = image.size[::-1] if is_swapped else image.size
+    # 2) size of the canvas, and of the image on it
     width_px, height_px = square_pixels(*upright, x_dpi, y_dpi)
     canvas = fit_image(width_px, height_px, settings.budget)
     inner = fit_content(width_px, height_px, canvas)
-    # 3) its pixels
-    target = (inner.height_px, inner.width_px) if turned else (inner.width_px, inner.height_px)
+    # 3) pixels
+    target = (inner.height_px, inner.width_px) if is_swapped else (inner.width_px, inner.height_px)
     small = resample_image(image, target)
-    pixels = pad_with_white(np.asarray(small if turn is None else small.transpose(turn)), canvas)
-    # 4) the page
+    pixels = pad_with_white(np.asarray(small if transpose is None else small.transpose(transpose)), canvas)
+    # 4) page
     width_pt, height_pt = upright[0] / x_dpi * 72, upright[1] / y_dpi * 72
     dpi = 72 * math.sqrt(inner.width_px * inner.height_px / (width_pt * height_pt))
     animated = image.format in (DocumentKind.GIF, DocumentKind.WEBP, DocumentKind.PNG) and getattr(image, "is_animated", False)
@@ -152,72 +166,72 @@ def draw_image(image: Image.Image, page_no: int, settings: RenderSettings) -> Pa
     return Page(page_no, pixels, dpi, width_pt, height_pt, count_visual_tokens(canvas), (), notes)
 
 
-def find_orientation(image: Image.Image) -> Image.Transpose | None:
-    """Return what sets an image upright, by its EXIF orientation. Pillow turns a TIFF itself, when it is loaded."""
+def find_transpose(image: Image.Image) -> Image.Transpose | None:
+    """Return the transpose that makes an image upright by its EXIF orientation, None if it is upright."""
     tags = getattr(image, "tag_v2", None) or image.getexif()
-    return TURNS.get(tags.get(ORIENTATION, 1))
+    return TRANSPOSE_BY_ORIENTATION.get(tags.get(ORIENTATION, 1))
 
 
 def read_dpi(image: Image.Image) -> tuple[float, float]:
-    """Return the dpi that an image states of itself, else the assumed one."""
+    """Return the horizontal and vertical dpi in an image's metadata, or 200 if they are missing or implausible."""
     try:
         x_dpi, y_dpi = (float(value) for value in image.info["dpi"])
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return ASSUMED_DPI, ASSUMED_DPI
-    believable = all(20 <= value <= 10_000 for value in (x_dpi, y_dpi)) and 1 / 3 <= x_dpi / y_dpi <= 3
-    return (x_dpi, y_dpi) if believable else (ASSUMED_DPI, ASSUMED_DPI)
+    is_plausible = all(20 <= value <= 10_000 for value in (x_dpi, y_dpi)) and 1 / 3 <= x_dpi / y_dpi <= 3
+    return (x_dpi, y_dpi) if is_plausible else (ASSUMED_DPI, ASSUMED_DPI)
 
 
 def square_pixels(width_px: int, height_px: int, x_dpi: float, y_dpi: float) -> tuple[int, int]:
-    """Return the natural size in square pixels: a fax of 204x98 dpi has half the rows it should."""
+    """Return the size of an image in square pixels: a fax of 204x98 dpi has half the rows of one of 204x204 dpi."""
     finest = max(x_dpi, y_dpi)
     return round(width_px * finest / x_dpi), round(height_px * finest / y_dpi)
 
 
 def resample_image(image: Image.Image, target: tuple[int, int]) -> Image.Image:
-    """Return the image in RGB at this size, in the filter that Qwen's own processor uses.
+    """Return the image in RGB at this size, with the filter of Qwen's own processor (bicubic).
 
-    Large ones never exist in RGB at full size: a JPEG is decoded at 1/2, 1/4 or 1/8, others are converted and
+    A large image never exists in RGB at full size: a JPEG is decoded at 1/2, 1/4 or 1/8, others are converted and
     averaged band by band.
     """
     width, height = map(float, image.size)
-    if drafted := image.draft(None, (2 * target[0], 2 * target[1])):  # only a JPEG has one, also as one of several in an MPO
+    if drafted := image.draft(None, (2 * target[0], 2 * target[1])):  # JPEG only, also in an MPO of several
         *_, width, height = drafted[1]
     block = int(max(1, min(width / target[0], height / target[1]) // REDUCE_ABOVE))
-    lightness = find_levels(image)
+    levels = find_levels(image)
     reduced = Image.new("RGB", (math.ceil(image.width / block), math.ceil(image.height / block)))
     for top, band in split_into_bands(image, block):
-        reduced.paste(convert_to_rgb(band, lightness).reduce(block), (0, top // block))
+        reduced.paste(convert_to_rgb(band, levels).reduce(block), (0, top // block))
     return reduced.resize(target, Image.Resampling.BICUBIC, box=(0, 0, width / block, height / block))
 
 
 def split_into_bands(image: Image.Image, block: int = 1) -> Iterator[tuple[int, Image.Image]]:
-    """Yield an image in bands of a few million pixels, each with its top row, a multiple of `block`."""
+    """Yield an image in bands of a few million pixels, each with the number of its top row, a multiple of `block`."""
     rows = block * max(1, BAND_PIXELS // (image.width * block))
     for top in range(0, image.height, rows):
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
-def convert_to_rgb(band: Image.Image, lightness: tuple[float, float] | None) -> Image.Image:
-    """Return a band in RGB: deep greys scaled to 0..255, transparency on white."""
-    if lightness is not None:
-        black, white = lightness
+def convert_to_rgb(band: Image.Image, levels: tuple[float, float] | None) -> Image.Image:
+    """Return a band in RGB: greys of more than 8 bits are scaled to 0..255 by `levels`, transparency becomes white."""
+    if levels is not None:
+        black, white = levels
         values = np.nan_to_num(np.asarray(band, np.float64), nan=white)
         scaled = np.clip((values - black) / (white - black), 0, 1) * 255
         return Image.fromarray(np.round(scaled).astype(np.uint8)).convert("RGB")
     if band.has_transparency_data:
-        inked = band.convert("RGBA")
+        rgba = band.convert("RGBA")
         page = Image.new("RGB", band.size, "white")
-        page.paste(inked, mask=inked.getchannel("A"))
+        page.paste(rgba, mask=rgba.getchannel("A"))
         return page
     return band.getchannel("L").convert("RGB") if band.mode == "LAB" else band.convert("RGB")
 
 
 def find_levels(image: Image.Image) -> tuple[float, float] | None:
-    """Return the values of black and white in an image of more than 8 bits a pixel, None for all others.
+    """Return the values of black and white in a grey image of more than 8 bits a pixel, None for other images.
 
-    Pillow's own conversion clips at 255, which turns a 16-bit scan pure white. White is the largest value of the
-    smallest depth that holds all pixels, because 12-bit scans come in 16-bit files.
+    Pillow's own conversion clips at 255, which makes a 16-bit scan pure white. White is the largest value of the
+    smallest bit depth that holds all pixels, because 12-bit scans are stored in 16-bit files.
     """
     if not image.mode.startswith(("I", "F")):
         return None
@@ -232,7 +246,7 @@ def find_levels(image: Image.Image) -> tuple[float, float] | None:
 
 
 def pad_with_white(pixels: Pixels, canvas: ImageSize) -> Pixels:
-    """Return pixels at the top left of a white canvas, or themselves where they fill it."""
+    """Return the pixels at the top left of a white canvas, or unchanged if they fill it."""
     if pixels.shape[:2] == (canvas.height_px, canvas.width_px):
         return pixels
     page = np.full((canvas.height_px, canvas.width_px, 3), 0xFF, np.uint8)

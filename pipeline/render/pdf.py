@@ -1,7 +1,7 @@
-"""A PDF's bytes -> its pages, by MuPDF. Knows no other format, whatever else MuPDF could open.
+"""PDF renderer on MuPDF: takes the bytes of a PDF and returns its page count and a function that draws one page.
 
-Scripts, actions, embedded files and references to other files are neither run nor followed: MuPDF's JavaScript is never
-switched on, and nothing here asks for the rest.
+Only MuPDF's PDF parser is used, not those for its other formats. Scripts, actions, embedded files and references to other
+files are not followed: JavaScript is never enabled, and nothing here reads the rest.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -28,62 +29,61 @@ INHERITED = ("Resources", "MediaBox", "CropBox", "Rotate")
 
 
 class WarningCollector:
-    """What MuPDF complains of: the first twenty different lines, and the first that speaks of memory, however many there are."""
+    """MuPDF's warnings and errors: the first 20 distinct lines, and the first line about a lack of memory, however late it comes."""
 
     def __init__(self) -> None:
         self.lines: dict[str, None] = {}
-        self.lacking = ""
+        self.memory_line = ""
 
-    def hear(self, text: str) -> None:
+    def record(self, text: str) -> None:
         try:
             line = clean_text(text)
             if len(self.lines) < MAX_WARNINGS:
                 self.lines[line] = None
-            if not self.lacking and ALLOCATION.search(line):
-                self.lacking = line
-        except MemoryError:  # MuPDF would swallow it, and the complaint with it
-            self.lacking = "there was no memory left to hear why"
+            if not self.memory_line and ALLOCATION.search(line):
+                self.memory_line = line
+        except MemoryError:  # MuPDF ignores exceptions of a callback, so the line would be lost
+            self.memory_line = "there was no memory left to hear why"
 
-    def listen(self) -> None:
-        """Take MuPDF's messages, which are one process's, from now on."""
-        mupdf.fz_set_warning_callback(self.hear)
-        mupdf.fz_set_error_callback(self.hear)
+    def install(self) -> None:
+        """Receive MuPDF's messages from now on; its callbacks are global to the process."""
+        mupdf.fz_set_warning_callback(self.record)
+        mupdf.fz_set_error_callback(self.record)
 
     def take(self) -> tuple[tuple[str, ...], str]:
-        """Return the lines and the one that speaks of memory since this was last asked."""
+        """Return and forget the lines so far and the line about memory, "" if there is none."""
         mupdf.fz_flush_warnings()
-        taken = tuple(self.lines), self.lacking
-        self.lines, self.lacking = {}, ""
+        taken = tuple(self.lines), self.memory_line
+        self.lines, self.memory_line = {}, ""
         return taken
 
 
 def open_pdf(data: bytes, settings: RenderSettings) -> tuple[int, Callable[[int], Page]]:
-    """Return a PDF's page count and what draws a page. Only MuPDF's PDF parser is asked, whatever else the bytes look like."""
-    complaints = WarningCollector()
-    complaints.listen()
+    """Return the page count of a PDF and a function that draws one page. Raises DocumentError and MuPDF's errors."""
+    collector = WarningCollector()
+    collector.install()
     pdf = parse_pdf(data)
     unlock_pdf(pdf, settings.password)
     page_count, unreadable = count_pages(pdf, settings.max_pages)
     if not page_count:
-        said = "; ".join(("the PDF opens but has no pages", *complaints.take()[0][-2:]))
-        raise DocumentError("no_pages", said)
+        raise DocumentError("no_pages", "; ".join(("the PDF opens but has no pages", *collector.take()[0][-2:])))
 
     def draw(page_no: int) -> Page:
-        assert data  # MuPDF reads these very bytes: they live as long as what draws
+        assert data  # MuPDF reads these bytes without a copy: this reference keeps them alive
         try:
             if page_no in unreadable:
-                said = "; ".join(("the page tree has something else in its place", *complaints.take()[0][:2]))
-                raise DocumentError("broken", f"page {page_no} cannot be found: {said}")
-            return draw_pdf_page(pdf, page_no, settings, complaints)
+                reason = "; ".join(("the page tree has something else in its place", *collector.take()[0][:2]))
+                raise DocumentError("broken", f"page {page_no} cannot be found: {reason}")
+            return draw_pdf_page(pdf, page_no, settings, collector)
         finally:
-            complaints.take()
-            mupdf.fz_empty_store()  # fonts and images are kept for the next page otherwise, up to 256 MiB
+            collector.take()
+            mupdf.fz_empty_store()  # otherwise MuPDF caches up to 256 MiB of fonts and images for the next page
 
     return page_count, draw
 
 
 def parse_pdf(data: bytes) -> Any:
-    """Return MuPDF's document of these bytes, which must outlive it."""
+    """Return MuPDF's document of these bytes, which the caller must keep alive. Raises DocumentError, FzErrorBase."""
     try:
         return mupdf.pdf_open_document_with_stream(mupdf.fz_open_memory(mupdf.python_buffer_data(data), len(data)))
     except mupdf.FzErrorBase as error:
@@ -93,7 +93,7 @@ def parse_pdf(data: bytes) -> Any:
 
 
 def unlock_pdf(pdf: Any, password: str | None) -> None:
-    """Give an encrypted PDF its password; the empty one is tried by itself."""
+    """Decrypt an encrypted PDF with its password, or with the empty one. Raises DocumentError if that does not open it."""
     if not mupdf.pdf_needs_password(pdf) or mupdf.pdf_authenticate_password(pdf, password or ""):
         return
     hint = "the password from `source.password_env` does not open it"
@@ -106,14 +106,14 @@ def unlock_pdf(pdf: Any, password: str | None) -> None:
 
 
 def count_pages(pdf: Any, most: int) -> tuple[int, set[int]]:
-    """Return how many pages there are, and the numbers of those that are none.
+    """Return the number of pages, and the numbers of those whose leaf in the page tree is not a page.
 
-    MuPDF believes the tree's /Count: where that lies, pages would be missing without a word, or the document refused.
-    What the tree holds is counted here; a tree that MuPDF would read otherwise is replaced by a flat one.
+    MuPDF trusts the tree's /Count: if it is wrong, pages are silently missing or the document is refused. So the leaves of
+    the tree are counted here, and a tree that MuPDF would read differently is replaced by a flat one.
     """
     leaves = list(islice(walk_page_tree(pdf), most + 1))
     if not leaves or not all(mupdf.pdf_is_dict(page) for page, _ in leaves):
-        with suppress(mupdf.FzErrorBase):  # MuPDF finds lost objects once per document, and so far had no reason to look
+        with suppress(mupdf.FzErrorBase):  # MuPDF searches for lost objects once per document, and has not done so yet
             mupdf.pdf_repair_xref(pdf)
         leaves = list(islice(walk_page_tree(pdf), most + 1))
     try:
@@ -129,7 +129,10 @@ def count_pages(pdf: Any, most: int) -> tuple[int, set[int]]:
 
 
 def walk_page_tree(pdf: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Yield the page tree's leaves in order, each with what it inherits. A branch that comes again, in a circle too, is left out."""
+    """Yield the leaves of the page tree in order, each with the entries it inherits.
+
+    A branch that occurs again, in a cycle for example, is skipped.
+    """
     root = mupdf.pdf_dict_gets(mupdf.pdf_dict_gets(mupdf.pdf_trailer(pdf), "Root"), "Pages")
     if not mupdf.pdf_is_dict(root):
         return
@@ -147,15 +150,12 @@ def walk_page_tree(pdf: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
         elif (number := mupdf.pdf_to_num(node)) not in entered:
             entered |= {number} - {0}
             own = {name: value for name in INHERITED if not mupdf.pdf_is_null(value := mupdf.pdf_dict_gets(node, name))}
-            trail.append((list_page_children(kids), inherited | own))
-
-
-def list_page_children(kids: Any) -> Iterator[Any]:
-    return (mupdf.pdf_array_get(kids, index) for index in range(mupdf.pdf_array_len(kids)))
+            children = map(partial(mupdf.pdf_array_get, kids), range(mupdf.pdf_array_len(kids)))
+            trail.append((children, inherited | own))
 
 
 def flatten_page_tree(pdf: Any, leaves: list[tuple[Any, dict[str, Any]]]) -> None:
-    """Put a tree of one level, made of these leaves, in the place of the document's."""
+    """Replace the document's page tree by one of a single level with these leaves."""
     tree, kids = mupdf.pdf_add_new_dict(pdf, 3), mupdf.pdf_new_array(pdf, len(leaves))
     for page, inherited in leaves:
         if not mupdf.pdf_is_dict(page):
@@ -174,8 +174,11 @@ def flatten_page_tree(pdf: Any, leaves: list[tuple[Any, dict[str, Any]]]) -> Non
 # ---- A page -------------------------------------------------------------------------------------------------------
 
 
-def draw_pdf_page(pdf: Any, page_no: int, settings: RenderSettings, complaints: WarningCollector) -> Page:
-    """Return a page as it would be printed: crop box and rotation applied, annotations and form fields drawn."""
+def draw_pdf_page(pdf: Any, page_no: int, settings: RenderSettings, collector: WarningCollector) -> Page:
+    """Return a page as it would be printed: crop box and rotation applied, annotations and form fields drawn.
+
+    Raises DocumentError, also if MuPDF lacked memory for a part of the page.
+    """
     page = mupdf.pdf_load_page(pdf, page_no - 1).super()
     box = mupdf.fz_bound_page(page)
     width_pt, height_pt = box.x1 - box.x0, box.y1 - box.y0
@@ -186,18 +189,18 @@ def draw_pdf_page(pdf: Any, page_no: int, settings: RenderSettings, complaints: 
     drawing = mupdf.fz_new_display_list_from_page(page)
     pixels = pad_with_white(paint_page(drawing, box, inner), canvas)
     words, notes = read_text(drawing, box)
-    warnings, lacking = complaints.take()
-    if lacking:
-        # MuPDF leaves out what it has no memory for and goes on: the page would lack its scan without a word.
-        raise DocumentError("memory", f"page {page_no} cannot be drawn within `limits.memory_mib`: {lacking}")
+    warnings, memory_line = collector.take()
+    if memory_line:
+        # MuPDF skips what it has no memory for and goes on: a scanned page would silently be blank.
+        raise DocumentError("memory", f"page {page_no} cannot be drawn within `limits.memory_mib`: {memory_line}")
     dpi = 72 * math.sqrt(inner.width_px * inner.height_px / (width_pt * height_pt))
     return Page(page_no, pixels, dpi, width_pt, height_pt, count_visual_tokens(canvas), words, (*notes, *warnings)[:MAX_WARNINGS])
 
 
 def paint_page(drawing: Any, box: Any, size: ImageSize) -> Pixels:
-    """Return what a display list draws inside `box`, at exactly this size.
+    """Return the pixels of a display list inside `box`, at exactly this size.
 
-    `get_pixmap` would round the scaled box and may come out one pixel larger; a pixmap made first cannot.
+    `get_pixmap` rounds the scaled box and may return one pixel more; a pixmap that is allocated first cannot.
     """
     across, down = size.width_px / (box.x1 - box.x0), size.height_px / (box.y1 - box.y0)
     area = mupdf.FzIrect(0, 0, size.width_px, size.height_px)
@@ -208,12 +211,12 @@ def paint_page(drawing: Any, box: Any, size: ImageSize) -> Pixels:
     everywhere = mupdf.FzRect(mupdf.FzRect.Fixed_INFINITE)
     mupdf.fz_run_display_list(drawing, device, mupdf.FzMatrix(), everywhere, mupdf.FzCookie())
     mupdf.fz_close_device(device)
-    held = pymupdf.Pixmap("raw", pixmap)
-    return np.frombuffer(held.samples_mv, np.uint8).reshape(size.height_px, size.width_px, 3).copy()
+    wrapper = pymupdf.Pixmap("raw", pixmap)
+    return np.frombuffer(wrapper.samples_mv, np.uint8).reshape(size.height_px, size.width_px, 3).copy()
 
 
 def read_text(drawing: Any, box: Any) -> tuple[tuple[Word, ...], tuple[str, ...]]:
-    """Return the words of the visible page, and notes. A text layer that cannot be read costs no page: the model sees pixels."""
+    """Return the words on the visible page, and notes. An unreadable text layer is a note and no error: the model reads pixels."""
     try:
         with convert_library_errors("the text layer cannot be read"):
             return read_words(drawing, box)
@@ -222,7 +225,7 @@ def read_text(drawing: Any, box: Any) -> tuple[tuple[Word, ...], tuple[str, ...]
 
 
 def read_words(drawing: Any, box: Any) -> tuple[tuple[Word, ...], tuple[str, ...]]:
-    """Return the words of the text layer that stand on the visible page, from its top left corner, and whether some were left out."""
+    """Return the words of the text layer on the visible page, relative to its top left corner, and a note if some are left out."""
     options = mupdf.FzStextOptions()
     options.flags = pymupdf.TEXT_PRESERVE_LIGATURES | pymupdf.TEXT_PRESERVE_WHITESPACE
     found = pymupdf.TextPage(mupdf.FzStextPage(drawing, options)).extractWORDS()

@@ -1,8 +1,8 @@
-"""What parent and child say to each other: a JSON header and raw bytes behind their lengths. Knows no process and no format.
+"""Message protocol between sandbox and render worker: two lengths, a JSON header and a body of raw bytes.
 
-Nothing is ever unpickled, and nothing that comes out of the child is believed: a page that is not one is a ValueError.
-Bounds of what the child can make the parent hold: `MAX_HEADER_BYTES` for words, warnings and messages together (some
-hundred MiB as Python objects at the very worst, for the moment of parsing), `MAX_PAGE_BYTES` for pixels.
+Nothing is unpickled, and the parent validates everything that the child sends: a malformed page is a ValueError.
+The memory that a child can make its parent hold is bounded: `MAX_HEADER_BYTES` for words, warnings and messages together (at
+worst a few hundred MiB of Python objects while they are parsed), `MAX_PAGE_BYTES` for pixels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Header = dict[str, Any]
 
 
 def send_message(connection: socket.socket, header: Header, body: bytes | memoryview = b"", deadline: float | None = None) -> None:
-    """Write one message. Raises TimeoutError, OSError when the other side is gone."""
+    """Send one message. Raises TimeoutError, or OSError if the other side has closed the connection."""
     text = json.dumps(header, ensure_ascii=False).encode()
     for part in (LENGTHS.pack(len(text), len(body)) + text, body):
         connection.settimeout(None if deadline is None else compute_time_left(deadline))
@@ -38,7 +38,10 @@ def send_message(connection: socket.socket, header: Header, body: bytes | memory
 
 
 def receive_message(connection: socket.socket, most_bytes: int, deadline: float | None = None) -> tuple[Header, bytearray]:
-    """Read one message. Raises TimeoutError, OSError when the other side is gone, ValueError for nonsense."""
+    """Return the header and body of one message, whose body has at most `most_bytes`.
+
+    Raises TimeoutError, OSError if the other side has closed the connection, ValueError for a malformed message.
+    """
     header_bytes, body_bytes = LENGTHS.unpack(read_exactly(connection, LENGTHS.size, deadline))
     if header_bytes > MAX_HEADER_BYTES or body_bytes > most_bytes:
         raise ValueError(f"a message of {header_bytes} + {body_bytes} bytes")
@@ -52,27 +55,27 @@ def receive_message(connection: socket.socket, most_bytes: int, deadline: float 
 
 
 def read_exactly(connection: socket.socket, count: int, deadline: float | None) -> bytearray:
-    """Return so many bytes."""
+    """Return the next `count` bytes. Raises TimeoutError, or OSError if the other side has closed the connection."""
     buffer = bytearray(count)
     rest = memoryview(buffer)
     while rest:
         connection.settimeout(None if deadline is None else compute_time_left(deadline))
-        got = connection.recv_into(rest)
-        if not got:
+        received = connection.recv_into(rest)
+        if not received:
             raise ConnectionResetError("the other side hung up")
-        rest = rest[got:]
+        rest = rest[received:]
     return buffer
 
 
 def pack_page(page: Page) -> Header:
-    """Return what there is to say of a page beside its pixels."""
+    """Return the header of a page: all of its fields except the pixels."""
     words = [(word.text, word.x0_pt, word.y0_pt, word.x1_pt, word.y1_pt) for word in page.words]
     scalars = {name: getattr(page, name) for name in ("page_no", "dpi", "width_pt", "height_pt", "warnings")}
     return scalars | {"shape": page.pixels.shape, "words": words}
 
 
 def unpack_page(header: Header, body: bytearray, page_no: int) -> Page:
-    """Return the page that was packed. Raises KeyError, TypeError or ValueError when the child sent something else."""
+    """Return the page in a message. Raises KeyError, TypeError, ValueError or OverflowError if it is not the page asked for."""
     height_px, width_px, colours = header["shape"]
     if header["page_no"] != page_no or colours != 3 or height_px % CELL_PX or width_px % CELL_PX or min(height_px, width_px) < 1:
         raise ValueError(f"page {header['page_no']} of {width_px}x{height_px}x{colours} in place of page {page_no}")
@@ -84,7 +87,7 @@ def unpack_page(header: Header, body: bytearray, page_no: int) -> Page:
 
 
 def parse_page_count(header: Header, most: int) -> int:
-    """Return the page count in an answer. Raises KeyError or ValueError when there is none that is allowed."""
+    """Return the page count in an answer. Raises KeyError or ValueError if it is missing or not between 1 and `most`."""
     count = header["page_count"]
     if not isinstance(count, int) or not 1 <= count <= most:
         raise ValueError(f"a document of {count!r} pages")
@@ -92,7 +95,7 @@ def parse_page_count(header: Header, most: int) -> int:
 
 
 def parse_failure(header: Header) -> DocumentError:
-    """Return the failure in an answer. Raises KeyError or ValueError when there is none."""
+    """Return the failure in an answer. Raises KeyError or ValueError if it is missing or malformed."""
     kind, message = str(header["kind"]), str(header["message"])
     if not KIND.fullmatch(kind):
         raise ValueError(f"a failure of the kind {kind[:50]!r}")

@@ -1,17 +1,18 @@
-"""A document's bytes -> its pages, drawn in a process that can be killed. Knows no file format: `pipeline.render` does.
+"""Render sandbox: takes the bytes of a document and returns its pages, drawn by a child process (`worker.py`) that can be killed.
 
     with Sandbox(settings) as sandbox:
         page_count = sandbox.open(data)
         for page in sandbox.draw_pages(1, 4): ...
 
-The child gets one socket and no secrets, no network, no children, no core dumps, next to nothing to write, and a bounded
-address space (`confine.py`). Each call has a deadline, kept here by killing the child and there by a limit of CPU time;
-it dies with its parent, in the middle of a page if need be. What it says is bounded and not believed (`wire.py`).
+The child has one socket and no secrets, no network, no children, no core dumps, a limit of 1 MiB on files it writes, and a
+bounded address space (`confine.py`). Each call has a deadline: the parent kills the child then, and a limit on CPU time ends
+it if the parent cannot. The child dies with its parent, even in the middle of a page. Its messages are bounded and validated
+(`protocol.py`).
 
-A fresh child takes over after a crash or a timeout, and after so many documents or pages: MuPDF keeps what it has read
-of a document as long as that is open. What this side holds is the open document's bytes (`limits.max_file_mib` at most)
-and one page. Once per document, a child that died or lacked memory is replaced and asked again: its predecessors may
-have worn it out, or somebody may have killed it, and neither is the document's fault.
+A child is replaced after a crash or a timeout, and after a number of documents or pages, because MuPDF caches what it has read
+while a document is open. The parent holds the bytes of the open document (at most `limits.max_file_mib`) and one page. Once per
+document, a call whose child crashed or lacked memory is repeated in a new child: earlier documents may have filled its memory,
+or another process may have killed it, and neither is the document's fault.
 """
 
 from __future__ import annotations
@@ -39,31 +40,35 @@ from pipeline.render.protocol import Header
 DOCUMENTS_PER_PROCESS = 200
 PAGES_PER_PROCESS = 1000
 DEATHS_PER_DOCUMENT = 3
-"""A document that has ended so many renderers is given up: 500 pages that hang for a minute each are a night."""
-PATIENCE = 10
-"""A document's pages may take a tenth of `limits.timeout_s` each, taken together, and ten times that limit on top: 2,000 pages
-of 59 s are a night and a day."""
+"""No more pages of a document are tried after it has ended this many children: 500 pages with a timeout of 60 s take 8 hours."""
+TIMEOUTS_PER_DOCUMENT = 10
+PAGES_PER_TIMEOUT = 10
+"""All pages of a document together may take 10 times `limits.timeout_s`, plus a tenth of it for each page: 2,000 pages of 59 s
+would take 33 hours."""
 CHILD_START_ATTEMPTS = 3
 START_TIMEOUT_S = 60.0
-PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
+INHERITED_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
 
-Answered = TypeVar("Answered")
+Result = TypeVar("Result")
 
 
 class Sandbox:
-    """A renderer in a process of its own, replaced when it dies. One document at a time, one thread."""
+    """Renderer in a child process, which is replaced when it dies. One open document at a time; not for several threads."""
 
     program: tuple[str, ...] = ("-m", "pipeline.render.worker")
 
     def __init__(self, settings: RenderSettings) -> None:
         self.settings = settings
         self.child: subprocess.Popen[bytes] | None = None
-        self.documents = self.drawn = 0
+        self.documents_opened = self.pages_drawn = 0
+        """By the current child."""
         self.data = b""
         self.page_count = 0
         self.deaths: list[DocumentError] = []
-        self.asked_again = False
+        """Calls of the open document that ended a child."""
+        self.has_retried = False
         self.spent_s = 0.0
+        """Time that the calls of the open document have taken."""
 
     def __enter__(self) -> Sandbox:
         return self
@@ -72,131 +77,139 @@ class Sandbox:
         self.close()
 
     def close(self) -> None:
-        """End the child and forget the document."""
+        """Stop the child and close the document."""
         self.data, self.page_count = b"", 0
         if self.child is not None:
-            self.end()
+            self.stop_child()
 
     def open(self, data: bytes) -> int:
-        """Return a document's page count; it stays open until the next. Raises DocumentError; RunError if no child starts."""
-        self.data, self.page_count, self.deaths, self.asked_again, self.spent_s = data, 0, [], False, 0.0
-        self.page_count = self.twice(self.load)
+        """Return the page count of a document, which stays open until the next call. Raises DocumentError; RunError if no child starts."""
+        self.data, self.page_count, self.deaths, self.has_retried, self.spent_s = data, 0, [], False, 0.0
+        self.page_count = self.retry_once(self.load_document)
         return self.page_count
 
     def draw_pages(self, first_page: int = 1, last_page: int | None = None) -> Iterator[Page]:
-        """Yield pages of the open document, each drawn when it is asked for. Raises DocumentError; others may be asked for then."""
-        for page_no in range(first_page, min(last_page or self.page_count, self.page_count) + 1):
-            yield self.twice(partial(self.draw, page_no))
+        """Yield pages of the open document in this range (1-based, last page included), each drawn when it is requested.
 
-    def twice(self, attempt: Callable[[], Answered]) -> Answered:
-        """Return what an attempt returns; the document's first that finds the child dead or lacking memory is made anew in a fresh one."""
+        Raises DocumentError for a page that fails; other pages can be drawn after that.
+        """
+        for page_no in range(first_page, min(last_page or self.page_count, self.page_count) + 1):
+            yield self.retry_once(partial(self.draw_page, page_no))
+
+    def retry_once(self, attempt: Callable[[], Result]) -> Result:
+        """Return the result of an attempt; the document's first crash or lack of memory repeats it in a new child."""
         try:
             return attempt()
         except DocumentError as error:
-            if self.asked_again or error.kind not in ("memory", "crash"):
+            if self.has_retried or error.kind not in ("memory", "crash"):
                 raise
-        self.asked_again = True
+        self.has_retried = True
         if self.child is not None:
-            self.end()
+            self.stop_child()
         return attempt()
 
-    def load(self) -> int:
-        """Have a child open the document, a fresh one where it is time for it, and return the page count."""
-        if self.child is not None and (self.child.poll() is not None or self.documents >= DOCUMENTS_PER_PROCESS):
-            self.end()
+    def load_document(self) -> int:
+        """Have the child open the document, a new child if the old one has died or is due for replacement, and return the page count."""
+        if self.child is not None and (self.child.poll() is not None or self.documents_opened >= DOCUMENTS_PER_PROCESS):
+            self.stop_child()
         if self.child is None:
             self.start_child()
-        self.documents += 1
-        return self.ask("the document", {}, self.data, lambda header, _: protocol.parse_page_count(header, self.settings.max_pages))
+        self.documents_opened += 1
+        return self.call_child("the document", {}, self.data, lambda header, _: protocol.parse_page_count(header, self.settings.max_pages))
 
-    def draw(self, page_no: int) -> Page:
-        """Have a child draw a page, a fresh one where it is time for it."""
-        self.check_patience(page_no)
-        if self.child is not None and self.drawn >= PAGES_PER_PROCESS:
-            self.end()
+    def draw_page(self, page_no: int) -> Page:
+        """Have the child draw a page, a new child if the old one has died or is due for replacement."""
+        self.check_document_limits(page_no)
+        if self.child is not None and self.pages_drawn >= PAGES_PER_PROCESS:
+            self.stop_child()
         if self.child is None:
-            self.load()
-        self.drawn += 1
-        return self.ask(f"page {page_no}", {"page_no": page_no}, b"", lambda header, body: protocol.unpack_page(header, body, page_no))
+            self.load_document()
+        self.pages_drawn += 1
+        return self.call_child(
+            f"page {page_no}", {"page_no": page_no}, b"", lambda header, body: protocol.unpack_page(header, body, page_no)
+        )
 
-    def check_patience(self, page_no: int) -> None:
-        """Raise DocumentError when a document has cost enough."""
+    def check_document_limits(self, page_no: int) -> None:
+        """Raise DocumentError if the document has ended too many children or taken too much time to try another page."""
         if len(self.deaths) >= DEATHS_PER_DOCUMENT:
             last = self.deaths[-1]
             raise DocumentError(last.kind, f"page {page_no} was not tried: the document has ended {len(self.deaths)} renderers; {last}")
-        allowed_s = self.settings.timeout_s * (PATIENCE + self.page_count / PATIENCE)
+        allowed_s = self.settings.timeout_s * (TIMEOUTS_PER_DOCUMENT + self.page_count / PAGES_PER_TIMEOUT)
         if self.spent_s > allowed_s:
             spent = f"the document has taken {self.spent_s:.0f} s; its {self.page_count} pages together may take {allowed_s:.0f} s"
             raise DocumentError("timeout", f"page {page_no} was not tried: {spent} at this `limits.timeout_s`")
 
     def start_child(self) -> None:
-        """Start a child. Tries again, because a machine that is short of memory or processes may have them a moment later."""
+        """Start a child, in several attempts: a machine may lack memory or processes for a moment. Raises RunError."""
         for _ in range(CHILD_START_ATTEMPTS - 1):
             with suppress(RunError):
-                return self.begin()
-        return self.begin()
+                return self.try_start_child()
+        return self.try_start_child()
 
-    def begin(self) -> None:
+    def try_start_child(self) -> None:
         """Start a child and wait until it has confined itself. Raises RunError."""
-        self.documents = self.drawn = 0
-        self.held = ExitStack()
-        deadline, whole = time.monotonic() + START_TIMEOUT_S, False
+        self.documents_opened = self.pages_drawn = 0
+        self.resources = ExitStack()
+        deadline, is_complete = time.monotonic() + START_TIMEOUT_S, False
         try:
             ours, theirs = socket.socketpair()
-            self.connection = self.held.enter_context(ours)
+            self.connection = self.resources.enter_context(ours)
             with theirs:
-                self.complaints = self.held.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  `held` is its context
-                self.child = self.popen(theirs.fileno())
+                self.stderr_file = self.resources.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  `resources` is its context
+                self.child = self.spawn_child(theirs.fileno())
             protocol.send_message(self.connection, asdict(self.settings), deadline=deadline)
             protocol.receive_message(self.connection, 0, deadline)
-            whole = True
+            is_complete = True
         except (OSError, ValueError) as error:
-            why = self.end()[1] if self.child else str(error)
-            raise RunError(f"the rendering process does not start: {why or error}") from None
+            reason = self.stop_child()[1] if self.child else str(error)
+            raise RunError(f"the render process does not start: {reason or error}") from None
         finally:
-            if not whole:
-                self.end(grace_s=0)
+            if not is_complete:
+                self.stop_child(grace_s=0)
 
-    def popen(self, descriptor: int) -> subprocess.Popen[bytes]:
-        """Return a child. Nobody writes to its stdin: it is there to be closed when this process dies (`die_when_closed`)."""
+    def spawn_child(self, descriptor: int) -> subprocess.Popen[bytes]:
+        """Return a new child. Its stdin carries no data: it closes when this process dies (`die_when_pipe_closes`)."""
         return subprocess.Popen(
             [sys.executable, "-P", *self.program, str(descriptor)],
             pass_fds=(descriptor,),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            stderr=self.complaints,
+            stderr=self.stderr_file,
             env=build_child_environment(),
         )
 
-    def ask(self, what: str, header: Header, body: bytes, understand: Callable[[Header, bytearray], Answered]) -> Answered:
-        """Return the child's answer, understood. However the child fails, it is a DocumentError, and the child is gone."""
-        asked, whole = time.monotonic(), False
-        deadline = asked + self.settings.timeout_s
+    def call_child(self, what: str, header: Header, body: bytes, parse: Callable[[Header, bytearray], Result]) -> Result:
+        """Send a message and return the parsed answer. Raises DocumentError if the child reports a failure, crashes or times out."""
+        start_s, is_complete = time.monotonic(), False
+        deadline = start_s + self.settings.timeout_s
         try:
             protocol.send_message(self.connection, header, body, deadline)
             answer, pixels = protocol.receive_message(self.connection, protocol.MAX_PAGE_BYTES, deadline)
-            said = protocol.parse_failure(answer) if "kind" in answer else understand(answer, pixels)
-            whole = True
+            result = protocol.parse_failure(answer) if "kind" in answer else parse(answer, pixels)
+            is_complete = True
         except TimeoutError:
             limit = f"{self.settings.timeout_s:g} s (`limits.timeout_s`)"
             self.deaths.append(DocumentError("timeout", f"{what} took more than {limit} and was given up"))
             raise self.deaths[-1] from None
         except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-            self.deaths.append(make_death_error(what, *self.end(), error))
+            self.deaths.append(make_death_error(what, *self.stop_child(), error))
             raise self.deaths[-1] from None
         finally:
-            self.spent_s += time.monotonic() - asked
-            # Whatever cut this short, a Ctrl-C too: half an answer must not be taken for the start of the next.
-            if not whole:
-                self.end(grace_s=0)
-        if isinstance(said, DocumentError):
-            raise said
-        return said
+            self.spent_s += time.monotonic() - start_s
+            # After any interruption, a Ctrl-C too, the rest of this answer must not be read as the start of the next.
+            if not is_complete:
+                self.stop_child(grace_s=0)
+        if isinstance(result, DocumentError):
+            raise result
+        return result
 
-    def end(self, grace_s: float = 1.0) -> tuple[int, str]:
-        """Hang up, kill a child that lingers, and return its exit status (0 then) and its last words on stderr."""
+    def stop_child(self, grace_s: float = 1.0) -> tuple[int, str]:
+        """Close the connection, kill the child if it does not exit within `grace_s`, and return its exit status and the end of its stderr.
+
+        The status of a child that had to be killed is 0.
+        """
         child, self.child = self.child, None
-        with self.held:
+        with self.resources:
             if child is None:
                 return 0, ""
             self.connection.close()
@@ -209,25 +222,25 @@ class Sandbox:
                 child.wait()
                 assert child.stdin is not None
                 child.stdin.close()
-            self.complaints.seek(max(0, self.complaints.seek(0, os.SEEK_END) - 300))
-            return status, " ".join(self.complaints.read().decode("utf-8", "replace").split())
+            self.stderr_file.seek(max(0, self.stderr_file.seek(0, os.SEEK_END) - 300))
+            return status, " ".join(self.stderr_file.read().decode("utf-8", "replace").split())
 
 
-def make_death_error(what: str, status: int, last_words: str, error: Exception) -> DocumentError:
-    """Say why a child ended that nobody ended."""
+def make_death_error(what: str, status: int, stderr_text: str, error: Exception) -> DocumentError:
+    """Return the error for a child that ended by itself, by its exit status and the end of its stderr."""
     if status == -signal.SIGXCPU:
         return DocumentError("timeout", f"{what} took more CPU time than `limits.timeout_s` and was given up")
     if status == -signal.SIGKILL:
         bound = "`limits.memory_mib` bounds one renderer"
         return DocumentError("memory", f"the renderer was killed at {what}, as the kernel does when memory runs out; {bound}")
-    if re.search(r"MemoryError|bad_alloc|cannot allocate", last_words, re.IGNORECASE):
-        return DocumentError("memory", f"the renderer ran out of memory at {what} within `limits.memory_mib`: {last_words}")
+    if re.search(r"MemoryError|bad_alloc|cannot allocate", stderr_text, re.IGNORECASE):
+        return DocumentError("memory", f"the renderer ran out of memory at {what} within `limits.memory_mib`: {stderr_text}")
     how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-    return DocumentError("crash", f"the renderer died at {what} ({how}): {last_words or error}")
+    return DocumentError("crash", f"the renderer died at {what} ({how}): {stderr_text or error}")
 
 
 def build_child_environment() -> dict[str, str]:
-    """Return the child's environment: where Python finds what its parent found, one thread, and no secrets."""
-    kept = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    search = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
-    return kept | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    """Return the child's environment: the parent's module search path, one thread for numeric libraries, and no secrets."""
+    inherited = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
+    search_path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
+    return inherited | {"PYTHONPATH": search_path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

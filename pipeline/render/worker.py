@@ -1,4 +1,9 @@
-"""The child's side: answer the parent until it hangs up. Knows no file format: its renderer does."""
+"""Render worker: the child process of a `Sandbox`, started with `python -m pipeline.render.worker DESCRIPTOR`.
+
+DESCRIPTOR is the file descriptor of a socket to the parent. The settings come in first, then one message per request:
+`{}` with a document's bytes, answered by `{"page_count"}`, or `{"page_no"}`, answered by that page (`protocol.py`). A failure
+is answered by `{"kind", "message"}`. The worker confines itself before it reads a document, and ends when the parent closes the socket.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +20,10 @@ from pipeline.render.protocol import pack_page, receive_message, send_message
 
 
 def serve_parent(descriptor: int, open_document: Callable[[bytes, RenderSettings], Any]) -> None:
-    """Answer the parent's messages on this socket until it closes it."""
+    """Answer the parent's messages on this socket until the parent closes it."""
     connection = socket.socket(fileno=descriptor)
-    given, _ = receive_message(connection, 0)
-    settings = RenderSettings(budget=PixelBudget(**given.pop("budget")), **given)
+    values, _ = receive_message(connection, 0)
+    settings = RenderSettings(budget=PixelBudget(**values.pop("budget")), **values)
     confine_process(settings.memory_bytes)
     send_message(connection, {})
     opened: Any = None
@@ -33,7 +38,7 @@ def serve_parent(descriptor: int, open_document: Callable[[bytes, RenderSettings
                 else:
                     opened = None
                     data = bytes(body)
-                    body.clear()  # one copy is enough
+                    body.clear()  # keep one copy of the document, not two
                     opened = open_document(data, settings)
                     send_message(connection, {"page_count": opened.page_count})
             except DocumentError as error:

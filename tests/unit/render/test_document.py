@@ -175,14 +175,14 @@ def test_mupdfs_warnings_are_collected_and_not_printed(capfd: pytest.CaptureFixt
 
 
 def test_what_mupdf_says_is_bounded_and_a_lack_of_memory_is_never_missed() -> None:
-    complaints = WarningCollector()
+    collector = WarningCollector()
     for number in range(1000):
-        complaints.hear(f"{number} " + "x" * 1000)
-    complaints.hear("malloc of 8 bytes failed")
-    complaints.hear("realloc of 9 bytes failed")
-    lines, lacking = complaints.take()
+        collector.record(f"{number} " + "x" * 1000)
+    collector.record("malloc of 8 bytes failed")
+    collector.record("realloc of 9 bytes failed")
+    lines, lacking = collector.take()
     assert (len(lines), max(map(len, lines)), lacking) == (MAX_WARNINGS, 300, "malloc of 8 bytes failed")
-    assert complaints.take() == ((), "")
+    assert collector.take() == ((), "")
 
 
 def test_the_text_layer_is_bounded() -> None:
