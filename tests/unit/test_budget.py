@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import assume, given
+import qwen_vl_utils
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as theirs
 
@@ -41,6 +42,14 @@ def test_smart_resize_is_transformers(height: int, width: int, one: int, other: 
     assume(max(height, width) <= 200 * min(height, width))
     low, high = sorted((one, other))
     assert smart_resize(height, width, low, high) == theirs(height, width, 28, low, high)
+
+
+@given(st.integers(28, 20_000), st.integers(28, 20_000), st.integers(1, 2_000_000), st.integers(200 * CELL_AREA, 2_000_000))
+@settings(max_examples=400)
+def test_smart_resize_is_qwen_vl_utils(height: int, width: int, low: int, high: int) -> None:
+    """Smaller sizes and budgets are left out: there qwen_vl_utils rounds up to a cell first, or down to no cell at all."""
+    assume(max(height, width) <= 200 * min(height, width) and low <= high)
+    assert smart_resize(height, width, low, high) == qwen_vl_utils.smart_resize(height, width, 28, low, high)
 
 
 def test_smart_resize_refuses_what_transformers_refuses() -> None:
