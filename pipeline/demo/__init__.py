@@ -1,1 +1,1 @@
-"""The demonstration: a very small Qwen2.5-VL that reads the synthetic slips it was trained on, and how both are made."""
+"""Demonstration model: a very small Qwen2.5-VL that reads synthetic invoices and receipts, and the code that makes both."""

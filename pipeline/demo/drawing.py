@@ -1,6 +1,6 @@
-"""A `Sheet` -> a PDF page or a scanned-looking picture. Knows nothing of what the text means.
+"""Drawing of sheets: makes PDF pages, rasterized pages and simulated scans of them.
 
-The fonts are the fourteen that every PDF reader brings, so a drawn page is about one kilobyte.
+The fonts are the standard fourteen of PDF, which are not embedded, so a page is about one kilobyte.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def draw_pdf(sheets: Sequence[Sheet]) -> bytes:
 
 
 def open_sheets(sheets: Sequence[Sheet]) -> pymupdf.Document:
-    """Return the drawn document, open."""
+    """Return an open PDF document with one page per sheet."""
     document = pymupdf.open()
     for sheet in sheets:
         page = document.new_page(width=WIDTH_PX * PT_PER_PX, height=HEIGHT_PX * PT_PER_PX)
@@ -57,9 +57,9 @@ def rasterize_sheet(sheet: Sheet) -> Pixels:
 
 
 def simulate_scan(page: Pixels, rng: random.Random) -> tuple[Pixels, float]:
-    """Return the page as a poor scanner would see it, and the angle it was turned by, in degrees counter-clockwise.
+    """Return the page as a poor scan, and the angle of its rotation in degrees counter-clockwise.
 
-    A slight turn, uneven paper, blur, noise and JPEG's own marks; never so much that a person could not read it.
+    Adds a slight rotation, grey paper, blur, noise and JPEG artefacts, all weak enough for a person to read the page.
     """
     angle = rng.uniform(-0.5, 0.5)
     paper = rng.randint(225, 255)

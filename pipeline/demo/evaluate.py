@@ -1,13 +1,13 @@
-"""A model -> how much of 200 unseen synthetic documents it reads exactly, through `pipeline.run`.
+"""Evaluation: counts how many values of 200 unseen synthetic documents a model reads exactly, through `pipeline.run`.
 
     python -m pipeline.demo.evaluate                       the checkpoint in this package, AWQ 4 bit
-    python -m pipeline.demo.evaluate --model out/plain     another one, for example the unquantised one
-    python -m pipeline.demo.evaluate --set model.engine=vllm     by another engine
+    python -m pipeline.demo.evaluate --model out/plain     another checkpoint, for example the unquantized one
+    python -m pipeline.demo.evaluate --set model.engine=vllm     another engine
 
-Draws documents of seeds that training and the samples never use, writes them into a temporary folder, runs
+Draws documents from seeds that training and the samples never use, writes them into a temporary folder, runs
 `jobs/invoices.yaml` and `jobs/receipts.yaml` over them, and compares every value of the records with the truth. A value
-counts as right only if it is exactly right; line items that are missing, or that are too many, are wrong values, and of a
-document without a valid record everything is wrong. Knows nothing of how a model reads.
+is right only if it is exactly right. Missing and additional line items are wrong values, and in a document without a valid
+record every value is wrong.
 """
 
 from __future__ import annotations
@@ -41,53 +41,53 @@ if TYPE_CHECKING:
 JOBS = Path(__file__).parents[2] / "jobs"
 EVALUATION_SEED = HELD_OUT + 10**6
 SHARES: tuple[tuple[Form, int, float], ...] = (("invoice", 1, 0.60), ("receipt", 1, 0.28), ("invoice", 2, 0.12))
-"""Form, pages, share of the documents: what the model was trained on."""
+"""Form, pages, share of the documents: as in training."""
 SCANNED_PERCENT = 35
 Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One value of a record: `invoice.line_items[].amount` is its field, `$.line_items[2].amount` its path."""
+    """One compared value: `invoice.line_items[].amount` is its field, `$.line_items[2].amount` its path."""
 
     field: str
     path: str
     wanted: Any
     found: Any
-    right: bool
+    is_right: bool
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How one document was read; `failure` is "" where there is a valid record."""
+    """The comparison of one document; `failure` is "" where there is a valid record."""
 
     name: str
     failure: str
     leaves: tuple[Leaf, ...]
 
     @property
-    def flawless(self) -> bool:
-        return all(leaf.right for leaf in self.leaves)
+    def is_flawless(self) -> bool:
+        return all(leaf.is_right for leaf in self.leaves)
 
 
 def plan_documents(count: int) -> list[SamplePlan]:
-    """Return what to draw: fixed shares of each kind, an even share of each scanned, every second scan of one page a TIFF."""
+    """Return the documents to draw: fixed shares of each kind, the same share of each scanned, every second one-page scan a TIFF."""
     plans: list[SamplePlan] = []
     for form, pages, share in SHARES:
         scans = 0
         for index in range(round(count * share)):
             scanned = (index + 1) * SCANNED_PERCENT // 100 > scans
             scans += scanned
-            picture = "tiff" if pages > 1 or scans % 2 else "jpg"
-            plans.append(SamplePlan(form, picture if scanned else "pdf", pages))
+            image = "tiff" if pages > 1 or scans % 2 else "jpg"
+            plans.append(SamplePlan(form, image if scanned else "pdf", pages))
     return plans
 
 
 def read_documents(
     drawn: Sequence[DrawnDocument], model: str, folder: Path, others: Sequence[str] = ()
 ) -> tuple[dict[str, Record], list[Report]]:
-    """Run both jobs, with other settings if there are any; return the records by their documents' names, and the runs' reports."""
-    from pipeline.flow import run  # brings Ray, which comparing does not need
+    """Run both jobs with additional settings; return the records by the names of their documents, and the runs' reports."""
+    from pipeline.flow import run  # imports Ray, which the comparison does not need
 
     samples.write_documents(drawn, folder)
     records: dict[str, Record] = {}
@@ -102,24 +102,24 @@ def read_documents(
 
 
 def judge_record(one: DrawnDocument, record: Record | None) -> Verdict:
-    """Compare a document's record with its truth."""
+    """Return the comparison of a document's record with its truth."""
     failure = {"stage": "settle", "kind": "missing"} if record is None else record["_failure"]
     named = f"{failure['stage']}/{failure['kind']}" if failure else ""
     return Verdict(one.name, named, tuple(compare_values(one.form, one.truth, None if failure else record)))
 
 
 def compare_values(form: Form, truth: Record, record: Record | None) -> Iterator[Leaf]:
-    """Yield every value of the truth and of the record; without a record every one is wrong."""
+    """Yield every value of the truth and of the record as a leaf; without a record all are wrong."""
     wanted = dict(list_leaves(dict(truth)))
     found = dict(list_leaves({name: record[name] for name in truth})) if record is not None else {}
     for path in dict.fromkeys([*wanted, *found]):
         field = form + re.sub(r"\[\d+\]", "[]", path.removeprefix("$"))
-        right = path in wanted and path in found and is_same_value(wanted[path], found[path])
-        yield Leaf(field, path, wanted.get(path, "nothing"), found.get(path, "nothing"), right)
+        is_right = path in wanted and path in found and is_same_value(wanted[path], found[path])
+        yield Leaf(field, path, wanted.get(path, "nothing"), found.get(path, "nothing"), is_right)
 
 
 def is_same_value(wanted: Any, found: Any) -> bool:
-    """Say whether two values are equal: numbers as numbers, dates as they are written in JSON, everything else as it is."""
+    """Return whether two values are equal: numbers by value, dates by their JSON text, all others by type and value."""
     if isinstance(found, date):
         found = found.isoformat()
     if is_number(wanted) and is_number(found):
@@ -132,13 +132,13 @@ def is_number(value: Any) -> bool:
 
 
 def summarize_verdicts(verdicts: Sequence[Verdict], pages: int, elapsed_s: float) -> str:
-    """Return the figures as text: overall, by field, by failure."""
+    """Return the counts as text: in all, by failure, by field."""
     every = [leaf for verdict in verdicts for leaf in verdict.leaves]
     failures = Counter(verdict.failure for verdict in verdicts if verdict.failure)
     speed = f"{elapsed_s / max(pages, 1):6.2f}    ({pages} pages in {elapsed_s:.0f} s, with Ray's start and the model's loading)"
     lines = [
-        f"values exactly right        {format_ratio(sum(leaf.right for leaf in every), len(every))}",
-        f"documents without an error  {format_ratio(sum(verdict.flawless for verdict in verdicts), len(verdicts))}",
+        f"values exactly right        {format_ratio(sum(leaf.is_right for leaf in every), len(every))}",
+        f"documents without an error  {format_ratio(sum(verdict.is_flawless for verdict in verdicts), len(verdicts))}",
         f"documents without a record  {format_ratio(failures.total(), len(verdicts))}",
         *(f"    {kind}: {count}" for kind, count in failures.most_common()),
         f"seconds per page            {speed}",
@@ -147,7 +147,7 @@ def summarize_verdicts(verdicts: Sequence[Verdict], pages: int, elapsed_s: float
     ]
     fields: dict[str, list[bool]] = {}
     for leaf in every:
-        fields.setdefault(leaf.field, []).append(leaf.right)
+        fields.setdefault(leaf.field, []).append(leaf.is_right)
     width = max(map(len, fields), default=0)
     return "\n".join(
         [*lines, *(f"    {field:{width}}  {format_ratio(sum(rights), len(rights))}" for field, rights in sorted(fields.items()))]
@@ -159,13 +159,13 @@ def format_ratio(part: int, whole: int) -> str:
 
 
 def list_mistakes(verdicts: Sequence[Verdict]) -> str:
-    """Return a line for every wrong value of the documents that have a record."""
+    """Return a line for every wrong value in documents that have a valid record."""
     return "\n".join(
         f"{verdict.name} {leaf.path}: {leaf.wanted} read as {leaf.found}"
         for verdict in verdicts
         if not verdict.failure
         for leaf in verdict.leaves
-        if not leaf.right
+        if not leaf.is_right
     )
 
 

@@ -1,8 +1,8 @@
-"""Synthetic documents -> endless batches for training: pages, what is to be written about them, and where it stands.
+"""Training data: endless batches of synthetic pages, the answers to be written about them, and where the answers are read from.
 
-Three kinds of lesson. *Spelling* has pages full of random words and asks the vision tower alone. *Copying* asks for a
-page's text row by row. *Reading* is the real task: the prompt of the invoice or receipt job, and the record. The last two
-say for each character of the answer which visual token shows it, which is what teaches a model of four layers where to look.
+There are three kinds of lessons. *Spelling* has pages full of random words and trains the vision tower alone. *Copying* asks for
+a page's text row by row. *Reading* is the real task: the prompt of the invoice or receipt job, and the record. In the last two,
+each character of the answer has the visual token that shows it, which teaches a model of four layers where to look.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ NAMED_DAY = re.compile(r"(?P<d>\d{1,2}) (?P<m>[A-Z][a-z]+) (?P<y>\d{4})|(?P<M>[A
 NUMBERED_DAY = re.compile(r"(?P<d>\d\d)[./](?P<m>\d\d)[./](?P<y>\d{4})|(?P<Y>\d{4})-(?P<M>\d\d)-(?P<D>\d\d)")
 
 Places = list[tuple[int, int] | None]
-"""For each character of an answer, the visual token that shows it, counted over all pages, and the column in that; None where
-none does."""
+"""For each character of an answer, the visual token that shows it, counted over all pages, and the column in that token; None for a
+character that is not printed."""
 
 
 @dataclass
 class LessonBatch:
-    """Pages and, unless it is a spelling lesson, the conversations about them.
+    """Pages and, except in spelling lessons, the conversations about them.
 
     `pages` (n, 448, 448, 3) uint8, `letters` (n * 256, 8) classes, `ids` and `labels` (documents, length), `places`
     (documents, length, 2): the position of a visual token in `ids` and the column in it.
@@ -62,7 +62,7 @@ class LessonBatch:
 
 
 class Lessons(IterableDataset[LessonBatch]):
-    """Endless batches; `shares` holds how much of it is spelling and copying now, and may change meanwhile."""
+    """Endless batches. `shares` holds the current shares of spelling and, in the rest, of copying; training changes them."""
 
     def __init__(self, seed: int, batch_size: int, shares: Any) -> None:
         self.seed, self.batch_size, self.shares = seed, batch_size, shares
@@ -71,16 +71,16 @@ class Lessons(IterableDataset[LessonBatch]):
         torch.set_num_threads(1)
         rng = random.Random(self.seed)
         known = model.load_demo_schemas(SCHEMAS)
-        words = model.build_processor(model.build_tokenizer(known))
+        processor = model.build_processor(model.build_tokenizer(known))
         while True:
             spelling, copying = self.shares
             if rng.random() < spelling:
                 yield scan_sheets([make_spelling_sheet(rng) for _ in range(self.batch_size)], rng)[0]
             else:
-                yield from self.read(rng, words, known, rng.random() < copying)
+                yield from self.make_batches(rng, processor, known, rng.random() < copying)
 
-    def read(self, rng: random.Random, words: Any, known: dict[str, Schema], copying: bool) -> Iterator[LessonBatch]:
-        """Yield four batches of one kind of document, sorted by length so that little is padded."""
+    def make_batches(self, rng: random.Random, processor: Any, known: dict[str, Schema], copying: bool) -> Iterator[LessonBatch]:
+        """Yield four batches of copying or reading lessons on one kind of document, grouped by length so that little is padded."""
         kinds: tuple[tuple[Form, int], ...] = (("invoice", 1), ("receipt", 1), ("invoice", 2))
         form, pages = rng.choices(kinds, (60, 28, 0 if copying else 12))[0]
         count = max(1, self.batch_size // pages)
@@ -91,18 +91,18 @@ class Lessons(IterableDataset[LessonBatch]):
         for start in starts:
             chosen = samples[start : start + count]
             batch, angles = scan_sheets([sheet for sample in chosen for sheet in sample.sheets], rng)
-            turned = [angles[at : at + pages] for at in range(0, len(angles), pages)]
+            document_angles = [angles[at : at + pages] for at in range(0, len(angles), pages)]
             if copying:
-                told = [transcribe_sheet(sample.sheets[0], angle[0]) for sample, angle in zip(chosen, turned, strict=True)]
+                answers = [transcribe_sheet(sample.sheets[0], angle[0]) for sample, angle in zip(chosen, document_angles, strict=True)]
             else:
-                told = [write_record(sample, angle) for sample, angle in zip(chosen, turned, strict=True)]
-            asked = build_question(words, None if copying else known[form], pages)
-            batch.ids, batch.labels, batch.places = build_conversations(words.tokenizer, asked, told)
+                answers = [write_record(sample, angle) for sample, angle in zip(chosen, document_angles, strict=True)]
+            question = build_question(processor, None if copying else known[form], pages)
+            batch.ids, batch.labels, batch.places = build_conversations(processor.tokenizer, question, answers)
             yield batch
 
 
 def scan_sheets(sheets: list[Sheet], rng: random.Random) -> tuple[LessonBatch, list[float]]:
-    """Return pages as a PDF reader or, one time in three, a scanner shows them, and the angles they were turned by."""
+    """Return a batch of pages, 35 % of them as scans, and the rotation of each page in degrees."""
     images, classes, angles = [], [], []
     for sheet in sheets:
         image, angle = drawing.rasterize_sheet(sheet), 0.0
@@ -115,7 +115,7 @@ def scan_sheets(sheets: list[Sheet], rng: random.Random) -> tuple[LessonBatch, l
 
 
 def locate_characters(run: TextRun, angle_deg: float) -> Iterator[tuple[int, int]]:
-    """Yield for each character the visual token of its page that shows its centre, and the column in it."""
+    """Yield for each character the visual token of its page that shows the character's centre, and the column in that token."""
     sine, cosine = math.sin(math.radians(angle_deg)), math.cos(math.radians(angle_deg))
     x_px = run.x_px
     for width_px in measure_characters(run.text, run.font, run.size_px):
@@ -137,16 +137,16 @@ def label_letters(sheet: Sheet, angle_deg: float) -> NDArray[np.int64]:
 
 
 def make_spelling_sheet(rng: random.Random) -> Sheet:
-    """Return a page filled with random words, numbers and signs, each row in a font of its own."""
+    """Return a page filled with random words, numbers and signs, with another font in each row."""
     pen = Pen(rng)
     sheet = pen.sheets[0]
-    while pen.room() > 0:
+    while pen.count_free_rows() > 0:
         fonts = Pen(rng)
         pen.plain, pen.bold, pen.size_px, x_px = fonts.plain, fonts.bold, fonts.size_px, pen.left_px
         while x_px < pen.right_px - 10:
             bold = rng.random() < 0.3
             word = "".join(rng.choices("".join(LETTERS), k=rng.randint(1, 6))) if rng.random() < 0.25 else draw_word(rng)
-            width_px = pen.width(word, bold)
+            width_px = pen.measure_text(word, bold)
             if x_px + width_px > WIDTH_PX - 4:
                 break
             pen.write(word, x_px, bold=bold)
@@ -156,7 +156,7 @@ def make_spelling_sheet(rng: random.Random) -> Sheet:
 
 
 def write_record(sample: Sample, angles: list[float]) -> tuple[str, Places]:
-    """Return a document's record as the model should write it, and where its characters stand."""
+    """Return a document's record as the model should write it, and the place of each of its characters."""
     runs: dict[str, tuple[TextRun, list[tuple[int, int]]]] = {}
     for page, (sheet, angle) in enumerate(zip(sample.sheets, angles, strict=True)):
         for run in sheet.runs:
@@ -175,7 +175,7 @@ def write_record(sample: Sample, angles: list[float]) -> tuple[str, Places]:
 
 
 def align_value(value: str, path: str, printed: str) -> list[int | None]:
-    """Return for each character of a JSON value the character of the printed text that it is read from."""
+    """Return for each character of a JSON value the index of the printed character that it is read from, or None."""
     inner = value.strip('"')
     quote: list[int | None] = [None] if value.startswith('"') else []
     if path.endswith("date"):
@@ -194,7 +194,7 @@ def align_value(value: str, path: str, printed: str) -> list[int | None]:
 
 
 def align_day(printed: str) -> list[int | None]:
-    """Return the places of YYYY-MM-DD in a printed date; a month's name is read from its first two letters."""
+    """Return the printed character for each character of YYYY-MM-DD; a month's name is read from its first two letters."""
     match = NUMBERED_DAY.search(printed) or NAMED_DAY.search(printed)
     if match is None:
         return [None] * 10
@@ -205,7 +205,7 @@ def align_day(printed: str) -> list[int | None]:
 
 
 def align_money(value: str, printed: str) -> list[int | None]:
-    """Return the places of 1234.56 in 1.234,56: digit by digit, from the right; the point stands before the cents."""
+    """Return the printed character for each character of an amount, such as 1234.56 in 1.234,56: digit by digit, from the right."""
     digits = [at for at, letter in enumerate(printed) if letter.isdigit()]
     count = len(value) - 1
     if len(digits) < count:
@@ -215,7 +215,7 @@ def align_money(value: str, printed: str) -> list[int | None]:
 
 
 def transcribe_sheet(sheet: Sheet, angle_deg: float) -> tuple[str, Places]:
-    """Return a page's text row by row, and where its characters stand."""
+    """Return a page's text row by row, and the place of each of its characters."""
     text, places = "", Places()
     rows: dict[float, list[TextRun]] = {}
     for run in sheet.runs:
@@ -230,29 +230,30 @@ def transcribe_sheet(sheet: Sheet, angle_deg: float) -> tuple[str, Places]:
     return text, places
 
 
-def build_question(words: Any, schema: Schema | None, pages: int) -> str:
-    """Return the prompt as the engine will write it, each page's visual tokens spelled out; without a schema, a bare one."""
+def build_question(processor: Any, schema: Schema | None, pages: int) -> str:
+    """Return the prompt as the engine writes it, with each page's visual tokens; without a schema, the pages alone."""
     turns: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "image"}] * pages}]
     if schema is not None:
         turns[0]["content"] = [*turns[0]["content"], {"type": "text", "text": prompt.ASK}]
         turns.insert(0, {"role": "system", "content": prompt.build_system_message(schema)})
-    text: str = words.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    text: str = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     return text.replace("<|image_pad|>", "<|image_pad|>" * PAGE_TOKENS)
 
 
-def build_conversations(tokenizer: Any, asked: str, told: list[tuple[str, Places]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return token ids, padded at the end; the labels, the answers' tokens alone; and the places of these."""
-    start = tokenizer(asked)["input_ids"]
-    seen = [at for at, token in enumerate(start) if token == tokenizer.convert_tokens_to_ids("<|image_pad|>")]
-    answers = [tokenizer(text + "<|im_end|>", return_offsets_mapping=True) for text, _ in told]
-    length = len(start) + max(len(one["input_ids"]) for one in answers)
-    ids = torch.full((len(told), length), tokenizer.pad_token_id)
-    labels = torch.full((len(told), length), IGNORED)
-    places = torch.full((len(told), length, 2), IGNORED)
-    for row, (one, (_, where)) in enumerate(zip(answers, told, strict=True)):
+def build_conversations(tokenizer: Any, question: str, answers: list[tuple[str, Places]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return token ids (documents, length), padded at the end; labels, for the answers' tokens only; and the places of these tokens."""
+    start = tokenizer(question)["input_ids"]
+    image_positions = [at for at, token in enumerate(start) if token == tokenizer.convert_tokens_to_ids("<|image_pad|>")]
+    encoded = [tokenizer(text + "<|im_end|>", return_offsets_mapping=True) for text, _ in answers]
+    length = len(start) + max(len(one["input_ids"]) for one in encoded)
+    ids = torch.full((len(answers), length), tokenizer.pad_token_id)
+    labels = torch.full((len(answers), length), IGNORED)
+    places = torch.full((len(answers), length, 2), IGNORED)
+    for row, (one, (_, where)) in enumerate(zip(encoded, answers, strict=True)):
         stop = len(start) + len(one["input_ids"])
         ids[row, :stop] = torch.tensor(start + one["input_ids"])
         labels[row, len(start) : stop] = torch.tensor(one["input_ids"])
         at = [where[first] if first < len(where) else None for first, _ in one["offset_mapping"]]
-        places[row, len(start) : stop] = torch.tensor([(IGNORED, IGNORED) if place is None else (seen[place[0]], place[1]) for place in at])
+        located = [(IGNORED, IGNORED) if place is None else (image_positions[place[0]], place[1]) for place in at]
+        places[row, len(start) : stop] = torch.tensor(located)
     return ids, labels, places

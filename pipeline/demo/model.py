@@ -1,8 +1,8 @@
-"""The demonstration model's architecture, tokenizer and processor: a Qwen2.5-VL of five million parameters, untrained.
+"""Demonstration model: architecture, tokenizer and processor of a Qwen2.5-VL with five million parameters, untrained.
 
-Its tokenizer knows every byte, the keys of the two schemas it was trained on (`,"invoice_date":` is one token) and the
-lines of their prompts (one token each): what a small model has to read is the page, letter by letter. Any other text is
-spelled out in bytes. Knows nothing of documents or training.
+Its tokens are the 256 bytes, the keys of the two schemas it is trained on (`,"invoice_date":` is one token) and the lines of
+their prompts (one token each), so that such a small model spends its capacity on reading the page. All other text is tokenized
+byte by byte.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ CHAT_TEMPLATE = (
 
 
 def load_demo_schemas(folder: Path) -> dict[str, Schema]:
-    """Return the two schemas the model is trained on."""
+    """Return the two schemas that the model is trained on, by form."""
     return {form: json.loads((folder / f"{form}.json").read_text()) for form in ("invoice", "receipt")}
 
 
 def list_schema_keys(schema: Schema) -> Iterator[str]:
-    """Yield each property as it stands in compact JSON: with the brace that opens its object, or the comma before it."""
+    """Yield each property's key as compact JSON writes it: after the brace that opens its object, or after a comma."""
     for index, (name, part) in enumerate(schema.get("properties", {}).items()):
         yield ("," if index else "{") + json.dumps(name) + ":"
         yield from list_schema_keys(part.get("items", {}))
@@ -58,7 +58,7 @@ def build_tokenizer(known: dict[str, Schema]) -> Qwen2Tokenizer:
 
 
 def build_spelling_tokenizer(alphabet: Sequence[str], phrases: Sequence[str]) -> Qwen2Tokenizer:
-    """Return a tokenizer that spells text out in the letters of an alphabet, but for phrases, which are one token each."""
+    """Return a tokenizer with one token for each letter of an alphabet and for each of some phrases."""
     core = Tokenizer(BPE({token: index for index, token in enumerate(alphabet)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
@@ -68,16 +68,16 @@ def build_spelling_tokenizer(alphabet: Sequence[str], phrases: Sequence[str]) ->
     return Qwen2Tokenizer(tokenizer_object=core, model_max_length=32768, **special)
 
 
-def build_processor(words: Qwen2Tokenizer) -> Qwen2_5_VLProcessor:
-    """Return the processor: a tokenizer, Qwen's own image processing and a chat template of the usual shape."""
+def build_processor(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLProcessor:
+    """Return the processor: a tokenizer, Qwen's image processor and a chat template in Qwen's format."""
     pixels: dict[str, Any] = {"min_pixels": 4 * 28 * 28, "max_pixels": 16384 * 28 * 28}
     images, videos = Qwen2VLImageProcessor(**pixels), Qwen2VLVideoProcessor(**pixels)
-    return Qwen2_5_VLProcessor(images, words, videos, chat_template=CHAT_TEMPLATE)
+    return Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE)
 
 
-def build_config(words: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
-    """Return the architecture; every projection's input is a multiple of 128, as AWQ's groups want."""
-    ids: dict[str, Any] = {token: words.convert_tokens_to_ids(token) for token in SPECIAL}
+def build_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
+    """Return the architecture. The input width of every projection is a multiple of 128, the group size of AWQ."""
+    ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     text = {
         "vocab_size": VOCABULARY,
         "hidden_size": 256,
@@ -115,6 +115,6 @@ def build_config(words: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
     )
 
 
-def build_untrained_model(words: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+def build_untrained_model(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     """Return the model with random weights."""
-    return Qwen2_5_VLForConditionalGeneration(build_config(words))
+    return Qwen2_5_VLForConditionalGeneration(build_config(tokenizer))

@@ -1,4 +1,4 @@
-"""Seeds -> the sample documents in `jobs/samples`, and the truth a perfect reader would return, in files beside them.
+"""Sample documents: writes the files in `jobs/samples` from fixed seeds, and their truth (the records they show) next to them.
 
     python -m pipeline.demo.samples jobs/samples
 
@@ -6,7 +6,7 @@
     jobs/samples/receipts/   PDFs, JPEGs, a PNG
     jobs/samples/truth/      invoices.jsonl and receipts.jsonl: {"source": "invoice-01.pdf", "seller_name": …, …}
 
-The same seeds give the same bytes. Training draws other seeds. Knows nothing of the model.
+The same seeds give the same bytes. Training draws other seeds.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from pipeline.demo.truth import format_answer
 from pipeline.records import Pixels
 
 SAMPLES_SEED = HELD_OUT + 1575
-"""Chosen of two thousand because many currencies, lengths and missing fields follow it; not by how well anything reads them."""
+"""Chosen from two thousand because its documents have many currencies, lengths and missing fields; not by how well they are read."""
 SCAN_JPEG_QUALITY = 92
-"""Of a file: a scan was compressed once already."""
+"""Quality of the written file; the simulated scan in it was compressed once before."""
 
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """What to draw: so many pages, as this kind of file."""
+    """A document to be drawn: its form, file type and number of pages."""
 
     form: Form
     ending: str
@@ -46,7 +46,7 @@ class SamplePlan:
 
 @dataclass(frozen=True)
 class DrawnDocument:
-    """A document as a file."""
+    """A document as the bytes of a file, and its truth."""
 
     form: Form
     name: str
@@ -78,7 +78,7 @@ def draw_documents(plans: Iterable[SamplePlan], first_seed: int) -> list[DrawnDo
 
 
 def encode_sheets(sheets: tuple[Sheet, ...], ending: str, rng: random.Random) -> bytes:
-    """Return the sheets as a file: a PDF or a PNG as clean as they were drawn, a JPEG or a TIFF as a scanner saw them."""
+    """Return the sheets as the bytes of a file: a clean PDF or PNG, or a simulated scan as JPEG or TIFF."""
     if ending == "pdf":
         return drawing.draw_pdf(sheets)
     pages = [drawing.rasterize_sheet(sheet) for sheet in sheets]
@@ -93,7 +93,7 @@ def encode_sheets(sheets: tuple[Sheet, ...], ending: str, rng: random.Random) ->
 
 
 def encode_lossless(pages: list[Pixels], kind: str, **options: Any) -> bytes:
-    """Return the pages, which hold no colour, as one grey image."""
+    """Return the pages, which have no colour, as one grey image file."""
     first, *rest = [Image.fromarray(page[..., 1]) for page in pages]
     more = {"save_all": True, "append_images": rest} if rest else {}
     buffer = io.BytesIO()
@@ -102,15 +102,15 @@ def encode_lossless(pages: list[Pixels], kind: str, **options: Any) -> bytes:
 
 
 def write_documents(drawn: Iterable[DrawnDocument], folder: Path) -> None:
-    """Write the documents into `invoices` and `receipts` below a folder, and nothing of their truth."""
+    """Write the documents, without their truth, into the folders `invoices` and `receipts` of a folder."""
     for one in drawn:
-        place = folder / f"{one.form}s"
-        place.mkdir(parents=True, exist_ok=True)
-        (place / one.name).write_bytes(one.data)
+        subfolder = folder / f"{one.form}s"
+        subfolder.mkdir(parents=True, exist_ok=True)
+        (subfolder / one.name).write_bytes(one.data)
 
 
 def write_truth(drawn: Iterable[DrawnDocument], folder: Path) -> None:
-    """Write one JSON line per document: its file's name, then the record in the schema's order."""
+    """Write one JSON line per document: the name of its file, then the record in the schema's order."""
     lines: dict[Form, list[str]] = {}
     for one in drawn:
         lines.setdefault(one.form, []).append(format_answer({"source": one.name, **one.truth}) + "\n")

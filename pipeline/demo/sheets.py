@@ -1,7 +1,7 @@
-"""Rows of text -> sheets: which characters stand where, in which font. Knows no words, and draws nothing: `drawing.py` does.
+"""Page layout of the synthetic documents: places rows of text on sheets, with positions and fonts; `drawing.py` draws them.
 
-A sheet is a slip 57 mm square: at the jobs' 200 dpi 448×448 px (16 rows of 16 visual tokens), its print 14 to 17 px high, which is what
-the small demonstration model was given to learn.
+A sheet is 57 mm square: at the jobs' 200 dpi 448×448 px (16 rows of 16 visual tokens), with print of 14 to 17 px. The demonstration model
+was trained on pages of this size only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TextRun:
     font: str
     size_px: float
     shows: str = ""
-    """The path of the value that it shows, such as `$.total`."""
+    """The path of the record's value that the text shows, such as `$.total`."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Sheet:
 
 @cache
 def read_advances(font: str) -> tuple[float, ...]:
-    """Return each Latin-1 character's advance width in ems (and the Euro's, at its WinAnsi place 128)."""
+    """Return each Latin-1 character's advance width in ems, and the euro sign's at its WinAnsi code 128."""
     metrics = pymupdf.Font(font)
     return tuple(metrics.glyph_advance(0x20AC if code == 128 else code) for code in range(256))
 
@@ -62,7 +62,7 @@ def measure_characters(text: str, font: str, size_px: float) -> list[float]:
 
 
 class Pen:
-    """Writes rows of text on sheets, top to bottom; starts a new sheet when one is full."""
+    """Writes rows of text on sheets from top to bottom, in one document's fonts, sizes and margins."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -75,17 +75,17 @@ class Pen:
         self.sheets = [Sheet()]
         self.y_px = self.first_px
 
-    def width(self, text: str, bold: bool = False, scale: float = 1.0) -> float:
+    def measure_text(self, text: str, bold: bool = False, scale: float = 1.0) -> float:
         return sum(measure_characters(text, self.bold if bold else self.plain, self.size_px * scale))
 
     def write(self, text: str, x_px: float, align: str = "left", bold: bool = False, scale: float = 1.0, shows: str = "") -> None:
         """Place a text on the current row; `x_px` is its left end, middle or right end."""
-        width_px = self.width(text, bold, scale)
+        width_px = self.measure_text(text, bold, scale)
         start_px = x_px - {"left": 0.0, "middle": width_px / 2, "right": width_px}[align]
         font = self.bold if bold else self.plain
         self.sheets[-1].runs.append(TextRun(text, start_px, self.y_px, font, self.size_px * scale, shows))
 
-    def rule(self) -> None:
+    def draw_rule(self) -> None:
         """Draw a line under the current row."""
         y_px = self.y_px + self.size_px * 0.4
         self.sheets[-1].rules.append(Rule(self.left_px, y_px, self.right_px, y_px))
@@ -93,10 +93,10 @@ class Pen:
     def next_row(self, rows: float = 1.0) -> None:
         self.y_px += rows * self.pitch_px
 
-    def room(self) -> int:
+    def count_free_rows(self) -> int:
         """Return how many rows still fit."""
         return int((HEIGHT_PX - 12 - self.y_px) / self.pitch_px) + 1
 
-    def turn_page(self) -> None:
+    def start_page(self) -> None:
         self.sheets.append(Sheet())
         self.y_px = self.first_px

@@ -1,4 +1,4 @@
-"""A record -> its values by their paths, and its JSON in pieces, as the demonstration model learns to write it. Knows no page."""
+"""Records of the synthetic documents: their values by path, and their JSON in the form that the demonstration model writes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def list_leaves(value: Any, path: str = "$") -> Iterator[tuple[str, Any]]:
-    """Yield every leaf value of a record with its path; an empty array is one leaf."""
+    """Yield the path and value of every leaf of a record; an empty array is one leaf with the value None."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from list_leaves(inner, f"{path}.{key}")
@@ -21,12 +21,12 @@ def list_leaves(value: Any, path: str = "$") -> Iterator[tuple[str, Any]]:
 
 
 def format_answer(value: Any) -> str:
-    """Return a record as the model should write it: compact JSON, sums of money with two decimals."""
+    """Return a record as the model should write it: compact JSON, amounts of money with two decimals."""
     return "".join(text for text, _ in split_json(value))
 
 
 def split_json(value: Any, path: str = "$") -> Iterator[tuple[str, str]]:
-    """Yield a record's JSON in pieces: each value with its path, and what stands between values with none."""
+    """Yield a record's JSON in pieces: each value with its path, and the text between values with the path ""."""
     if isinstance(value, dict):
         for at, (key, inner) in enumerate(value.items()):
             yield ("," if at else "{") + json.dumps(key) + ":", ""

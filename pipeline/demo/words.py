@@ -1,6 +1,6 @@
-"""A random generator -> what documents print: names, articles, codes, prices, dates. Knows no page and no schema.
+"""Vocabulary of the synthetic documents: draws names, articles, codes, prices and dates from a random generator.
 
-Half of the names are invented from syllables, so that a model that reads them must read letters.
+Half of the names are made of random syllables, so that the model must read letters and cannot recall words.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ LABELS = {
 
 
 class Money:
-    """One document's currency and how it writes numbers."""
+    """A document's currency and number format."""
 
     def __init__(self, rng: random.Random) -> None:
         self.code = rng.choices(CODES, (30, 20, 15, 10, 7, 6, 6, 6))[0]
@@ -59,21 +59,21 @@ class Money:
             signs += [lambda n: f"{sign}{n}", lambda n: f"{n} {sign}"]
         self.style: Callable[[str], str] = rng.choice(signs)
 
-    def number(self, value: Decimal) -> str:
+    def format_number(self, value: Decimal) -> str:
         whole, fraction = f"{value:,.2f}".split(".")
         return whole.replace(",", self.thousands) + ("," if self.comma else ".") + fraction
 
-    def amount(self, value: Decimal) -> str:
-        return self.style(self.number(value))
+    def format_amount(self, value: Decimal) -> str:
+        return self.style(self.format_number(value))
 
 
 class Day:
-    """One document's way of writing dates; numbers parted by slashes or dots are day, month, year."""
+    """A document's date format; numbers separated by slashes or dots are day, month, year."""
 
     def __init__(self, rng: random.Random) -> None:
         self.style = rng.choice(("iso", "dot", "slash", "short", "long", "us"))
 
-    def text(self, day: date) -> str:
+    def format_day(self, day: date) -> str:
         month = MONTHS[day.month - 1]
         return {
             "iso": day.isoformat(),
@@ -86,18 +86,18 @@ class Day:
 
 
 def draw_maybe(rng: random.Random, chance: float, draw: Callable[[random.Random], Any]) -> Any:
-    """Return a drawn value, or None: real documents lack fields."""
+    """Return a drawn value with this probability, else None: real documents lack fields."""
     return draw(rng) if rng.random() < chance else None
 
 
 def draw_cents(rng: random.Random, low: int, high: int) -> Decimal:
-    """Return a price of `low` to `high` cents, small ones oftener, round ones sometimes."""
+    """Return a price of `low` to `high` cents; small ones are more frequent, some are round."""
     value = int(low * (high / low) ** rng.random())
     return Decimal(value - value % 100 if value > 100 and rng.random() < 0.15 else value) / 100
 
 
 def draw_invented_name(rng: random.Random) -> str:
-    """Return a name no list holds, so that the model must read letters rather than recall words."""
+    """Return a capitalized name of two or three random syllables."""
     return "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 3))).capitalize()
 
 
@@ -162,7 +162,7 @@ def draw_tax_id(rng: random.Random) -> str:
 
 
 def draw_word(rng: random.Random) -> str:
-    """Return a word as documents have them: a label, a name, a code, a number or a date."""
+    """Return a random word of the kinds in documents: a label, a name, a code, a number or a date."""
     money = Money(rng)
     draw = rng.choice(
         (
@@ -173,7 +173,7 @@ def draw_word(rng: random.Random) -> str:
             draw_number,
             draw_order_number,
             draw_tax_id,
-            lambda r: money.amount(draw_cents(r, 1, 10**6)),
+            lambda r: money.format_amount(draw_cents(r, 1, 10**6)),
             draw_label,
         )
     )
@@ -182,4 +182,4 @@ def draw_word(rng: random.Random) -> str:
 
 def draw_label(rng: random.Random) -> str:
     day = date(2000, 1, 1) + timedelta(days=rng.randrange(10**4))
-    return rng.choice((*rng.choice(list(LABELS.values())), Day(rng).text(day), "Subtotal Total Amount Qty Price Description VAT Tax"))
+    return rng.choice((*rng.choice(list(LABELS.values())), Day(rng).format_day(day), "Subtotal Total Amount Qty Price Description VAT Tax"))

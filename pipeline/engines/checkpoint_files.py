@@ -27,7 +27,7 @@ REQUIRED_FILES = {
     "tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "image processor": (("preprocessor_config.json",), ("processor_config.json",)),
 }
-"""What a checkpoint needs beside its weights, and the sets of files that may hold it."""
+"""What a checkpoint needs besides its weights, and the sets of files that may hold it."""
 
 
 def check_checkpoint_files(folder: Path, any_quantization: bool = False) -> None:

@@ -245,4 +245,4 @@ def test_the_samples_are_read_as_they_are_printed(tmp_path: Path, form: Form) ->
         for truth in truths
         for leaf in evaluate.compare_values(form, {k: v for k, v in truth.items() if k != "source"}, found[truth["source"]])
     ]
-    assert sum(leaf.right for leaf in leaves) >= 0.95 * len(leaves)
+    assert sum(leaf.is_right for leaf in leaves) >= 0.95 * len(leaves)

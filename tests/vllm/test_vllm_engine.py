@@ -311,7 +311,7 @@ def test_it_reads_as_well_as_the_transformers_engine(engine: Engine, tmp_path: P
     plain = engines.load_engine(job.with_model(engine="transformers"), threads=1)
     mine, theirs = (read(job, one, tmp_path / "invoices", drawn) for one in (engine, plain))
     plain.close()
-    right = [sum(leaf.right for verdict in verdicts for leaf in verdict.leaves) for verdicts in (mine, theirs)]
+    right = [sum(leaf.is_right for verdict in verdicts for leaf in verdict.leaves) for verdicts in (mine, theirs)]
     every = sum(len(verdict.leaves) for verdict in theirs)
     print(f"exactly right of {every} values: {right[0]} by vLLM, {right[1]} by transformers")
     assert right[1] > every / 2

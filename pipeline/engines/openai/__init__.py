@@ -1,10 +1,8 @@
-"""Engine `openai`: a client of a server with OpenAI's Chat Completions API, such as vLLM's or a hosted one. Runs without Ray.
-
-Requests with their page images come in, from any event loop. Completions go out, with log-probabilities where the server reports
-them, or a DocumentError for a request that the server does not answer.
+"""Engine `openai`: requests with page images come in, completions go out, with log-probabilities where the server reports them.
+A server with OpenAI's Chat Completions API, such as vLLM's or a hosted one, answers them; a request that it refuses raises DocumentError.
 
 Before a run starts, `check_server` asks whether the server is there, and `resolve_server` finds out what it can do and returns the
-job with that in place of each `auto`: the actors of the run need not find it out again, and `job.yaml` records it.
+job with that in place of each `auto`: the run's actors do not repeat the probe, and `job.yaml` records its result.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
-"""Engine `transformers`: a checkpoint in this process, with continuous batching. Runs without Ray.
-
-Requests with their page images come in, from any event loop. Completions with one log-probability for each token go out, or a
-DocumentError for a request that cannot be answered.
+"""Engine `transformers`: requests with page images come in, completions with a log-probability for each token go out.
+A checkpoint in this process answers them in one continuous batch; a request that cannot be answered raises DocumentError.
 
 The engine's thread takes waiting requests into the batch: the oldest and those nearest to it in length, so that little is padded. A
 row leaves the batch when its answer ends, and is replaced while the others go on:

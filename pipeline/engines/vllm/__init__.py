@@ -1,7 +1,5 @@
-"""Engine `vllm`: vLLM's asynchronous engine, which runs the model in child processes. Runs without Ray.
-
-Requests with their page images come in, from any event loop. Completions with one log-probability for each token go out, or a
-DocumentError for a request that cannot be answered.
+"""Engine `vllm`: requests with page images come in, completions with a log-probability for each token go out.
+vLLM answers them in child processes of its own; a request that cannot be answered raises DocumentError.
 
 vLLM receives token ids and page images. The ids are those of the checkpoint's template with one placeholder for each image, encoded
 as for the engine `transformers`, so no text can become a control token and both engines count the same tokens. vLLM's image processor

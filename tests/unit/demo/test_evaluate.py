@@ -47,12 +47,12 @@ def record(**changes: Any) -> dict[str, Any]:
 
 
 def wrong(**changes: Any) -> list[str]:
-    return [leaf.path for leaf in compare_values("receipt", TRUTH, record(**changes)) if not leaf.right]
+    return [leaf.path for leaf in compare_values("receipt", TRUTH, record(**changes)) if not leaf.is_right]
 
 
 def test_a_perfect_record_is_flawless_and_counts_each_value() -> None:
     verdict = judge_record(DOCUMENT, record())
-    assert verdict.flawless
+    assert verdict.is_flawless
     assert len(verdict.leaves) == 4 + 2 * 3
 
 
@@ -82,7 +82,7 @@ def test_a_line_item_too_many_makes_each_of_its_values_wrong() -> None:
 @pytest.mark.parametrize("row", [None, record(_failure={"stage": "generate", "kind": "length", "message": ""})])
 def test_without_a_valid_record_everything_is_wrong_even_what_is_null(row: dict[str, Any] | None) -> None:
     verdict = judge_record(DOCUMENT, row)
-    assert [leaf.right for leaf in verdict.leaves] == [False] * 10
+    assert [leaf.is_right for leaf in verdict.leaves] == [False] * 10
 
 
 @pytest.mark.parametrize(
@@ -155,5 +155,5 @@ def test_records_are_read_back_from_both_jobs_and_matched_by_name(tmp_path: Path
         (tmp_path / "out" / form / "records").mkdir(parents=True)
     records, reports = evaluate.read_documents(drawn, "demo", tmp_path)
     verdicts = [judge_record(one, records.get(one.name)) for one in drawn]
-    assert [(verdict.flawless, verdict.failure) for verdict in verdicts] == [(True, ""), (False, "render/broken"), (True, "")]
+    assert [(verdict.is_flawless, verdict.failure) for verdict in verdicts] == [(True, ""), (False, "render/broken"), (True, "")]
     assert [report.job for report in reports] == ["invoices", "receipts"]
