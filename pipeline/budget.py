@@ -1,13 +1,13 @@
-"""A page's size and a budget of pixels -> the canvas the model sees. Knows no file, no library and no pixel.
+"""Pixel budget: takes the size of a page and a budget of pixels, and returns the canvas (width and height) that the model reads.
 
-Qwen2.5-VL reads an image in cells of 28x28 px, one visual token each. Its image processor resizes whatever it gets
-with `smart_resize`; a canvas from here is one that `smart_resize` leaves as it is, so a page drawn at that size is
-never resampled again and its token count is known before anything is drawn. An A4 page (595x842 pt) under the
-default budget: 1653x2339 px at 200 dpi -> canvas 840x1176 px = 1,260 tokens, about 101 dpi.
+Qwen2.5-VL reads an image in cells of 28x28 px, one visual token each. Its image processor resizes every image with
+`smart_resize`; a canvas from here is one that `smart_resize` does not change, so a page drawn at that size is never
+resampled again and its token count is known before anything is drawn. An A4 page (595x842 pt) under the default
+budget: 1653x2339 px at 200 dpi -> canvas 840x1176 px = 1,260 tokens, about 101 dpi.
 
-A page fills its canvas when that changes its proportions by at most `MAX_STRETCH`. Where the grid of cells is too
-coarse for that (a 20:1 strip, a fixed size, an aspect ratio beyond Qwen's 200) it keeps its proportions, stands at
-the top left, and the rest of the canvas stays white: nothing is squashed and nothing is cut.
+A page fills its canvas if that changes its proportions by at most `MAX_STRETCH`. If the grid of cells is too coarse for
+that (a 20:1 strip, a fixed size, an aspect ratio beyond Qwen's 200), the page keeps its proportions at the top left and
+the rest of the canvas is white: no page is squashed or cut.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ CELL_AREA = CELL_PX * CELL_PX
 MAX_RATIO = 200
 MAX_STRETCH = 1.05
 MAX_TOKENS = 16384
-"""What the published processor admits at most (`max_pixels` 12845056)."""
+"""The maximum of the published image processor (`max_pixels` 12845056)."""
 
 
 @dataclass(frozen=True)
 class PixelBudget:
-    """Bounds of a page image's area in pixels; or, with both `resized_*`, one fixed size that ignores them."""
+    """Bounds of a page image's area in pixels; or, if both `resized_*` are set, one fixed size that ignores the bounds."""
 
     min_pixels: int = 256 * CELL_AREA
     max_pixels: int = 1280 * CELL_AREA
@@ -44,7 +44,7 @@ class ImageSize:
 
 @dataclass(frozen=True)
 class RenderSettings:
-    """How documents become pages, and what one of them may cost before it is given up."""
+    """How documents are rendered, and the limits at which one fails."""
 
     budget: PixelBudget = field(default_factory=PixelBudget)
     dpi: float = 200.0
@@ -53,16 +53,16 @@ class RenderSettings:
     max_file_bytes: int = 256 * 2**20
     max_image_pixels: int = 300_000_000
     timeout_s: float = 60.0
-    """For opening a document, and again for each of its pages."""
+    """Limit for opening a document, and for drawing each of its pages."""
     memory_bytes: int = 2 * 2**30
-    """Address space on top of what an idle renderer has."""
+    """Address space of a renderer on top of that of an idle one."""
 
 
 def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int, factor: int = CELL_PX) -> tuple[int, int]:
     """Return the (height, width) to which Qwen2.5-VL's image processor resizes an image.
 
-    The arithmetic of `smart_resize` in transformers' `image_processing_qwen2_vl`; `qwen_vl_utils.vision_process`
-    has it too and differs only for images of less than half a cell. Raises ValueError beyond a ratio of 200.
+    The arithmetic of `smart_resize` in transformers' `image_processing_qwen2_vl`; the one in `qwen_vl_utils.vision_process`
+    differs only for images of less than half a cell. Raises ValueError beyond an aspect ratio of 200.
     """
     ratio = max(height, width) / min(height, width)
     if ratio > MAX_RATIO:
@@ -79,15 +79,15 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int, fact
 
 
 def fit_page(width_pt: float, height_pt: float, dpi: float, budget: PixelBudget) -> ImageSize:
-    """Return the canvas for a page of paper: its natural size at `dpi`, brought into the budget."""
+    """Return the canvas for a page of paper: its size at `dpi`, fitted to the budget."""
     return fit_image(max(1, round(width_pt / 72 * dpi)), max(1, round(height_pt / 72 * dpi)), budget)
 
 
 def fit_image(width_px: int, height_px: int, budget: PixelBudget) -> ImageSize:
-    """Return the canvas for an image of this natural size: what `smart_resize` says, wherever it is the last word.
+    """Return the canvas for an image of this natural size: the result of `smart_resize`, if that is stable.
 
-    It is not for ratios beyond 200, and where its rounding leaves the budget (narrow budgets, long strips), so that
-    it would resize its own result. These pages get the allowed canvas on which they stand largest.
+    It is not for aspect ratios beyond 200, and if its rounding leaves the budget (narrow budgets, long strips), so that
+    it would resize its own result. Such an image gets the allowed canvas on which it is largest.
     """
     if budget.resized_width and budget.resized_height:
         return ImageSize(round_to_cell(budget.resized_width), round_to_cell(budget.resized_height))
@@ -108,12 +108,12 @@ def fit_content(width: float, height: float, canvas: ImageSize) -> ImageSize:
 
 
 def count_visual_tokens(size: ImageSize) -> int:
-    """Return how many tokens the model reads for an image of this size."""
+    """Return the number of tokens that the model reads for an image of this size."""
     return size.width_px * size.height_px // CELL_AREA
 
 
 def compute_area_bounds(budget: PixelBudget) -> tuple[int, int]:
-    """Return the areas between which every page of this budget lies: what keeps an image processor from resizing it."""
+    """Return the least and largest area of the pages under this budget, with which an image processor resizes none of them."""
     if budget.resized_height and budget.resized_width:
         size = fit_image(1, 1, budget)
         return size.width_px * size.height_px, size.width_px * size.height_px
@@ -121,13 +121,13 @@ def compute_area_bounds(budget: PixelBudget) -> tuple[int, int]:
 
 
 def is_stable(size: ImageSize, budget: PixelBudget) -> bool:
-    """Say whether `smart_resize` leaves a canvas made of whole cells as it is."""
+    """Return whether `smart_resize` leaves a canvas made of whole cells unchanged."""
     short, long = sorted((size.width_px, size.height_px))
     return long <= MAX_RATIO * short and budget.min_pixels <= short * long <= budget.max_pixels
 
 
 def check_budget(budget: PixelBudget) -> None:
-    """Raise ValueError with a sentence when no page could be fitted."""
+    """Raise ValueError with a sentence if no page fits the budget."""
     fixed = (budget.resized_height, budget.resized_width)
     if fixed != (None, None):
         return check_fixed_size(*fixed)
@@ -146,7 +146,7 @@ def check_budget(budget: PixelBudget) -> None:
 
 
 def check_fixed_size(height_px: int | None, width_px: int | None) -> None:
-    """Raise ValueError with a sentence when a fixed size is incomplete or beyond what the model reads."""
+    """Raise ValueError with a sentence if a fixed size is incomplete or larger than the model reads."""
     if height_px is None or width_px is None:
         raise ValueError("resized_height and resized_width go together: give both or neither")
     if height_px < 1 or width_px < 1:
@@ -165,7 +165,7 @@ def round_to_cell(length_px: float) -> int:
 
 
 def list_canvases(width_px: int, height_px: int, budget: PixelBudget) -> Iterator[ImageSize]:
-    """Yield the stable canvases that may suit a page: for each number of rows the fewest columns, and those that fill it."""
+    """Yield the candidate canvases for a page, all stable: for each number of rows the fewest columns, and those that a page fills."""
     fewest, most = math.ceil(budget.min_pixels / CELL_AREA), budget.max_pixels // CELL_AREA
     for rows in range(1, most + 1):
         low = max(1, math.ceil(fewest / rows), math.ceil(rows / MAX_RATIO))
@@ -176,6 +176,6 @@ def list_canvases(width_px: int, height_px: int, budget: PixelBudget) -> Iterato
 
 
 def rank_canvas(width_px: int, height_px: int, size: ImageSize) -> tuple[float, int, float]:
-    """Order canvases: the largest scale up to natural size, then the fewest tokens, then the largest scale."""
+    """Return the sort key of a canvas: the largest scale up to natural size, then the fewest tokens, then the largest scale."""
     scale = min(size.width_px / width_px, size.height_px / height_px)
     return min(scale, 1.0), -count_visual_tokens(size), scale

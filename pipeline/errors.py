@@ -1,11 +1,11 @@
-"""The error tree. Knows nothing of who raises or prints them.
+"""Exception tree of the package, with the exit code of a run that ends with each.
 
     PipelineError
     ├── JobError          before anything starts: job, schema or command line is wrong    exit 2
     │   └── SourceError   a path that the job names cannot be read or holds nothing       exit 2
     ├── DocumentError     this document, page or request failed: it becomes a row         exit 1
-    └── RunError          the run cannot go on; what is written stays and is resumable    exit 3
-        ├── EngineDead    the model's process is beyond use and must be replaced
+    └── RunError          the run cannot continue; what is written stays and is resumable exit 3
+        ├── EngineDead    the model's process cannot be used any more and must be replaced
         └── DamagedShard  a file of the output folder is not what was written
 
 Every error is built from plain positional values, so that it survives pickling between Ray's processes.
@@ -13,21 +13,21 @@ Every error is built from plain positional values, so that it survives pickling 
 
 
 class PipelineError(Exception):
-    """Anything this package raises on purpose."""
+    """Base class of all exceptions that this package raises on purpose."""
 
 
 class JobError(PipelineError):
-    """What the user wrote cannot be run; one sentence says where, what was found and what is allowed."""
+    """The user's input cannot be run; the message says in one sentence where, what was found and what is allowed."""
 
 
 class SourceError(JobError):
-    """A path of the job cannot be read, or names nothing."""
+    """A path of the job cannot be read, or there is no file at it."""
 
 
 class DocumentError(PipelineError):
     """One document, page or request failed.
 
-    `kind` is a short stable word for counting and retrying (see `records.Failure`), `message` is for people.
+    `kind` is a short stable word for counting and retrying (see `records.Failure`), `message` is a sentence for the user.
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -40,19 +40,19 @@ class DocumentError(PipelineError):
 
 
 class RunError(PipelineError):
-    """The run stops here; the same command resumes it."""
+    """The run must stop; the same command resumes it."""
 
 
 class EngineDead(RunError):
-    """The engine cannot answer any more; its actor must end so that Ray replaces it."""
+    """The engine cannot answer requests any more; its actor must end so that Ray replaces it."""
 
 
 class DamagedShard(RunError):
-    """A shard of the output folder cannot be read, or holds something else. `file` is its path."""
+    """A shard of the output folder cannot be read or has other contents than were written. `file` is its path."""
 
-    def __init__(self, file: str, why: str) -> None:
-        super().__init__(file, why)
-        self.file, self.why = file, why
+    def __init__(self, file: str, reason: str) -> None:
+        super().__init__(file, reason)
+        self.file, self.reason = file, reason
 
     def __str__(self) -> str:
-        return f"the shard {self.file} is damaged ({self.why}); run the job again: it is set aside and its requests are asked again"
+        return f"the shard {self.file} is damaged ({self.reason}); run the job again: it is set aside and its requests are asked again"

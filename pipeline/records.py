@@ -1,7 +1,7 @@
-"""The values that travel between the rooms. Knows no library but numpy, whose arrays hold pixels.
+"""Values that are passed between the parts of the package (frozen dataclasses), and the rows of the output folder (typed dicts).
 
-A row's journey: a `Document` is rendered into `Page`s; up to `per_request` pages and the prompt become a
-`Request`; an engine answers with a `Completion`; whatever goes wrong on the way becomes a `Failure`.
+A `Document` is rendered into `Page`s; up to `per_request` pages and the prompt become a `Request`; an engine answers with a
+`Completion`; an error in any of these steps becomes a `Failure`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Pixels = NDArray[np.uint8]
 
 
 class Stage(StrEnum):
-    """Where on a page's journey something happened."""
+    """The step of the pipeline in which a failure happened."""
 
     SOURCE = "source"
     RENDER = "render"
@@ -29,7 +29,7 @@ class Stage(StrEnum):
 
 
 class Status(StrEnum):
-    """What became of a document or page."""
+    """The outcome for a document or page."""
 
     EXTRACTED = "extracted"
     INVALID = "invalid"
@@ -37,7 +37,7 @@ class Status(StrEnum):
 
 
 class FinishReason(StrEnum):
-    """Why an engine stopped writing."""
+    """Why an engine stopped generating."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -45,7 +45,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no valid result: the stage, a stable short word for counting, and a sentence for people."""
+    """Why there is no valid result: the stage, a short stable word for counting, and a sentence for the user."""
 
     stage: Stage
     kind: str
@@ -54,13 +54,13 @@ class Failure:
 
 @dataclass(frozen=True)
 class Document:
-    """One input file as listed. Its identity, the sha256 of its bytes, is known once it has been read."""
+    """One input file as listed. Its identity (`doc_id`), the sha256 of its bytes, is known after it has been read."""
 
     source: str
     size_bytes: int | None
-    """-1: listed, but not to be read; None: not known before it is read, as behind a URL."""
+    """-1: listed, but must not be read; None: unknown before it is read, for example at a URL."""
     version: str
-    """What tells a changed file apart without reading it: mtime in ns, or an object store's etag."""
+    """By which a changed file is detected without reading it: mtime in ns, or the etag of an object store."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,10 @@ class Page:
     """One rasterized page, exactly as the model sees it."""
 
     page_no: int
-    """1-based; given once, when the document is opened, and never recomputed."""
+    """1-based; assigned once, when the document is opened, and never recomputed."""
     pixels: Pixels
     dpi: float
-    """Effective resolution: pixels per inch of paper (for an image: of its own stated or assumed dpi)."""
+    """Effective resolution: pixels per inch of paper, whose size follows for an image from its stated or assumed dpi."""
     width_pt: float
     height_pt: float
     visual_tokens: int
@@ -112,7 +112,7 @@ class Sampling:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One question to an engine. `schema` is the JSON Schema text that constrains the answer, "" for free text."""
+    """One request to an engine. `schema` is the JSON Schema text that constrains the answer, "" for free text."""
 
     key: str
     messages: tuple[Message, ...]
@@ -122,7 +122,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens read and written: visual ones too, and the one that ends an answer, as servers count them."""
+    """Tokens read and written, as servers count them: visual tokens and the token that ends an answer are included."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -132,8 +132,8 @@ class Usage:
 class Token:
     """One generated token: the text it adds and its log-probability (nats), before temperature.
 
-    The engine `transformers` gives the model's own, among all tokens. vLLM masks by the grammar first: under a schema its are those
-    among the tokens that are allowed, 0 where there is one. Of other servers only they know.
+    The engine `transformers` returns the model's own value, among all tokens. vLLM applies the grammar's mask first: under a schema
+    its value is among the allowed tokens, and 0 if only one is allowed. For other servers it is not known which of the two they return.
     """
 
     text: str
@@ -185,11 +185,11 @@ class SourceRow(TypedDict, total=False):
     doc_id: str | None
     """sha256 of the document's bytes, 64 hex digits; None until it is read."""
     page_count: int | None
-    """None until the document is opened; 0 where it could not be."""
+    """None until the document is opened; 0 if that failed."""
 
 
 class LedgerRow(TypedDict, total=False):
-    """A row of `requests/`, the ledger: one request and what became of it. Its fields are those of `output.ledger.LEDGER_SCHEMA`."""
+    """A row of `requests/`, the ledger: one request and its outcome. Its fields are those of `output.ledger.LEDGER_SCHEMA`."""
 
     key: str | None
     """32 hex digits; None in a row that only identifies a document, which the ledger does not keep."""
@@ -202,7 +202,7 @@ class LedgerRow(TypedDict, total=False):
     status: str
     failure: FailureRow | None
     answer: str | None
-    """The model's last text as it came."""
+    """The model's last text, unchanged."""
     finish_reason: str | None
     errors: list[str] | None
     """Why the answer is not valid."""

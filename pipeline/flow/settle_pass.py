@@ -75,7 +75,7 @@ def settle_shard(documents: pa.Table, stage: SettleStage, output: Output) -> pa.
     try:
         requests = read_requests(output, documents["doc_id"])
     except DamagedShard as damage:
-        return pa.Table.from_pylist([{"damaged": damage.file, "why": damage.why}], SETTLED_SCHEMA)
+        return pa.Table.from_pylist([{"damaged": damage.file, "why": damage.reason}], SETTLED_SCHEMA)
     records = stage.build_table(documents.to_pylist(), requests.to_pylist())
     sources = records["_source"].to_pylist()
     file = write_shard(output.records, records, [f"{name}/{row}" for row, name in enumerate(sources)])
