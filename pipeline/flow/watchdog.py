@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import ClassVar
 
 import ray.data
 
@@ -57,21 +58,30 @@ class StallWatchdog:
             )
 
 
-def call_while_executing(dataset: ray.data.Dataset, call: Callable[[], None]) -> ray.data.Dataset:
-    """Return a dataset whose execution calls this at each of its steps, several times a second; what it raises ends the execution.
+class ExecutionStep:
+    """Callback of Ray Data: calls a function at each step of an execution in this process, several times a second.
 
-    `custom_execution_callback_classes` is a field of Ray's DataContext; it takes classes with these four methods.
+    `custom_execution_callback_classes`, a field of Ray's DataContext, takes classes with these four methods. The context is pickled, so
+    the function is an attribute of the class and not part of it.
     """
 
-    class Callback:
-        def before_execution_starts(self, executor: object) -> None: ...
+    call: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
 
-        def on_execution_step(self, executor: object) -> None:
-            call()
+    def before_execution_starts(self, executor: object) -> None: ...
 
-        def after_execution_succeeds(self, executor: object) -> None: ...
+    def on_execution_step(self, executor: object) -> None:
+        ExecutionStep.call()
 
-        def after_execution_fails(self, executor: object, error: Exception) -> None: ...
+    def after_execution_succeeds(self, executor: object) -> None: ...
 
-    dataset.context.custom_execution_callback_classes = [Callback]  # type: ignore[list-item]
+    def after_execution_fails(self, executor: object, error: Exception) -> None: ...
+
+
+def call_while_executing(dataset: ray.data.Dataset, call: Callable[[], None]) -> ray.data.Dataset:
+    """Return a dataset whose execution calls this at each of its steps; what it raises ends the execution.
+
+    One dataset of a process at a time can have a call.
+    """
+    ExecutionStep.call = staticmethod(call)
+    dataset.context.custom_execution_callback_classes = [ExecutionStep]  # type: ignore[list-item]
     return dataset
