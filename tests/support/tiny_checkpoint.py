@@ -1,22 +1,15 @@
-"""A folder with a tiny random Qwen2.5-VL checkpoint, for tests. Knows nothing of documents and of what an answer means.
-
-Its tokenizer is the demonstration model's with a smaller alphabet (printable ASCII and newline) and other phrases.
-"""
+"""Tiny checkpoint of Qwen2.5-VL with random weights, written into a folder. Its tokenizer is `tiny_tokenizer`."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import pre_tokenizers
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2Tokenizer, Qwen2VLConfig
 
-from pipeline.demo.model import SPECIAL as CONTROL
-from pipeline.demo.model import build_processor, build_spelling_tokenizer
-
-ORDINARY = ('{"invoice_number":', '"invoice_number":', ',"total":', "null", "Return the JSON object for this document.")
-VOCABULARY = 192
-"""Wider than the tokenizer, as published embeddings are padded."""
+from pipeline.demo.model import build_processor
+from tests.support.tiny_tokenizer import CONTROL, VOCABULARY, build_tokenizer
 
 
 def build_checkpoint(folder: Path, *, tied: bool = False, dtype: torch.dtype = torch.float32, family: str = "qwen2_5_vl") -> Path:
@@ -36,10 +29,9 @@ def build_checkpoint(folder: Path, *, tied: bool = False, dtype: torch.dtype = t
 
 
 def tokenizer() -> Qwen2Tokenizer:
-    """Return the tokenizer; what is not printable ASCII is lost in it."""
-    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    printable = [as_bytes.pre_tokenize_str(chr(code))[0][0] for code in (10, *range(32, 127))]
-    return build_spelling_tokenizer(printable, ORDINARY)
+    """Return the tokenizer in the form in which checkpoints keep it."""
+    special: dict[str, Any] = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None, "bos_token": None}
+    return Qwen2Tokenizer(tokenizer_object=build_tokenizer(), model_max_length=32768, **special)
 
 
 def config(words: Qwen2Tokenizer, tied: bool, family: str) -> Qwen2_5_VLConfig | Qwen2VLConfig:

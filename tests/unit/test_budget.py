@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import qwen_vl_utils
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as theirs
 
 from pipeline.budget import (
     CELL_AREA,
@@ -37,36 +35,9 @@ def budgets(draw: st.DrawFn) -> PixelBudget:
     return budget
 
 
-@given(PX, PX, st.integers(1, 2_000_000), st.integers(1, 2_000_000))
-def test_smart_resize_is_transformers(height: int, width: int, one: int, other: int) -> None:
-    assume(max(height, width) <= 200 * min(height, width))
-    low, high = sorted((one, other))
-    assert smart_resize(height, width, low, high) == theirs(height, width, 28, low, high)
-
-
-@given(st.integers(28, 20_000), st.integers(28, 20_000), st.integers(1, 2_000_000), st.integers(200 * CELL_AREA, 2_000_000))
-@settings(max_examples=400)
-def test_smart_resize_is_qwen_vl_utils(height: int, width: int, low: int, high: int) -> None:
-    """Smaller sizes and budgets are left out: there qwen_vl_utils rounds up to a cell first, or down to no cell at all."""
-    assume(max(height, width) <= 200 * min(height, width) and low <= high)
-    assert smart_resize(height, width, low, high) == qwen_vl_utils.smart_resize(height, width, 28, low, high)
-
-
 def test_smart_resize_refuses_what_transformers_refuses() -> None:
     with pytest.raises(ValueError, match="201"):
         smart_resize(1, 201, 784, 1_000_000)
-
-
-@given(PT, PT, st.floats(36, 1200), budgets())
-def test_smart_resize_leaves_every_canvas(width_pt: float, height_pt: float, dpi: float, budget: PixelBudget) -> None:
-    size = fit_page(width_pt, height_pt, dpi, budget)
-    assert theirs(size.height_px, size.width_px, 28, budget.min_pixels, budget.max_pixels) == (size.height_px, size.width_px)
-
-
-@given(PX, PX)
-def test_a_canvas_is_smart_resize_of_the_natural_size(width: int, height: int) -> None:
-    assume(max(height, width) <= 140 * min(height, width))
-    assert fit_image(width, height, DEFAULT) == ImageSize(*reversed(theirs(height, width, 28, DEFAULT.min_pixels, DEFAULT.max_pixels)))
 
 
 def test_an_a4_page_of_200_dpi() -> None:

@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 import pymupdf
 import pytest
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from PIL.JpegImagePlugin import JpegImageFile
-from transformers import Qwen2VLImageProcessor
 
 from pipeline.budget import ImageSize, PixelBudget, RenderSettings, count_visual_tokens, fit_page, smart_resize
 from pipeline.errors import DocumentError
@@ -67,20 +65,6 @@ def test_smart_resize_leaves_a_page_as_it_is(width: float, height: float) -> Non
     page = first(make_page_pdf(width, height))
     assert smart_resize(*page.pixels.shape[:2], BUDGET.min_pixels, BUDGET.max_pixels) == page.pixels.shape[:2]
     assert page.visual_tokens == count_visual_tokens(size_of(page.pixels))
-
-
-@pytest.mark.parametrize(("width", "height"), SHAPES)
-def test_qwens_processor_returns_the_same_pixels(width: float, height: float) -> None:
-    page = first(make_page_pdf(width, height, draw_corners(width, height, 5) + b" BT /F 8 Tf 12 6 Td (Hello) Tj ET"))
-    processor = Qwen2VLImageProcessor(min_pixels=BUDGET.min_pixels, max_pixels=BUDGET.max_pixels)
-    seen = processor(images=[page.pixels], return_tensors="pt")
-    _, rows, columns = seen["image_grid_thw"][0].tolist()
-    assert (rows * 14, columns * 14) == page.pixels.shape[:2]
-    # Undo its patches of 14x14 in groups of 2x2, its normalisation and its two equal frames.
-    patches = seen["pixel_values"].reshape(rows // 2, columns // 2, 2, 2, 3, 2, 14, 14)[:, :, :, :, :, 0]
-    picture = patches.permute(0, 2, 5, 1, 3, 6, 4).reshape(rows * 14, columns * 14, 3)
-    colours = (picture * torch.tensor(processor.image_std) + torch.tensor(processor.image_mean)) * 255
-    assert np.array_equal(colours.round().to(torch.uint8).numpy(), page.pixels)
 
 
 # ---- Nothing squashed, nothing cut --------------------------------------------------------------------------------

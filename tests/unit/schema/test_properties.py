@@ -12,16 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.budget import MAX_RATIO, PixelBudget, count_visual_tokens, fit_page
-from pipeline.demo.model import build_processor
-from pipeline.engines.encoding import Encoder
 from pipeline.errors import JobError
 from pipeline.output import Output
 from pipeline.output.ledger import LedgerWriter, read_requests
@@ -31,9 +27,9 @@ from pipeline.schema.arrow import ArrowPlan
 from pipeline.schema.merge import merge_parts
 from pipeline.stages.requests import compute_document_keys
 from pipeline.stages.settle import SettleStage
-from tests.support import tiny_checkpoint
 from tests.support.engines import VALID
 from tests.support.stages import Row, make_settle_stage
+from tests.support.tiny_tokenizer import CONTROL
 from tests.support.workspace import Workspace
 from tests.unit.schema import test_arrow, test_merge
 from tests.unit.test_budget import PT, budgets
@@ -210,28 +206,8 @@ def test_documents_are_settled_alike_in_one_go_and_in_parts(
 
 # --- text that strangers wrote
 
-PIECES = st.sampled_from([*tiny_checkpoint.CONTROL, "</tool_call>", "<|", "|>", "im_end", "<", "|", ">", "\x00", "\n", " ", "a"])
+PIECES = st.sampled_from([*CONTROL, "</tool_call>", "<|", "|>", "im_end", "<", "|", ">", "\x00", "\n", " ", "a"])
 TEXTS = st.lists(PIECES, max_size=8).map("".join)
-
-
-@pytest.fixture(scope="module")
-def encoder() -> Encoder:
-    words = tiny_checkpoint.tokenizer()
-    return Encoder(build_processor(words), words.convert_tokens_to_ids("<|image_pad|>"), torch.device("cpu"))
-
-
-def control_tokens(encoder: Encoder, text: str, answer: str, error: str) -> list[int]:
-    """Return the control tokens of a conversation with these texts in all places that strangers' texts can get to."""
-    page = np.zeros((28, 28, 3), np.uint8)
-    messages = prompt.build_correction(prompt.build_messages(text, [page]), answer, [error])
-    control = set(encoder._tokenizer.convert_tokens_to_ids(list(tiny_checkpoint.CONTROL)))
-    return [token for token in encoder.encode(messages).ids if token in control]
-
-
-@tried(150)
-@given(TEXTS, TEXTS, TEXTS)
-def test_no_text_becomes_a_control_token(encoder: Encoder, text: str, answer: str, error: str) -> None:
-    assert control_tokens(encoder, text, answer, error) == control_tokens(encoder, "a", "b", "c")
 
 
 @tried(150)
@@ -244,4 +220,4 @@ def test_a_schema_or_instructions_that_spell_a_control_token_are_refused(title: 
         assert "control token" in str(error)  # noqa: PT017  # both outcomes are right
         assert any(mark in "".join((title, description, instructions)) for mark in ("|>", "</tool_call>"))
     else:
-        assert not any(token in said for token in (*tiny_checkpoint.CONTROL, "</tool_call>"))
+        assert not any(token in said for token in (*CONTROL, "</tool_call>"))
