@@ -22,6 +22,7 @@ from pipeline.errors import RunError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pipeline.output.status import RunStatus
     from pipeline.report import OnProgress, Progress, Report
     from pipeline.stages.preview import PreviewAnswer
 
@@ -200,15 +201,22 @@ def shorten_path(output: str) -> str:
     return str(here.relative_to(Path.cwd())) if here.is_relative_to(Path.cwd()) else output
 
 
-def show_status(found: dict[str, Any], place: str) -> None:
+def show_status(found: RunStatus, place: str) -> None:
     """Show where the run in an output folder stands, and which documents went worst."""
     from rich.markup import escape
     from rich.table import Table
 
     table = Table("", "count", title=f"{found['job']} in {place}", title_justify="left")
-    for name in ("documents", "requests", "request_failures", "records", "record_failures"):
-        for inner, number in found[name].items():
-            table.add_row(f"{name.replace('_', ' ')}: {inner}", str(number))
+    counts = {
+        "documents": found["documents"],
+        "requests": found["requests"],
+        "request failures": found["request_failures"],
+        "records": found["records"],
+        "record failures": found["record_failures"],
+    }
+    for name, numbers in counts.items():
+        for inner, number in numbers.items():
+            table.add_row(f"{name}: {inner}", str(number))
     make_console().print(table)
     if found["worst"]:
         worst = Table("document", "failed", "invalid", "of", "kind", "what it says", title="worst documents", title_justify="left")

@@ -5,38 +5,21 @@ Reads only, also while a run is writing to the folder.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
-from typing import Any, TypedDict
+from typing import TypedDict, cast
 
+import pandas as pd
 import pyarrow as pa
 
 from pipeline.errors import DamagedShard, JobError
 from pipeline.output import Output
-from pipeline.output.ledger import FAILURE_TYPE, LEDGER_SCHEMA, OUTCOME_COLUMNS, select_newest_attempt
+from pipeline.output.ledger import FAILURE_TYPE, LEDGER_SCHEMA, OUTCOME_COLUMNS
 from pipeline.output.shards import read_each_shard
 from pipeline.output.sources import SOURCE_SCHEMA, complete_sources
-from pipeline.records import FailureRow, LedgerRow, Status
+from pipeline.records import Status
 from pipeline.storage.store import Store
 
 RECORD_STATUS_SCHEMA = pa.schema([("_source", pa.string()), ("_status", pa.string()), ("_failure", FAILURE_TYPE)])
 MAX_WORST_DOCUMENTS = 20
-
-
-class ShardReader:
-    """Reads intact shards and collects the paths of damaged ones."""
-
-    def __init__(self) -> None:
-        self.damaged: list[str] = []
-
-    def read_intact_shards(self, folder: Store, columns: list[str], schema: pa.Schema) -> list[pa.Table]:
-        """Return the rows of each intact shard of a folder."""
-        found = read_each_shard(folder, columns, schema)
-        self.damaged += [shard.file for shard in found if isinstance(shard, DamagedShard)]
-        return [shard for shard in found if not isinstance(shard, DamagedShard)]
-
-    def read_rows(self, folder: Store, columns: list[str], schema: pa.Schema) -> list[Any]:
-        return [row for table in self.read_intact_shards(folder, columns, schema) for row in table.to_pylist()]
 
 
 class WorstRow(TypedDict):
@@ -51,66 +34,91 @@ class WorstRow(TypedDict):
     message: str
 
 
-def read_status(output: Output) -> dict[str, Any]:
+class RunStatus(TypedDict):
+    """What `status` shows; counts are by status or by `stage/kind`, the most frequent first."""
+
+    job: str
+    documents: dict[str, int]
+    """Documents listed, and those of them whose doc_id is known."""
+    requests: dict[str, int]
+    request_failures: dict[str, int]
+    records: dict[str, int]
+    record_failures: dict[str, int]
+    worst: list[WorstRow]
+    damaged: list[str]
+    """Paths of damaged shards."""
+
+
+class ShardReader:
+    """Reads intact shards and collects the paths of damaged ones."""
+
+    def __init__(self) -> None:
+        self.damaged: list[str] = []
+
+    def read_intact_shards(self, folder: Store, columns: list[str], schema: pa.Schema) -> pa.Table:
+        """Return the rows of a folder's intact shards."""
+        found = read_each_shard(folder, columns, schema)
+        self.damaged += [shard.file for shard in found if isinstance(shard, DamagedShard)]
+        empty = schema.empty_table().select(columns)
+        return pa.concat_tables([empty, *(shard for shard in found if not isinstance(shard, DamagedShard))], promote_options="permissive")
+
+
+def read_status(output: Output) -> RunStatus:
     """Return counts of documents, requests and records, by status and by kind of failure, the worst documents and damaged shards.
 
-    A document is identified once its doc_id is known. Raises JobError when the folder is not an output folder.
+    Raises JobError when the folder is not an output folder.
     """
     job = output.read_job()
     if job is None:
         raise JobError(f"{output.root} is not an output folder: it has no job.yaml")
     reader = ShardReader()
-    listed = reader.read_intact_shards(output.sources, SOURCE_SCHEMA.names, SOURCE_SCHEMA)
-    sources = complete_sources(pa.concat_tables([SOURCE_SCHEMA.empty_table(), *listed]))
-    requests = select_final_attempts(reader.read_rows(output.requests, [*OUTCOME_COLUMNS, "source"], LEDGER_SCHEMA))
-    records = reader.read_rows(output.records, RECORD_STATUS_SCHEMA.names, RECORD_STATUS_SCHEMA)
+    sources = complete_sources(reader.read_intact_shards(output.sources, SOURCE_SCHEMA.names, SOURCE_SCHEMA))
+    ledger = reader.read_intact_shards(output.requests, [*OUTCOME_COLUMNS, "source"], LEDGER_SCHEMA)
+    requests = select_final_attempts(add_failure_kind(ledger.to_pandas(), "failure"))
+    records = add_failure_kind(
+        reader.read_intact_shards(output.records, RECORD_STATUS_SCHEMA.names, RECORD_STATUS_SCHEMA).to_pandas(), "_failure"
+    )
     return {
         "job": job["job"]["name"],
         "documents": {"listed": sources.num_rows, "identified": sources.num_rows - sources["doc_id"].null_count},
-        "requests": count_names(row["status"] for row in requests),
-        "request_failures": count_names(format_failure_kind(row["failure"]) for row in requests if row["failure"]),
-        "records": count_names(row["_status"] for row in records),
-        "record_failures": count_names(format_failure_kind(row["_failure"]) for row in records if row["_failure"]),
+        "requests": count_values(requests["status"]),
+        "request_failures": count_values(requests["kind"]),
+        "records": count_values(records["_status"]),
+        "record_failures": count_values(records["kind"]),
         "worst": find_worst_documents(requests)[:MAX_WORST_DOCUMENTS],
         "damaged": reader.damaged,
     }
 
 
-def select_final_attempts(rows: Iterable[LedgerRow]) -> list[LedgerRow]:
-    """Return one row per request: the attempt that `select_newest_attempt` chooses."""
-    requests: dict[str, list[LedgerRow]] = {}
-    for row in rows:
-        requests.setdefault(str(row["key"]), []).append(row)
-    return [select_newest_attempt(attempts) for attempts in requests.values()]
+def add_failure_kind(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return the rows with the columns `kind` (`stage/kind`) and `message` of the failures in this column, null where there is none."""
+    failures = [failure or {} for failure in rows[column]]
+    kinds = [f"{failure['stage']}/{failure['kind']}" if failure else None for failure in failures]
+    messages = [failure.get("message") for failure in failures]
+    return rows.assign(kind=pd.Series(kinds, rows.index, dtype="str"), message=pd.Series(messages, rows.index, dtype="str"))
 
 
-def find_worst_documents(requests: list[LedgerRow]) -> list[WorstRow]:
+def select_final_attempts(ledger: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per request: its newest attempt that did not fail, or else its newest (as `select_newest_attempt` does)."""
+    order = ledger.assign(succeeded=ledger["status"] != str(Status.FAILED)).sort_values(["succeeded", "attempt"], kind="stable")
+    return order.drop_duplicates("key", keep="last").sort_index()
+
+
+def find_worst_documents(requests: pd.DataFrame) -> list[WorstRow]:
     """Return the documents that have a failure, those with most failed requests first, then those with most invalid ones."""
-    documents: dict[str, list[LedgerRow]] = {}
-    for row in requests:
-        documents.setdefault(row["source"], []).append(row)
-    found = [describe_document(source, rows) for source, rows in documents.items() if any(row["failure"] for row in rows)]
-    return sorted(found, key=lambda row: (-row["failed"], -row["invalid"], row["source"]))
+    failed, invalid = (requests["status"] == str(status) for status in (Status.FAILED, Status.INVALID))
+    counts = (
+        requests.assign(failed=failed, invalid=invalid)
+        .groupby("source")
+        .agg(failed=("failed", "sum"), invalid=("invalid", "sum"), requests=("key", "size"))
+    )
+    failures = requests[requests["kind"].notna()].sort_values("status", key=lambda status: status != str(Status.FAILED), kind="stable")
+    first = failures.drop_duplicates("source").set_index("source")[["kind", "message"]]
+    worst = counts.join(first, how="inner").reset_index()
+    worst = worst.sort_values(["failed", "invalid", "source"], ascending=[False, False, True])
+    return cast(list[WorstRow], worst.to_dict("records"))
 
 
-def describe_document(source: str, requests: list[LedgerRow]) -> WorstRow:
-    """Return a document's counts and its first failure, that of a failed request before that of an invalid one."""
-    statuses = Counter(row["status"] for row in requests)
-    failures = [row["failure"] for row in sorted(requests, key=lambda row: row["status"] != Status.FAILED) if row["failure"]]
-    return {
-        "source": source,
-        "failed": statuses[Status.FAILED],
-        "invalid": statuses[Status.INVALID],
-        "requests": len(requests),
-        "kind": format_failure_kind(failures[0]),
-        "message": failures[0]["message"],
-    }
-
-
-def format_failure_kind(failure: FailureRow) -> str:
-    return f"{failure['stage']}/{failure['kind']}"
-
-
-def count_names(names: Iterable[str]) -> dict[str, int]:
-    """Return the number of occurrences of each name, the most frequent first."""
-    return dict(Counter(names).most_common())
+def count_values(values: pd.Series) -> dict[str, int]:
+    """Return the number of occurrences of each value, the most frequent first."""
+    return {str(value): int(count) for value, count in values.value_counts().items()}
