@@ -1,4 +1,4 @@
-"""A job goes to a cluster by its job server, is followed to its exit code, stopped and resumed; and a cluster is joined.
+"""A job goes to a cluster through its job server, is followed to its exit code, stopped and resumed; and a cluster is joined.
 
 The cluster is a real one, of this machine alone; its start takes most of the time, so that all tests share it and one story.
 """
@@ -6,22 +6,17 @@ The cluster is a real one, of this machine alone; its start takes most of the ti
 from __future__ import annotations
 
 import json
-import logging
 import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import events
-from pipeline.cluster import ray_client
-from pipeline.errors import JobError
-from pipeline.report import Report
 from tests.support.held_server import HeldAnswer, serve_held
 from tests.support.ray_head import RayHead, start_head
 from tests.support.workspace import Workspace, draw_slip
@@ -148,7 +143,7 @@ def test_a_wrong_job_is_exit_code_2(cluster: RayHead, workspace: Workspace) -> N
 def test_a_local_path_is_not_sent(cluster: RayHead, workspace: Workspace) -> None:
     ended = cluster.pipeline("submit", workspace.file, "--address", cluster.jobs)
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert "source.paths is 'in', a place on this machine that the cluster does not see" in ended.stderr
+    assert "source.paths is 'in', a path on this machine that the cluster does not see" in ended.stderr
 
 
 def test_secrets_are_not_sent_and_that_is_said(cluster: RayHead, workspace: Workspace) -> None:
@@ -177,43 +172,9 @@ def test_a_cluster_is_joined_from_its_own_machines(cluster: RayHead, workspace: 
     assert (ended.returncode, json.loads(ended.stdout)["records"]) == (1, PAGES + 2)
 
 
-@pytest.mark.usefixtures("story")
-def test_a_cluster_is_joined_from_outside(cluster: RayHead, workspace: Workspace) -> None:
-    ended = cluster.pipeline("settle", workspace.file, "--address", cluster.client, SHARED, "--json")
-    assert ended.returncode == 1, ended.stderr
-    assert json.loads(ended.stdout)["records"] == PAGES + 2
-
-
-def test_what_is_wrong_within_a_cluster_is_wrong_outside(cluster: RayHead, workspace: Workspace) -> None:
-    ended = cluster.pipeline("run", workspace.file, "--address", cluster.client, SHARED, "--set", "source.paths=[gone]")
-    assert ended.returncode == 2
-    assert ended.stderr.endswith(f"error: source 'gone' does not exist (looked for {workspace.folder}/gone)\n")
-
-
-# --- what is heard outside of what happens within, here on a Ray of this machine
-
-
-def counting(name: str, on_progress: Callable[[int], None] | None = None) -> Report:
-    """Count to three, aloud."""
-    for number in range(1, 4):
-        events.emit_event("counted", number=number)
-        if on_progress:
-            on_progress(number)
-    if name == "wrong":
-        raise JobError("there is no such job")
-    return Report(name, "out", "demo", True)
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_what_happens_there_is_heard_here(caplog: pytest.LogCaptureFixture) -> None:
-    heard: list[int] = []
-    with caplog.at_level(logging.INFO, logger="pipeline.events"):
-        assert ray_client.run_remotely(counting, {"name": "right"}, {"on_progress": heard.append}).job == "right"
-    assert heard[-1] == 3
-    assert [(record.msg, vars(record)["facts"]) for record in caplog.records] == [("counted", {"number": number}) for number in (1, 2, 3)]
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_what_is_wrong_there_is_wrong_here() -> None:
-    with pytest.raises(JobError, match="there is no such job"):
-        ray_client.run_remotely(counting, {"name": "wrong"}, {"on_progress": None})
+def test_a_cluster_is_not_joined_by_ray_client(cluster: RayHead, workspace: Workspace) -> None:
+    ended = cluster.pipeline("settle", workspace.file, "--address", "ray://127.0.0.1:10001", SHARED, "--json")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert (
+        "ray.address: a cluster cannot be joined by ray://; `pipeline submit --address http://HEAD:8265` starts a run on it" in ended.stderr
+    )

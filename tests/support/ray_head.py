@@ -28,7 +28,6 @@ class RayHead:
 
     jobs: str
     address: str
-    client: str
     environment: dict[str, str]
 
     def pipeline(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -59,7 +58,7 @@ def start_head(cpus: int = 2) -> Iterator[RayHead]:
     command = ["ray", "start", "--head", "--block", *(f"--{name}={value}" for name, value in options.items())]
     process = started(command, own)
     try:
-        yield RayHead(f"http://127.0.0.1:{jobs}", f"127.0.0.1:{gcs}", f"ray://127.0.0.1:{client}", own)
+        yield RayHead(f"http://127.0.0.1:{jobs}", f"127.0.0.1:{gcs}", own)
     finally:
         end(process)
         shutil.rmtree(folder, ignore_errors=True)
