@@ -1,4 +1,4 @@
-"""A checkpoint, its AWQ copy, and the way back: names, layout, and a vision tower that nobody touched."""
+"""AWQ written and read back: names, layout and values of the quantized weights, and an unchanged vision tower."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def quantized(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def loaded(folder: Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
+def load_awq(folder: Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
     return awq.load_awq_model(folder, AutoConfig.from_pretrained(folder), dtype, CPU, **kwargs)
 
 
-def reference(folder: Path) -> Any:
+def load_reference(folder: Path) -> Any:
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    """Answer a fixed prompt with one image of 4 x 6 visual tokens."""
+def compute_logits(model: Any) -> torch.Tensor:
+    """Return a model's logits for a fixed prompt with one image of 4 x 6 visual tokens."""
     ids = torch.randint(0, 90, (1, 60), generator=torch.Generator().manual_seed(1))
     ids[0, 10:34] = model.config.image_token_id
     pixels = torch.randn((96, 1176), generator=torch.Generator().manual_seed(2))
@@ -53,8 +53,8 @@ def logits(model: Any) -> torch.Tensor:
     return result
 
 
-def rounded_by_hand(weight: torch.Tensor, group: int = 128) -> torch.Tensor:
-    """Round a weight (out, in) to 16 steps per group, one number at a time."""
+def round_by_loop(weight: torch.Tensor, group: int = 128) -> torch.Tensor:
+    """Return a weight (out, in) rounded to 16 steps per group, one number at a time."""
     result = weight.float().clone()
     for row in result:
         for part in row.split(group):
@@ -65,22 +65,22 @@ def rounded_by_hand(weight: torch.Tensor, group: int = 128) -> torch.Tensor:
     return result
 
 
-def test_the_copy_answers_like_the_original_within_quantisation_error(plain: Path, quantized: Path) -> None:
-    before, after = logits(reference(plain)), logits(loaded(quantized))
+def test_the_copy_has_the_originals_logits_within_quantization_error(plain: Path, quantized: Path) -> None:
+    before, after = compute_logits(load_reference(plain)), compute_logits(load_awq(quantized))
     assert 0 < (before - after).std() < 0.35 * before.std()
     assert torch.corrcoef(torch.stack([before.flatten(), after.flatten()]))[0, 1] > 0.94
 
 
-def test_the_copy_answers_exactly_like_the_original_with_rounded_weights(plain: Path, quantized: Path) -> None:
-    model = reference(plain)
+def test_the_copy_has_the_logits_of_the_original_with_rounded_weights(plain: Path, quantized: Path) -> None:
+    model = load_reference(plain)
     for name, parameter in model.named_parameters():
         if quantize.QUANTIZED.fullmatch(name.replace("model.language_model.", "model.")):
-            parameter.data = rounded_by_hand(parameter.data).half().float()
-    torch.testing.assert_close(logits(loaded(quantized)), logits(model), rtol=1e-4, atol=1e-4)
+            parameter.data = round_by_loop(parameter.data).half().float()
+    torch.testing.assert_close(compute_logits(load_awq(quantized)), compute_logits(model), rtol=1e-4, atol=1e-4)
 
 
 def test_the_vision_tower_is_bit_equal(plain: Path, quantized: Path) -> None:
-    before, after = reference(plain).model.visual.state_dict(), loaded(quantized).model.visual.state_dict()
+    before, after = load_reference(plain).model.visual.state_dict(), load_awq(quantized).model.visual.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -133,22 +133,22 @@ def test_rounding_is_below_half_a_step(plain: Path, quantized: Path) -> None:
 
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     quantize.quantize_checkpoint(tiny_checkpoint.build_checkpoint(tmp_path / "tied", tied=True), tmp_path / "awq")
-    model = loaded(tmp_path / "awq")
+    model = load_awq(tmp_path / "awq")
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
 
 
 def test_packed_layers_stay_packed_and_multiply_alike(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = loaded(quantized, torch.float16, keep_int4=True)
+    model = load_awq(quantized, torch.float16, keep_int4=True)
     layer = model.model.language_model.layers[0].mlp.up_proj
     assert type(layer).__name__ == "WQLinear_GEMM"
     monkeypatch.setattr("awq.modules.linear.gemm.TRITON_AVAILABLE", False)  # its kernels need a GPU; the plain way is the same sum
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that the plain way is slow
-        packed = logits(model).float()
-    torch.testing.assert_close(packed, logits(loaded(quantized, torch.float16)).float(), rtol=0.05, atol=0.05)
+        packed = compute_logits(model).float()
+    torch.testing.assert_close(packed, compute_logits(load_awq(quantized, torch.float16)).float(), rtol=0.05, atol=0.05)
 
 
-def test_unpacking_leaves_the_processs_warnings_as_they_were(quantized: Path) -> None:
+def test_importing_autoawq_restores_the_warning_filters(quantized: Path) -> None:
     before = list(warnings.filters)
     awq.import_autoawq("dequantize_gemm")
     assert warnings.filters == before
@@ -165,13 +165,13 @@ def test_a_quantized_checkpoint_is_not_quantized_again(quantized: Path, tmp_path
 
 
 @pytest.mark.parametrize(("missing", "named"), [("visual.merger.ln_q.weight", "visual.merger"), (f"{UP}.scales", "mlp.up_proj")])
-def test_a_lacking_weight_is_named_and_not_invented(quantized: Path, tmp_path: Path, missing: str, named: str) -> None:
+def test_a_missing_weight_is_named_and_not_replaced(quantized: Path, tmp_path: Path, missing: str, named: str) -> None:
     folder = Path(shutil.copytree(quantized, tmp_path / "damaged"))
     weights = load_file(folder / "model.safetensors")
     del weights[missing]
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(JobError, match=f"lacks weights: .*{named}"):
-        loaded(folder)
+        load_awq(folder)
 
 
 def test_other_quantizations_are_refused_by_name() -> None:
@@ -182,8 +182,8 @@ def test_other_quantizations_are_refused_by_name() -> None:
         awq.is_awq(Config())
 
 
-def test_errors_that_inputs_do_not_show_are_traded_for_those_that_they_do() -> None:
-    """The inputs lie near a plane of 8 of 256 directions: rounding each weight for itself knows nothing of that."""
+def test_compensated_rounding_reduces_the_error_on_the_given_inputs() -> None:
+    """The inputs are near a subspace of 8 of 256 dimensions, which rounding each weight to the nearest step ignores."""
     chance = torch.Generator().manual_seed(0)
     weight = torch.randn(256, 64, generator=chance)
     inputs = torch.randn(512, 8, generator=chance) @ torch.randn(8, 256, generator=chance) + 0.1 * torch.randn(512, 256, generator=chance)

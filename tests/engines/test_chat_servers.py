@@ -1,4 +1,4 @@
-"""The engine openai and real servers: `transformers serve` with a tiny random checkpoint, and a simulator of vLLM's server."""
+"""The engine `openai` and real servers: `transformers serve` with a tiny random checkpoint, and a simulator of vLLM's server."""
 
 from __future__ import annotations
 
@@ -9,33 +9,20 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from shutil import which
-from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
 
 from pipeline import engines
 from pipeline.errors import JobError
-from pipeline.job import Job
-from pipeline.records import Request, Sampling
-from pipeline.schema import prompt
 from tests.support import tiny_checkpoint
 from tests.support.chat_server import serve_chat
-from tests.support.requests import make_noise
+from tests.support.openai_requests import make_openai_job, make_request
 from tests.support.workspace import SCHEMA, Workspace
 
 
-def request(schema: str = json.dumps(SCHEMA), pages: int = 1, **sampling: Any) -> Request:
-    images = [make_noise(number) for number in range(pages)]
-    return Request("0", prompt.build_messages("System 0.", images), schema, Sampling(**{"max_tokens": 64, **sampling}))
-
-
-def job(workspace: Workspace, address: str, *settings: str) -> Job:
-    return workspace.job("model.engine=openai", f"model.base_url={address}", "model.name=auto", "model.max_retries=0", *settings)
-
-
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+def transformers_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """transformers' own server with a tiny random checkpoint on the CPU: its address and its model."""
     folder = tiny_checkpoint.build_checkpoint(tmp_path_factory.mktemp("served"))
     with serve_chat(str(Path(sys.executable).parent / "transformers"), "serve", str(folder), "--device", "cpu") as address:
@@ -43,31 +30,33 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
 
 
 @pytest.mark.skipif(which("xpyd-sim") is None, reason="needs xpyd-sim 0.5.0 on the PATH, a simulator of vLLM's server")
-def test_a_simulator_that_nobody_here_wrote_takes_our_requests(workspace: Workspace) -> None:
+def test_a_simulator_of_vllms_server_accepts_the_requests(workspace: Workspace) -> None:
     with serve_chat("xpyd-sim", "serve", "--model", "sim") as address:
         chosen = engines.resolve_engine(workspace.job("model.engine=openai", f"model.base_url={address}", "model.name=auto"), 0.0)
         with closing(engines.load_engine(chosen)) as engine:
-            answer = asyncio.run(engine.complete(request(pages=3)))
+            answer = asyncio.run(engine.complete(make_request(pages=3)))
     assert (chosen.sections.model.name, chosen.sections.model.structure) == ("sim", "json_schema")
     assert Draft202012Validator(SCHEMA).is_valid(json.loads(answer.text))
 
 
-def test_transformers_serve_is_a_server_without_structure(workspace: Workspace, served: tuple[str, str]) -> None:
-    address, model = served
-    chosen = engines.resolve_engine(job(workspace, address, f"model.name={model}"), 0.0)
+def test_transformers_serve_is_a_server_without_structure(workspace: Workspace, transformers_server: tuple[str, str]) -> None:
+    address, model = transformers_server
+    chosen = engines.resolve_engine(make_openai_job(workspace, address, f"model.name={model}"), 0.0)
     assert (chosen.sections.model.server, chosen.sections.model.structure) == ("other", "prompt")
 
 
-def test_transformers_serve_reads_pages_and_counts_their_tokens(workspace: Workspace, served: tuple[str, str]) -> None:
-    address, model = served
-    given = job(workspace, address, f"model.name={model}", "model.structure=prompt", "model.server=other", "model.logprobs=false")
+def test_transformers_serve_reads_pages_and_counts_their_tokens(workspace: Workspace, transformers_server: tuple[str, str]) -> None:
+    address, model = transformers_server
+    given = make_openai_job(
+        workspace, address, f"model.name={model}", "model.structure=prompt", "model.server=other", "model.logprobs=false"
+    )
     with closing(engines.load_engine(given)) as engine:
-        one, two = (asyncio.run(engine.complete(request("", pages=pages, max_tokens=8))) for pages in (1, 2))
+        one, two = (asyncio.run(engine.complete(make_request(0, "", pages=pages, max_tokens=8))) for pages in (1, 2))
     assert two.usage.prompt_tokens - one.usage.prompt_tokens == 2 * 3 + len(("<|vision_start|>", "<|vision_end|>"))
     assert one.usage.completion_tokens <= 8
 
 
-def test_transformers_serve_refuses_what_it_does_not_know(workspace: Workspace, served: tuple[str, str]) -> None:
-    address, model = served
+def test_transformers_serve_refuses_unknown_sampling_keys(workspace: Workspace, transformers_server: tuple[str, str]) -> None:
+    address, model = transformers_server
     with pytest.raises(JobError, match=r"answers 422: Unexpected fields in the request: \{'top_k'\}"):
-        engines.resolve_engine(job(workspace, address, f"model.name={model}", "sampling.top_k=5"), 0.0)
+        engines.resolve_engine(make_openai_job(workspace, address, f"model.name={model}", "sampling.top_k=5"), 0.0)

@@ -1,4 +1,4 @@
-"""The transformers engine on a tiny random checkpoint: its prompts, its answers, and what it does when something breaks."""
+"""The engine `transformers` on a tiny random checkpoint: its prompts, its answers, its batches and its failures."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ SHARED = Path(__file__).parents[3] / "shared"
 SHIPPED = {file.stem: file.read_text() for file in sorted((ROOT / "schemas").glob("*.json"))}
 
 
-def request(key: int = 0, schema: str = FLAT, pages: int = 1, **sampling: Any) -> Request:
-    """Ask about pages whose number and size vary with the key, so that prompts have different lengths."""
+def make_request(key: int = 0, schema: str = FLAT, pages: int = 1, **sampling: Any) -> Request:
+    """Return a request about pages of noise whose size varies with the key, so that prompts have different lengths."""
     images = [make_noise(key + at, 28 * (2 + key % 3), 84) for at in range(pages)]
     return Request(str(key), prompt.build_messages(f"System {key}.", images), schema, Sampling(**{"max_tokens": 120, **sampling}))
 
 
-def ask(engine: TransformersEngine, requests: Sequence[Request]) -> list[Any]:
+def complete_all(engine: TransformersEngine, requests: Sequence[Request]) -> list[Any]:
     """Return each request's completion or exception."""
 
-    async def all_at_once() -> list[Any]:
+    async def gather() -> list[Any]:
         return await asyncio.gather(*map(engine.complete, requests), return_exceptions=True)
 
-    return asyncio.run(all_at_once())
+    return asyncio.run(gather())
 
 
-def violations(schema: str, answer: str) -> list[str]:
-    """Return what an answer breaks of its schema."""
+def list_violations(schema: str, answer: str) -> list[str]:
+    """Return the messages of an answer's schema violations."""
     return [error.message for error in Draft202012Validator(json.loads(schema)).iter_errors(json.loads(answer))]
 
 
@@ -82,7 +82,7 @@ def get_encoder(engine: TransformersEngine) -> Encoder:
 # Prompts
 
 
-def test_the_prompt_is_what_the_checkpoints_own_processor_makes(shared_engine: TransformersEngine, folder: Path) -> None:
+def test_the_prompt_is_that_of_the_checkpoints_own_processor(shared_engine: TransformersEngine, folder: Path) -> None:
     from qwen_vl_utils import process_vision_info
 
     image = make_noise(3, 84, 112)
@@ -119,8 +119,8 @@ def test_a_page_that_qwen_vl_utils_would_resize_fails(shared_engine: Transformer
         get_encoder(shared_engine).build_pixel_values([made])
 
 
-def test_positions_are_the_models_own(shared_engine: TransformersEngine) -> None:
-    made = get_encoder(shared_engine).encode(request(2, pages=3).messages)
+def test_positions_are_those_of_the_models_own_code(shared_engine: TransformersEngine) -> None:
+    made = get_encoder(shared_engine).encode(make_request(2, pages=3).messages)
     ids = torch.tensor([made.ids])
     kinds = (ids == shared_engine._model.network.config.image_token_id).int()
     grids = get_encoder(shared_engine).build_pixel_values([made])["image_grid_thw"]
@@ -143,14 +143,14 @@ def test_text_that_spells_a_control_token_stays_text(shared_engine: Transformers
 @pytest.mark.parametrize("image", [make_noise(0, 57, 84), make_noise().astype(np.float32), make_noise()[..., :1]])
 def test_pages_that_are_not_whole_visual_tokens_fail_alone(shared_engine: TransformersEngine, image: Any) -> None:
     bad = Request("bad", prompt.build_messages("s", [image]))
-    failed, answered = ask(shared_engine, [bad, request()])
+    failed, answered = complete_all(shared_engine, [bad, make_request()])
     assert isinstance(failed, DocumentError)
     assert failed.kind == "pixels"
     assert isinstance(answered, Completion)
 
 
 def test_prompt_tokens_count_visual_tokens(shared_engine: TransformersEngine) -> None:
-    one, two = ask(shared_engine, [request(0, pages=1), request(0, pages=2)])
+    one, two = complete_all(shared_engine, [make_request(0, pages=1), make_request(0, pages=2)])
     assert two.usage.prompt_tokens - one.usage.prompt_tokens == 2 * 3 + len(("<|vision_start|>", "<|vision_end|>"))
 
 
@@ -172,7 +172,7 @@ def test_the_published_template_and_processor_make_the_same_prompt() -> None:
 
 def test_greedy_answers_are_those_of_transformers_own_generate(shared_engine: TransformersEngine) -> None:
     network, words = shared_engine._model.network, get_encoder(shared_engine)._tokenizer
-    made = get_encoder(shared_engine).encode(request().messages)
+    made = get_encoder(shared_engine).encode(make_request().messages)
     control = set(words.convert_tokens_to_ids(list(tiny_checkpoint.CONTROL))) - {words.eos_token_id}
     with torch.no_grad():
         written = network.generate(
@@ -183,13 +183,13 @@ def test_greedy_answers_are_those_of_transformers_own_generate(shared_engine: Tr
             max_new_tokens=40,
             **get_encoder(shared_engine).build_pixel_values([made]),
         )[0, len(made.ids) :].tolist()
-    (answer,) = ask(shared_engine, [request(schema="", max_tokens=40)])
+    (answer,) = complete_all(shared_engine, [make_request(schema="", max_tokens=40)])
     assert answer.text == words.decode(written, skip_special_tokens=True)
 
 
 def test_logprobs_are_the_raw_ones_of_a_pass_over_the_whole_answer(shared_engine: TransformersEngine) -> None:
-    (answer,) = ask(shared_engine, [request()])
-    made = get_encoder(shared_engine).encode(request().messages)
+    (answer,) = complete_all(shared_engine, [make_request()])
+    made = get_encoder(shared_engine).encode(make_request().messages)
     written = get_encoder(shared_engine)._tokenizer("".join(t.text for t in answer.tokens))["input_ids"]
     ids = torch.tensor([[*made.ids, *written]])
     kinds = (ids == shared_engine._model.network.config.image_token_id).int()
@@ -201,102 +201,106 @@ def test_logprobs_are_the_raw_ones_of_a_pass_over_the_whole_answer(shared_engine
 
 
 def test_an_answer_does_not_depend_on_its_batch(shared_engine: TransformersEngine) -> None:
-    requests = [request(key, temperature=key % 2, seed=key, top_p=0.9, top_k=40, pages=1 + key % 2) for key in range(10)]
-    together = ask(shared_engine, requests)
-    assert [answer.text for answer in together] == [ask(shared_engine, [one])[0].text for one in requests]
+    requests = [make_request(key, temperature=key % 2, seed=key, top_p=0.9, top_k=40, pages=1 + key % 2) for key in range(10)]
+    together = complete_all(shared_engine, requests)
+    assert [answer.text for answer in together] == [complete_all(shared_engine, [one])[0].text for one in requests]
 
 
 def test_every_complete_answer_of_a_mixed_batch_fits_its_schema(shared_engine: TransformersEngine) -> None:
     schemas = [FLAT, SHIPPED["invoice"], SHIPPED["receipt"], FLAT]
-    requests = [request(key, schema, temperature=1.0, seed=key, max_tokens=600) for key in range(2) for schema in schemas]
-    complete = [(r, a) for r, a in zip(requests, ask(shared_engine, requests), strict=True) if a.finish_reason is FinishReason.STOP]
+    requests = [make_request(key, schema, temperature=1.0, seed=key, max_tokens=600) for key in range(2) for schema in schemas]
+    complete = [
+        (r, a) for r, a in zip(requests, complete_all(shared_engine, requests), strict=True) if a.finish_reason is FinishReason.STOP
+    ]
     assert len(complete) >= 4
     for asked, answer in complete:
-        assert violations(asked.schema, answer.text) == []
+        assert list_violations(asked.schema, answer.text) == []
         assert not re.search(r"\s", re.sub(r'"(?:[^"\\]|\\.)*"', "", answer.text))
 
 
-def test_forced_text_costs_no_pass_of_its_own(engine: TransformersEngine) -> None:
+def test_forced_tokens_take_no_additional_pass(engine: TransformersEngine) -> None:
     passes: list[int] = []
     engine._model.network.model.language_model.register_forward_hook(lambda *_: passes.append(1))
-    (answer,) = ask(engine, [request()])
+    (answer,) = complete_all(engine, [make_request()])
     assert answer.finish_reason is FinishReason.STOP
     assert len(passes) < 0.8 * len(answer.tokens)
 
 
-def test_max_tokens_cuts_and_says_so(shared_engine: TransformersEngine) -> None:
+def test_an_answer_cut_by_max_tokens_has_the_reason_length(shared_engine: TransformersEngine) -> None:
     for limit in (1, 2, 7):
-        (answer,) = ask(shared_engine, [request(max_tokens=limit)])
+        (answer,) = complete_all(shared_engine, [make_request(max_tokens=limit)])
         assert (answer.finish_reason, answer.usage.completion_tokens, len(answer.tokens)) == (FinishReason.LENGTH, limit, limit)
 
 
-def test_the_models_length_cuts_and_says_so(folder: Path) -> None:
+def test_an_answer_is_cut_at_the_models_context(folder: Path) -> None:
     engine = TransformersEngine(str(folder), threads=1, max_model_len=70)
-    (answer,) = ask(engine, [request(schema="", max_tokens=500)])
+    (answer,) = complete_all(engine, [make_request(schema="", max_tokens=500)])
     engine.close()
     assert answer.usage.prompt_tokens + answer.usage.completion_tokens <= 70
 
 
 def test_a_prompt_that_is_too_long_fails_alone(folder: Path) -> None:
     engine = TransformersEngine(str(folder), threads=1, max_model_len=100)
-    failed, answered = ask(engine, [request(0, pages=12), request(0)])
+    failed, answered = complete_all(engine, [make_request(0, pages=12), make_request(0)])
     engine.close()
     assert (failed.kind, "lower pages.per_request" in str(failed)) == ("too_long", True)
     assert isinstance(answered, Completion)
 
 
-def test_a_request_beyond_the_jobs_limit_is_not_asked(engine: TransformersEngine) -> None:
-    passes = Breaking(engine, lambda kw: None)
-    (answer,) = ask(engine, [request(max_tokens=120)])
+def test_a_request_beyond_the_jobs_limit_is_not_run(engine: TransformersEngine) -> None:
+    passes = FailingForward(engine, lambda kw: None)
+    (answer,) = complete_all(engine, [make_request(max_tokens=120)])
     needed, asked = answer.usage.prompt_tokens + 120, len(passes.sizes)
     engine.max_request_tokens = needed
-    assert isinstance(ask(engine, [request(max_tokens=120)])[0], Completion)
-    (failed,) = ask(engine, [request(max_tokens=121)])
+    assert isinstance(complete_all(engine, [make_request(max_tokens=120)])[0], Completion)
+    (failed,) = complete_all(engine, [make_request(max_tokens=121)])
     assert (failed.kind, len(passes.sizes)) == ("too_long", 2 * asked)
     said = f"needs {needed + 1:,} tokens .*, limits.max_request_tokens allows {needed:,}: lower pages.per_request"
     assert re.search(said, str(failed))
 
 
-def test_sampling_is_its_seeds(shared_engine: TransformersEngine) -> None:
-    texts = [ask(shared_engine, [request(temperature=1.5, seed=seed)])[0].text for seed in (1, 1, 2)]
+def test_sampling_is_reproducible_by_its_seed(shared_engine: TransformersEngine) -> None:
+    texts = [complete_all(shared_engine, [make_request(temperature=1.5, seed=seed)])[0].text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_top_k_1_is_greedy(shared_engine: TransformersEngine) -> None:
-    greedy, drawn = ask(shared_engine, [request(), request(temperature=2.0, top_k=1, seed=5)])
+    greedy, drawn = complete_all(shared_engine, [make_request(), make_request(temperature=2.0, top_k=1, seed=5)])
     assert greedy.text == drawn.text
 
 
 def test_a_repetition_penalty_makes_repeated_tokens_rarer(shared_engine: TransformersEngine) -> None:
-    plain, penalized = ask(shared_engine, [request(schema="", max_tokens=60), request(schema="", max_tokens=60, repetition_penalty=2.0)])
+    plain, penalized = complete_all(
+        shared_engine, [make_request(schema="", max_tokens=60), make_request(schema="", max_tokens=60, repetition_penalty=2.0)]
+    )
     distinct = [len({t.text for t in answer.tokens}) / len(answer.tokens) for answer in (plain, penalized)]
     assert distinct[1] > distinct[0]
 
 
 def test_a_schema_that_cannot_constrain_fails_its_request_alone(shared_engine: TransformersEngine) -> None:
-    failed, answered = ask(shared_engine, [request(schema='{"type": "strang"}'), request()])
+    failed, answered = complete_all(shared_engine, [make_request(schema='{"type": "strang"}'), make_request()])
     assert (failed.kind, isinstance(answered, Completion)) == ("schema", True)
 
 
 def test_an_awq_copy_answers(folder: Path, tmp_path: Path) -> None:
     quantize.quantize_checkpoint(folder, tmp_path)
     engine = TransformersEngine(str(tmp_path), threads=1)
-    (answer,) = ask(engine, [request()])
+    (answer,) = complete_all(engine, [make_request()])
     engine.close()
-    assert violations(FLAT, answer.text) == []
+    assert list_violations(FLAT, answer.text) == []
 
 
 def test_qwen2_vl_checkpoints_answer(tmp_path: Path) -> None:
     engine = TransformersEngine(str(tiny_checkpoint.build_checkpoint(tmp_path, family="qwen2_vl")), threads=1)
-    (answer,) = ask(engine, [request()])
+    (answer,) = complete_all(engine, [make_request()])
     engine.close()
-    assert violations(FLAT, answer.text) == []
+    assert list_violations(FLAT, answer.text) == []
 
 
 # The batch
 
 
-def test_a_place_that_becomes_free_is_filled_while_others_go_on(engine: TransformersEngine) -> None:
+def test_a_finished_row_is_replaced_while_the_others_go_on(engine: TransformersEngine) -> None:
     engine._batch_size = 2
     sizes: list[int] = []
     all_wait = Event()
@@ -309,10 +313,10 @@ def test_a_place_that_becomes_free_is_filled_while_others_go_on(engine: Transfor
     language.register_forward_hook(lambda _m, _a, out: sizes.append(len(out.last_hidden_state)))
 
     async def one_long_and_many_short() -> None:
-        asked = [asyncio.ensure_future(engine.complete(request(0, "", max_tokens=60)))]
+        asked = [asyncio.ensure_future(engine.complete(make_request(0, "", max_tokens=60)))]
         while not engine._active:
             await asyncio.sleep(0.001)
-        asked += [asyncio.ensure_future(engine.complete(request(key, "", max_tokens=4))) for key in range(10)]
+        asked += [asyncio.ensure_future(engine.complete(make_request(key, "", max_tokens=4))) for key in range(10)]
         while len(engine._waiting) < 10:
             await asyncio.sleep(0.001)
         all_wait.set()
@@ -323,18 +327,18 @@ def test_a_place_that_becomes_free_is_filled_while_others_go_on(engine: Transfor
     assert len(sizes) <= passes_of_the_long_one + first_passes_of_the_short_ones
 
 
-def test_requests_of_one_length_are_taken_together(engine: TransformersEngine) -> None:
+def test_requests_of_one_length_share_a_pass(engine: TransformersEngine) -> None:
     widths: list[tuple[int, int]] = []
     language = engine._model.network.model.language_model
     language.register_forward_pre_hook(lambda _m, _a, kw: widths.append(tuple(kw["inputs_embeds"].shape[:2])), with_kwargs=True)
     engine._batch_size = 2
-    ask(engine, [request(key % 2, "", pages=1 + 5 * (key % 2), max_tokens=1) for key in range(8)])
+    complete_all(engine, [make_request(key % 2, "", pages=1 + 5 * (key % 2), max_tokens=1) for key in range(8)])
     assert len({width for _, width in widths}) == 2
 
 
 @torch.inference_mode()
-def test_compacting_takes_padding_away_and_nothing_else(shared_engine: TransformersEngine) -> None:
-    asked = [request(0), request(1)]
+def test_compacting_removes_only_padding(shared_engine: TransformersEngine) -> None:
+    asked = [make_request(0), make_request(1)]
     rows = [
         BatchRow(get_encoder(shared_engine).encode(r.messages), r.sampling, shared_engine._model.vocabulary.start_constraint(FLAT), 50)
         for r in asked
@@ -351,11 +355,11 @@ def test_compacting_takes_padding_away_and_nothing_else(shared_engine: Transform
     assert all(torch.equal(one, other) for mine, theirs in pairs for one, other in zip(mine, theirs, strict=True))
 
 
-# When something breaks
+# Failures
 
 
-class Breaking:
-    """Replace the network's forward pass by one that may raise, told the ids it is given."""
+class FailingForward:
+    """Replaces the network's forward pass by one that raises what `raises` returns for its arguments, if anything."""
 
     def __init__(self, engine: TransformersEngine, raises: Any) -> None:
         self.forward, self.raises = engine._model.network.model.forward, raises
@@ -370,35 +374,35 @@ class Breaking:
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on(engine: TransformersEngine) -> None:
-    expected = [answer.text for answer in ask(engine, [request(key) for key in range(8)])]
-    broken = Breaking(engine, lambda kw: torch.OutOfMemoryError("no memory") if len(kw["input_ids"]) > 2 else None)
-    assert [answer.text for answer in ask(engine, [request(key) for key in range(8)])] == expected
+    expected = [answer.text for answer in complete_all(engine, [make_request(key) for key in range(8)])]
+    broken = FailingForward(engine, lambda kw: torch.OutOfMemoryError("no memory") if len(kw["input_ids"]) > 2 else None)
+    assert [answer.text for answer in complete_all(engine, [make_request(key) for key in range(8)])] == expected
     assert list(dict.fromkeys(broken.sizes))[:3] == [8, 4, 2]
 
 
-def test_out_of_memory_in_the_middle_of_answers_begins_them_again(engine: TransformersEngine) -> None:
-    expected = [answer.text for answer in ask(engine, [request(key) for key in range(6)])]
+def test_out_of_memory_in_the_middle_of_answers_restarts_them(engine: TransformersEngine) -> None:
+    expected = [answer.text for answer in complete_all(engine, [make_request(key) for key in range(6)])]
     error = torch.OutOfMemoryError("no memory")
-    late = Breaking(engine, lambda kw: error if len(kw["input_ids"]) > 3 and "pixel_values" not in kw else None)
-    assert [answer.text for answer in ask(engine, [request(key) for key in range(6)])] == expected
+    late = FailingForward(engine, lambda kw: error if len(kw["input_ids"]) > 3 and "pixel_values" not in kw else None)
+    assert [answer.text for answer in complete_all(engine, [make_request(key) for key in range(6)])] == expected
     assert max(late.sizes) > 3
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_a_request_that_alone_finds_no_memory_fails(engine: TransformersEngine, error: Exception) -> None:
-    Breaking(engine, lambda kw: error)
-    assert [failed.kind for failed in ask(engine, [request(0), request(1)])] == ["memory", "memory"]
+def test_a_request_that_runs_out_of_memory_alone_fails(engine: TransformersEngine, error: Exception) -> None:
+    FailingForward(engine, lambda kw: error)
+    assert [failed.kind for failed in complete_all(engine, [make_request(0), make_request(1)])] == ["memory", "memory"]
 
 
 def test_a_request_that_breaks_a_pass_fails_alone(engine: TransformersEngine) -> None:
     poison = engine._model.encoder._tokenizer.convert_tokens_to_ids("5")
-    Breaking(engine, lambda kw: ValueError("five") if "pixel_values" in kw and (kw["input_ids"][:, :20] == poison).any() else None)
-    answers = ask(engine, [request(key, "", max_tokens=3) for key in range(8)])
+    FailingForward(engine, lambda kw: ValueError("five") if "pixel_values" in kw and (kw["input_ids"][:, :20] == poison).any() else None)
+    answers = complete_all(engine, [make_request(key, "", max_tokens=3) for key in range(8)])
     assert [isinstance(answer, Completion) for answer in answers] == [key != 5 for key in range(8)]
     assert (answers[5].kind, "five" in str(answers[5])) == ("engine", True)
 
 
-def test_a_request_that_cannot_be_written_down_fails_alone(engine: TransformersEngine) -> None:
+def test_a_request_that_the_template_rejects_fails_alone(engine: TransformersEngine) -> None:
     encode = engine._model.encoder.encode
 
     def stumble(messages: Sequence[Message]) -> Any:
@@ -407,13 +411,13 @@ def test_a_request_that_cannot_be_written_down_fails_alone(engine: TransformersE
         return encode(messages)
 
     vars(engine._model.encoder)["encode"] = stumble  # as a checkpoint's own chat template may, for some texts
-    answers = ask(engine, [request(key, max_tokens=40) for key in range(4)])
+    answers = complete_all(engine, [make_request(key, max_tokens=40) for key in range(4)])
     assert [isinstance(answer, Completion) for answer in answers] == [True, True, False, True]
     assert (answers[2].kind, "KeyError: 'role'" in str(answers[2])) == ("engine", True)
 
 
-def test_a_fault_while_a_token_is_taken_is_its_rows_own(engine: TransformersEngine) -> None:
-    expected = [answer.text for answer in ask(engine, [request(key, seed=key, temperature=1.0) for key in range(4)])]
+def test_an_error_while_a_token_is_accepted_fails_its_row_alone(engine: TransformersEngine) -> None:
+    expected = [answer.text for answer in complete_all(engine, [make_request(key, seed=key, temperature=1.0) for key in range(4)])]
     start = engine._model.vocabulary.start_constraint
 
     def fragile(schema: str) -> Any:
@@ -423,33 +427,35 @@ def test_a_fault_while_a_token_is_taken_is_its_rows_own(engine: TransformersEngi
         return constraint
 
     vars(engine._model.vocabulary)["start_constraint"] = fragile
-    failed, *answers = ask(engine, [request(9, FLAT + " "), *(request(key, seed=key, temperature=1.0) for key in range(4))])
+    failed, *answers = complete_all(
+        engine, [make_request(9, FLAT + " "), *(make_request(key, seed=key, temperature=1.0) for key in range(4))]
+    )
     assert (failed.kind, "ZeroDivisionError" in str(failed)) == ("engine", True)
     assert [answer.text for answer in answers] == expected
 
 
-def test_a_fault_while_a_token_is_drawn_fails_its_request_alone(engine: TransformersEngine) -> None:
-    expected = [answer.text for answer in ask(engine, [request(key) for key in range(4)])]
-    failed, *answers = ask(engine, [request(9, temperature=1.0, top_k="three"), *(request(key) for key in range(4))])
+def test_an_error_while_a_token_is_sampled_fails_its_request_alone(engine: TransformersEngine) -> None:
+    expected = [answer.text for answer in complete_all(engine, [make_request(key) for key in range(4)])]
+    failed, *answers = complete_all(engine, [make_request(9, temperature=1.0, top_k="three"), *(make_request(key) for key in range(4))])
     assert (failed.kind, "TypeError" in str(failed)) == ("engine", True)
     assert [answer.text for answer in answers] == expected
 
 
 def test_a_failed_gpu_kills_the_engine(engine: TransformersEngine) -> None:
-    Breaking(engine, lambda kw: RuntimeError("CUDA error: device-side assert triggered"))
-    assert all(isinstance(error, EngineDead) for error in ask(engine, [request(0), request(1)]))
-    assert isinstance(ask(engine, [request(2)])[0], EngineDead)
+    FailingForward(engine, lambda kw: RuntimeError("CUDA error: device-side assert triggered"))
+    assert all(isinstance(error, EngineDead) for error in complete_all(engine, [make_request(0), make_request(1)]))
+    assert isinstance(complete_all(engine, [make_request(2)])[0], EngineDead)
 
 
 def test_numbers_that_are_not_finite_fail_the_request(engine: TransformersEngine) -> None:
     engine._model.network.lm_head.weight.data.fill_(math.nan)
-    (failed,) = ask(engine, [request()])
+    (failed,) = complete_all(engine, [make_request()])
     assert (failed.kind, "not finite" in str(failed)) == ("engine", True)
 
 
 def test_an_answer_that_loops_is_stopped_and_the_loop_named(engine: TransformersEngine) -> None:
     engine._model.network.lm_head.weight.data.zero_()  # every token is as likely: the first allowed one, "!", is taken, again and again
-    (failed,) = ask(engine, [request(schema='{"type": "string", "pattern": "^!*$"}', max_tokens=2000)])
+    (failed,) = complete_all(engine, [make_request(schema='{"type": "string", "pattern": "^!*$"}', max_tokens=2000)])
     assert (failed.kind, "'!'" in str(failed)) == ("loop", True)
     assert "after 576 tokens" in str(failed)  # the quotation mark before them makes 512 of them one too many for the look at 512
 
@@ -458,24 +464,24 @@ def test_requests_that_wait_when_the_engine_closes_fail(folder: Path) -> None:
     engine = TransformersEngine(str(folder), threads=1, batch_size=1)
 
     async def close_while_asking() -> list[Any]:
-        waiting = [asyncio.ensure_future(engine.complete(request(key, "", max_tokens=4000))) for key in range(3)]
+        waiting = [asyncio.ensure_future(engine.complete(make_request(key, "", max_tokens=4000))) for key in range(3)]
         while len(engine._active) + len(engine._waiting) < 3:
             await asyncio.sleep(0)
         await asyncio.to_thread(engine.close)
         return await asyncio.gather(*waiting, return_exceptions=True)
 
     assert [type(outcome) for outcome in asyncio.run(close_while_asking())] == [EngineDead] * 3
-    assert isinstance(ask(engine, [request()])[0], EngineDead)
+    assert isinstance(complete_all(engine, [make_request()])[0], EngineDead)
     engine.close()
 
 
-def test_a_caller_that_leaves_makes_room(engine: TransformersEngine) -> None:
+def test_a_cancelled_request_frees_its_row(engine: TransformersEngine) -> None:
     async def leave() -> Completion:
-        gone = asyncio.ensure_future(engine.complete(request(0, "", max_tokens=4000)))
+        gone = asyncio.ensure_future(engine.complete(make_request(0, "", max_tokens=4000)))
         while not engine._active:
             await asyncio.sleep(0)
         gone.cancel()
-        return await engine.complete(request(1))
+        return await engine.complete(make_request(1))
 
     assert asyncio.run(leave()).finish_reason is FinishReason.STOP
     assert not engine._active
@@ -489,7 +495,7 @@ def test_an_unknown_checkpoint_is_refused() -> None:
         TransformersEngine("no/such/folder/anywhere")
 
 
-def test_a_damaged_checkpoint_is_refused_whoever_names_it(folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused_by_the_engine_itself(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "mine"))
     (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(JobError, match=r"mine/model\.safetensors is damaged or incomplete \(1,000 bytes\)"):
@@ -502,7 +508,7 @@ def test_int4_weights_need_a_gpu(folder: Path, tmp_path: Path) -> None:
         TransformersEngine(str(tmp_path), device="cpu", keep_int4=True)
 
 
-def test_an_adapter_without_peft_is_refused_with_the_way_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_without_peft_is_refused_with_the_command_to_install_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(JobError, match="pip install peft"):
         TransformersEngine(str(folder), lora="adapter")
@@ -518,7 +524,7 @@ def test_yarn_stretches_the_context(folder: Path) -> None:
 def test_yarn_changes_the_positions_of_the_language_model(folder: Path, shared_engine: TransformersEngine) -> None:
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     engine = TransformersEngine(str(folder), threads=1, rope_scaling=yarn)
-    plain, stretched = ask(shared_engine, [request()])[0], ask(engine, [request()])[0]
+    plain, stretched = complete_all(shared_engine, [make_request()])[0], complete_all(engine, [make_request()])[0]
     engine.close()
     assert engine.max_model_len == 128
     assert [t.logprob for t in plain.tokens] != [t.logprob for t in stretched.tokens]

@@ -1,4 +1,4 @@
-"""One job over the same documents through every engine that is installed: where their answers are the same, so are their records.
+"""One job over the same documents with every installed engine: where their answers are the same, so are their records.
 
 The engine `openai` asks a real server of the same weights: vLLM's where vLLM is installed, else transformers' own. That one reads no AWQ
 folder, so all engines then have the weights as autoawq unpacks them; and it takes no schema: the model writes what it likes.
@@ -25,7 +25,7 @@ from pipeline.engines.transformers import awq
 from pipeline.job import Job
 from tests.support.chat_server import serve_chat
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's imports bring many, none of them about us
+pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's imports cause many, none of them by this package
 JOB = Path(__file__).parents[2] / "jobs" / "invoices.yaml"
 DOCUMENTS = 6
 HAS_VLLM = find_spec("vllm") is not None
@@ -43,21 +43,21 @@ Rows = dict[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Ran:
-    """What a run wrote: its ledger's rows, and its records."""
+class RunOutput:
+    """The ledger rows and records that a run wrote."""
 
     engine: str
-    asked: Rows
+    ledger: Rows
     records: Rows
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What all engines call their model: the demonstration model, or a folder with its weights unpacked."""
-    return "demo" if HAS_VLLM else str(unpacked(tmp_path_factory.mktemp("plain")))
+    """The model.name of all engines: the demonstration model, or a folder with its weights unpacked."""
+    return "demo" if HAS_VLLM else str(write_unpacked(tmp_path_factory.mktemp("plain")))
 
 
-def unpacked(folder: Path) -> Path:
+def write_unpacked(folder: Path) -> Path:
     """Write the demonstration model without its quantization."""
     for file in DEMO_CHECKPOINT.iterdir():
         if file.suffix != ".safetensors":
@@ -70,7 +70,7 @@ def unpacked(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def address(request: pytest.FixtureRequest, model: str) -> Iterator[str]:
-    """Where a server of the model answers."""
+    """The address of a server of the model."""
     if HAS_VLLM:
         yield request.getfixturevalue("vllm_server")
         return
@@ -78,47 +78,51 @@ def address(request: pytest.FixtureRequest, model: str) -> Iterator[str]:
         yield found
 
 
-def run(engine: str, model: str, folder: Path, *settings: str) -> Ran:
+def run_job(engine: str, model: str, folder: Path, *settings: str) -> RunOutput:
     flow.run(Job.load(JOB, [f"model.engine={engine}", f"model.name={model}", *SETTINGS[engine], *settings], folder), limit=DOCUMENTS)
-    return Ran(engine, rows(folder / "requests", "source", "first_page"), rows(folder / "records", "_source"))
+    return RunOutput(engine, read_rows(folder / "requests", "source", "first_page"), read_rows(folder / "records", "_source"))
 
 
-def rows(folder: Path, *names: str) -> Rows:
-    """Return a table's rows by what names them."""
+def read_rows(folder: Path, *names: str) -> Rows:
+    """Return a table's rows by the values of these columns."""
     return {tuple(row[name] for name in names): row for row in pq.read_table(folder).to_pylist()}
 
 
 @pytest.fixture(scope="module")
-def first(ray_session: object, model: str, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """The run that the others are held against."""
-    return run("transformers", model, tmp_path_factory.mktemp("transformers") / "out")
+def first(ray_session: object, model: str, tmp_path_factory: pytest.TempPathFactory) -> RunOutput:
+    """The run with which the others are compared."""
+    return run_job("transformers", model, tmp_path_factory.mktemp("transformers") / "out")
 
 
 @pytest.fixture(scope="module", params=OTHERS)
-def other(request: pytest.FixtureRequest, first: Ran, model: str, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+def other(request: pytest.FixtureRequest, first: RunOutput, model: str, tmp_path_factory: pytest.TempPathFactory) -> RunOutput:
     settings = [f"model.base_url={request.getfixturevalue('address')}"] if request.param == "openai" else []
-    return run(request.param, model, tmp_path_factory.mktemp(request.param) / "out", *settings)
+    return run_job(request.param, model, tmp_path_factory.mktemp(request.param) / "out", *settings)
 
 
-def test_all_ask_the_same_and_most_answers_agree(first: Ran, other: Ran) -> None:
-    assert {row["engine"] for row in other.asked.values()} == {other.engine} != {first.engine}
-    assert first.asked.keys() == other.asked.keys()
-    same = [key for key, row in first.asked.items() if answer(row) == answer(other.asked[key])]
-    assert len(same) > len(first.asked) / 2
+def test_all_ask_the_same_and_most_answers_agree(first: RunOutput, other: RunOutput) -> None:
+    assert {row["engine"] for row in other.ledger.values()} == {other.engine} != {first.engine}
+    assert first.ledger.keys() == other.ledger.keys()
+    same = [key for key, row in first.ledger.items() if extract_answer(row) == extract_answer(other.ledger[key])]
+    assert len(same) > len(first.ledger) / 2
 
 
-def test_records_agree_wherever_the_answers_do(first: Ran, other: Ran) -> None:
-    differ = {source for (source, _), row in first.asked.items() if answer(row) != answer(other.asked[source, row["first_page"]])}
+def test_records_agree_wherever_the_answers_do(first: RunOutput, other: RunOutput) -> None:
+    differ = {
+        source
+        for (source, _), row in first.ledger.items()
+        if extract_answer(row) != extract_answer(other.ledger[source, row["first_page"]])
+    }
     for (source,), record in first.records.items():
         if source not in differ:
-            assert told(other.records[source,]) == told(record)
+            assert drop_engine(other.records[source,]) == drop_engine(record)
 
 
-def answer(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what a model made of a request, and in how many attempts."""
+def extract_answer(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the status, the answer and the number of asks of a ledger row."""
     return row["status"], row["answer"], row["asks"]
 
 
-def told(record: dict[str, Any]) -> dict[str, Any]:
+def drop_engine(record: dict[str, Any]) -> dict[str, Any]:
     """Return a record without the engine's name."""
     return {name: value for name, value in record.items() if name != "_engine"}

@@ -1,7 +1,7 @@
-"""The vLLM engine: what a job says of it, what it makes of pages, what it reads, and what becomes of a run whose core is killed.
+"""The engine `vllm`: its arguments, its pages, its answers, and a run whose engine core is killed.
 
-Whatever every engine promises is asked of it in `test_engine_contract.py`. Here the demonstration model is behind it, in the AWQ layout
-that hub checkpoints have; what needs no vLLM runs without one.
+The tests that all engines share are in `tests/engines/test_contract.py`. Here the model is the demonstration model, in the AWQ layout of
+hub checkpoints. Tests that need no vLLM run without it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from pipeline.budget import PixelBudget, compute_area_bounds, fit_image
 from pipeline.demo import evaluate, samples
 from pipeline.engines import DEMO_CHECKPOINT, Engine, checkpoint
 from pipeline.engines.vllm import launch
-from pipeline.engines.vllm import launch as lastwords
 from pipeline.engines.vllm.launch import read_reason_since
 from pipeline.errors import DocumentError, JobError, RunError
 from pipeline.flow import capacity
@@ -53,38 +52,38 @@ from pipeline.stages.render import RenderPlan, RenderStage
 from tests.support.stages import claim_all
 from tests.support.workspace import Workspace, make_listing_row
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's imports bring many, none of them about us
+pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's imports cause many, none of them by this package
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
 ROOT = Path(__file__).parents[2]
 SMALL = ("model.engine=vllm", "model.enforce_eager=true", "model.max_num_seqs=16", "model.engine_args={kv_cache_memory_bytes: 1073741824}")
-"""So little memory, and so short a start, that a test can afford it."""
+"""Settings for little memory and a short start."""
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # vLLM's start on a CPU would compile for a minute; Ray's workers inherit it
 
 
-def job_of(workspace: Workspace, *settings: str) -> Job:
+def make_vllm_job(workspace: Workspace, *settings: str) -> Job:
     return workspace.job("model.engine=vllm", *settings)
 
 
-# What a job says
+# The job's settings
 
 
-def test_a_job_speaks_to_vllm_in_its_own_words(workspace: Workspace) -> None:
+def test_the_jobs_keys_become_vllms_arguments(workspace: Workspace) -> None:
     said = launch.collect_arguments(
-        job_of(workspace, "model.tensor_parallel_size=2", "model.kv_cache_dtype=fp8", "model.engine_args={block_size: 16}")
+        make_vllm_job(workspace, "model.tensor_parallel_size=2", "model.kv_cache_dtype=fp8", "model.engine_args={block_size: 16}")
     )
     assert {"tensor_parallel_size": 2, "kv_cache_dtype": "fp8", "block_size": 16, "max_num_seqs": 64}.items() <= said.items()
 
 
-def test_what_a_job_leaves_open_vllm_decides(workspace: Workspace) -> None:
-    assert not {"quantization", "gpu_memory_utilization", "max_model_len"} & launch.collect_arguments(job_of(workspace)).keys()
+def test_keys_that_a_job_does_not_set_are_left_to_vllm(workspace: Workspace) -> None:
+    assert not {"quantization", "gpu_memory_utilization", "max_model_len"} & launch.collect_arguments(make_vllm_job(workspace)).keys()
 
 
-def test_room_for_images_is_what_a_request_has(workspace: Workspace) -> None:
-    by_page = launch.collect_arguments(job_of(workspace, "extract.per=page"))["limit_mm_per_prompt"]
-    by_document = launch.collect_arguments(job_of(workspace, "pages.per_request=3"))["limit_mm_per_prompt"]
+def test_the_limit_of_images_is_the_number_of_a_requests_pages(workspace: Workspace) -> None:
+    by_page = launch.collect_arguments(make_vllm_job(workspace, "extract.per=page"))["limit_mm_per_prompt"]
+    by_document = launch.collect_arguments(make_vllm_job(workspace, "pages.per_request=3"))["limit_mm_per_prompt"]
     assert (by_page, by_document) == ({"image": 1, "video": 0}, {"image": 3, "video": 0})
     with pytest.raises(JobError, match=r"model\.limit_mm_per_prompt allows 2 images, but a request has up to 3"):
-        job_of(workspace, "pages.per_request=3", "model.limit_mm_per_prompt={image: 2}")
+        make_vllm_job(workspace, "pages.per_request=3", "model.limit_mm_per_prompt={image: 2}")
 
 
 @pytest.mark.parametrize(
@@ -98,20 +97,20 @@ def test_room_for_images_is_what_a_request_has(workspace: Workspace) -> None:
         ("hf_token: hf_x", "engine_args cannot change hf_token: job.yaml shows it"),
     ],
 )
-def test_an_argument_that_is_no_jobs_to_pass_is_refused(workspace: Workspace, argument: str, said: str) -> None:
+def test_arguments_that_a_job_must_not_set_are_refused(workspace: Workspace, argument: str, said: str) -> None:
     with pytest.raises(JobError, match=said.replace(".", r"\.")):
-        job_of(workspace, f"model.engine_args={{{argument}}}")
+        make_vllm_job(workspace, f"model.engine_args={{{argument}}}")
 
 
 def test_what_may_change_an_answer_changes_the_fingerprint_and_nothing_else(workspace: Workspace) -> None:
-    plain = job_of(workspace).fingerprint
+    plain = make_vllm_job(workspace).fingerprint
     same = ("model.tensor_parallel_size=2", "model.max_num_seqs=9", "model.enforce_eager=true", "model.enable_prefix_caching=false")
     other = ("model.quantization=awq", "model.kv_cache_dtype=fp8", "model.engine_args={block_size: 16}", "model.engine=transformers")
-    assert {job_of(workspace, setting).fingerprint for setting in same} == {plain}
-    assert len({job_of(workspace, setting).fingerprint for setting in other} | {plain}) == 5
+    assert {make_vllm_job(workspace, setting).fingerprint for setting in same} == {plain}
+    assert len({make_vllm_job(workspace, setting).fingerprint for setting in other} | {plain}) == 5
 
 
-def test_a_job_without_vllm_has_the_fingerprint_it_always_had(workspace: Workspace) -> None:
+def test_vllms_keys_do_not_change_the_fingerprint_of_other_engines(workspace: Workspace) -> None:
     assert (
         workspace.job("model.kv_cache_dtype=fp8").fingerprint
         == workspace.job().fingerprint
@@ -119,33 +118,34 @@ def test_a_job_without_vllm_has_the_fingerprint_it_always_had(workspace: Workspa
     )
 
 
-def test_without_vllm_the_way_to_it_is_said(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_vllm_the_message_says_how_to_install_it(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "find_spec", lambda name: None)
     with pytest.raises(JobError, match=r"model\.engine is vllm, which needs the package vllm: pip install 'pipeline\[vllm\]'"):
-        engines.check_engine(job_of(workspace))
+        engines.check_engine(make_vllm_job(workspace))
 
 
 @pytest.mark.parametrize(("parallel", "each"), [((1, 1), 0.5), ((2, 1), 2.0), ((2, 2), 4.0)])
 def test_an_actor_reserves_the_gpus_of_its_model(workspace: Workspace, parallel: tuple[int, int], each: float) -> None:
     tensor, pipeline = parallel
     sizes = (f"model.tensor_parallel_size={tensor}", f"model.pipeline_parallel_size={pipeline}", "ray.gpus_per_actor=0.5")
-    assert capacity.compute_actor_gpus(job_of(workspace, *sizes), cluster.Resources(16, 8)) == each
-    assert capacity.compute_actor_gpus(job_of(workspace, *sizes), cluster.Resources(16, 0)) == 0
+    assert capacity.compute_actor_gpus(make_vllm_job(workspace, *sizes), cluster.Resources(16, 8)) == each
+    assert capacity.compute_actor_gpus(make_vllm_job(workspace, *sizes), cluster.Resources(16, 0)) == 0
 
 
 def test_models_that_need_more_gpus_than_there_are_are_refused(workspace: Workspace) -> None:
-    job = job_of(workspace, "model.tensor_parallel_size=4", "ray.actors=2")
-    capacity.check_capacity(job, cluster.Resources(16, 8))
+    job = make_vllm_job(workspace, "model.tensor_parallel_size=4", "ray.actors=2")
+    enough, too_few = cluster.Resources(16, 8), cluster.Resources(16, 7)
+    capacity.check_capacity(job, enough, capacity.compute_reservations(job, enough))
     with pytest.raises(JobError, match="each with 1 CPUs and 4 GPUs"):
-        capacity.check_capacity(job, cluster.Resources(16, 7))
+        capacity.check_capacity(job, too_few, capacity.compute_reservations(job, too_few))
 
 
-def test_an_actor_is_given_twice_what_vllm_answers_at_once(workspace: Workspace) -> None:
-    assert compute_requests_per_batch(job_of(workspace, "model.max_num_seqs=100")) * BATCHES_IN_FLIGHT == 200
+def test_an_actor_gets_twice_as_many_requests_as_vllm_runs_at_once(workspace: Workspace) -> None:
+    assert compute_requests_per_batch(make_vllm_job(workspace, "model.max_num_seqs=100")) * BATCHES_IN_FLIGHT == 200
 
 
-def test_the_reason_is_found_below_what_is_said_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lastwords, "find_log_file", lambda: tmp_path / "errors.log")
+def test_the_reason_is_found_among_general_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "find_log_file", lambda: tmp_path / "errors.log")
     (tmp_path / "errors.log").write_text("ValueError: of an earlier engine\n")
     length = (tmp_path / "errors.log").stat().st_size
     assert read_reason_since(length) == ""
@@ -155,7 +155,7 @@ def test_the_reason_is_found_below_what_is_said_of_it(tmp_path: Path, monkeypatc
     assert read_reason_since(length) == "OutOfMemoryError: 9 GiB are missing"
 
 
-def test_processes_that_a_start_began_end_with_whoever_started_it() -> None:
+def test_processes_of_a_start_end_with_the_process_that_started_them() -> None:
     child, starting = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,)), Future[None]()
 
     def begin() -> Future[None]:
@@ -180,36 +180,36 @@ BUDGETS = (PixelBudget(), PixelBudget(784, 90_000), PixelBudget(1, 10**6, 280, 4
 )
 def test_within_the_bounds_an_image_processor_leaves_every_page_as_it_is(width: int, height: int, budget: PixelBudget) -> None:
     size, (low, high) = fit_image(width, height, budget), compute_area_bounds(budget)
-    resized = smart_resize()(size.height_px, size.width_px, factor=28, min_pixels=low, max_pixels=high)
+    resized = import_smart_resize()(size.height_px, size.width_px, factor=28, min_pixels=low, max_pixels=high)
     assert resized == (size.height_px, size.width_px)
 
 
-def smart_resize() -> Any:
-    """Return the arithmetic of the image processor itself."""
+def import_smart_resize() -> Any:
+    """Return the image processor's own `smart_resize`."""
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
     return smart_resize
 
 
-def test_told_the_bounds_the_image_processor_changes_no_pixel(workspace: Workspace) -> None:
+def test_with_the_budgets_bounds_the_image_processor_changes_no_pixel(workspace: Workspace) -> None:
     images = checkpoint.load_processor(DEMO_CHECKPOINT).image_processor
-    page = noise(448, 476)
-    said = launch.collect_arguments(job_of(workspace))["mm_processor_kwargs"]
+    page = make_noise_page(448, 476)
+    said = launch.collect_arguments(make_vllm_job(workspace))["mm_processor_kwargs"]
     told, kept = images(images=[page], return_tensors="np", **said), images(images=[page], return_tensors="np", do_resize=False)
     assert told["image_grid_thw"].tolist() == [[1, 32, 34]]
     assert np.array_equal(told["pixel_values"], kept["pixel_values"])
 
 
-def noise(height: int, width: int) -> Pixels:
+def make_noise_page(height: int, width: int) -> Pixels:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-# What vLLM makes of it, before it starts
+# vLLM's configuration
 
 
-def configured(workspace: Workspace, rope_scaling: dict[str, Any] | None = None, **given: Any) -> Any:
+def build_vllm_config(workspace: Workspace, rope_scaling: dict[str, Any] | None = None, **given: Any) -> Any:
     """Return vLLM's own configuration."""
-    job = job_of(workspace, *SMALL[1:])
+    job = make_vllm_job(workspace, *SMALL[1:])
     launch.prepare_environment(1)
     config = checkpoint.load_config(DEMO_CHECKPOINT, rope_scaling)
     return launch.build_engine_arguments(
@@ -219,7 +219,7 @@ def configured(workspace: Workspace, rope_scaling: dict[str, Any] | None = None,
 
 @needs_vllm
 def test_vllm_chooses_how_to_run_quantised_weights_and_decodes_by_guidance(workspace: Workspace) -> None:
-    found = configured(workspace)
+    found = build_vllm_config(workspace)
     assert "awq" in found.model_config.quantization
     structure = found.structured_outputs_config
     assert (structure.backend, structure.disable_any_whitespace) == ("guidance", True)
@@ -228,7 +228,7 @@ def test_vllm_chooses_how_to_run_quantised_weights_and_decodes_by_guidance(works
 
 @needs_vllm
 def test_yarn_reaches_vllm(workspace: Workspace) -> None:
-    found = configured(workspace, {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32_768}).model_config
+    found = build_vllm_config(workspace, {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32_768}).model_config
     rope = found.hf_text_config.rope_parameters
     assert (rope["rope_type"], rope["factor"], rope["mrope_section"], found.max_model_len) == ("yarn", 2.0, [8, 12, 12], 65_536)
 
@@ -236,11 +236,11 @@ def test_yarn_reaches_vllm(workspace: Workspace) -> None:
 @needs_vllm
 def test_an_argument_that_vllm_does_not_know_is_refused_with_the_nearest(workspace: Workspace) -> None:
     with pytest.raises(JobError, match=r"model\.engine_args: the engine of this vLLM has no argument blok_size; did you mean block_size\?"):
-        engines.check_engine(job_of(workspace, "model.engine_args={blok_size: 16}"))
+        engines.check_engine(make_vllm_job(workspace, "model.engine_args={blok_size: 16}"))
 
 
 @needs_vllm
-def test_looking_at_arguments_says_nothing(workspace: Workspace) -> None:
+def test_checking_arguments_prints_nothing(workspace: Workspace) -> None:
     code = (
         "import sys; from pipeline import Job; from pipeline.engines import check_engine; check_engine(Job.load(sys.argv[1], sys.argv[2:]))"
     )
@@ -250,14 +250,14 @@ def test_looking_at_arguments_says_nothing(workspace: Workspace) -> None:
 
 
 @needs_vllm
-def test_a_model_that_finds_no_room_says_what_vllm_said(workspace: Workspace) -> None:
-    job = job_of(workspace, *SMALL[1:3], "model.engine_args={kv_cache_memory_bytes: 1048576}")
+def test_a_failed_start_shows_vllms_reason(workspace: Workspace) -> None:
+    job = make_vllm_job(workspace, *SMALL[1:3], "model.engine_args={kv_cache_memory_bytes: 1048576}")
     with pytest.raises(RunError, match=r"vLLM does not start: ValueError: .*`max_model_len`"):
         engines.load_engine(engines.resolve_engine(job, 0), threads=1)
-    gc.collect()  # what vLLM left open is named here, not after the last test
+    gc.collect()  # warnings about files that vLLM left open appear here, not after the last test
 
 
-# What it reads
+# Answers
 
 
 @pytest.fixture(scope="module")
@@ -268,21 +268,22 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     one.close()
 
 
-def ask(engine: Engine, *requests: Request) -> list[Any]:
+def complete_all(engine: Engine, *requests: Request) -> list[Any]:
     """Return each request's completion or exception."""
 
-    async def all_at_once() -> list[Any]:
+    async def gather() -> list[Any]:
         return await asyncio.gather(*map(engine.complete, requests), return_exceptions=True)
 
-    return asyncio.run(all_at_once())
+    return asyncio.run(gather())
 
 
 @needs_vllm
 def test_a_page_that_would_be_resized_is_refused(engine: Engine) -> None:
     small, whole = (
-        Request("k", prompt.build_messages("Read.", [noise(*size)]), "", Sampling(max_tokens=2)) for size in ((56, 56), (448, 448))
+        Request("k", prompt.build_messages("Read.", [make_noise_page(*size)]), "", Sampling(max_tokens=2))
+        for size in ((56, 56), (448, 448))
     )
-    failed, answered = ask(engine, small, whole)
+    failed, answered = complete_all(engine, small, whole)
     assert isinstance(failed, DocumentError)
     assert (failed.kind, "its pages are ['56x56'] px" in str(failed)) == ("pixels", True)
     assert isinstance(answered, Completion)
@@ -291,14 +292,18 @@ def test_a_page_that_would_be_resized_is_refused(engine: Engine) -> None:
 @needs_vllm
 def test_an_answer_that_loops_is_stopped_and_the_loop_named(engine: Engine) -> None:
     endless = '{"type": "string", "pattern": "^(ab!){900}$"}'
-    (failed,) = ask(engine, Request("k", prompt.build_messages("Read.", [noise(448, 448)]), endless, Sampling(max_tokens=3000)))
+    (failed,) = complete_all(
+        engine, Request("k", prompt.build_messages("Read.", [make_noise_page(448, 448)]), endless, Sampling(max_tokens=3000))
+    )
     assert (failed.kind, "'ab!'" in str(failed) or "'b!a'" in str(failed)) == ("loop", True)
     assert "was stopped after 5" in str(failed)
 
 
 @needs_vllm
-def test_log_probabilities_are_among_what_the_grammar_allows(engine: Engine) -> None:
-    (answer,) = ask(engine, Request("k", prompt.build_messages("Read.", [noise(448, 448)]), '{"enum": ["ab"]}', Sampling(max_tokens=9)))
+def test_log_probabilities_are_relative_to_the_allowed_tokens(engine: Engine) -> None:
+    (answer,) = complete_all(
+        engine, Request("k", prompt.build_messages("Read.", [make_noise_page(448, 448)]), '{"enum": ["ab"]}', Sampling(max_tokens=9))
+    )
     assert answer.text == '"ab"'
     assert sum(token.logprob for token in answer.tokens) == pytest.approx(0.0, abs=1e-3)
 
@@ -309,7 +314,7 @@ def test_it_reads_as_well_as_the_transformers_engine(engine: Engine, tmp_path: P
     samples.write_documents(drawn, tmp_path)
     job = Job.load(ROOT / "jobs" / "invoices.yaml", ["model.name=demo", *SMALL])
     plain = engines.load_engine(job.with_model(engine="transformers"), threads=1)
-    mine, theirs = (read(job, one, tmp_path / "invoices", drawn) for one in (engine, plain))
+    mine, theirs = (read_with_engine(job, one, tmp_path / "invoices", drawn) for one in (engine, plain))
     plain.close()
     right = [sum(leaf.is_right for verdict in verdicts for leaf in verdict.leaves) for verdicts in (mine, theirs)]
     every = sum(len(verdict.leaves) for verdict in theirs)
@@ -318,21 +323,21 @@ def test_it_reads_as_well_as_the_transformers_engine(engine: Engine, tmp_path: P
     assert right[0] >= right[1] - 0.01 * every
 
 
-def read(job: Job, engine: Engine, folder: Path, drawn: Sequence[samples.DrawnDocument]) -> list[evaluate.Verdict]:
-    """Return how an engine reads these documents, without Ray."""
+def read_with_engine(job: Job, engine: Engine, folder: Path, drawn: Sequence[samples.DrawnDocument]) -> list[evaluate.Verdict]:
+    """Return the verdicts on these documents, read by an engine without Ray."""
     render = RenderStage(replace(RenderPlan.of_job(job), root=folder, per_request=4), claim_all)
     rows = [row for one in drawn for row in render(make_listing_row(folder / one.name, folder))]
     render.close()
     stage = AskStage(job, engine)
 
-    async def all_at_once() -> list[Any]:
+    async def gather() -> list[Any]:
         return await asyncio.gather(*map(stage.answer_row, rows))
 
-    answers = {row["source"]: row for row in asyncio.run(all_at_once())}
-    return [verdict(one, answers[one.name]) for one in drawn]
+    answers = {row["source"]: row for row in asyncio.run(gather())}
+    return [judge_answer(one, answers[one.name]) for one in drawn]
 
 
-def verdict(one: samples.DrawnDocument, row: dict[str, Any]) -> evaluate.Verdict:
+def judge_answer(one: samples.DrawnDocument, row: dict[str, Any]) -> evaluate.Verdict:
     """Compare an answer with its document's truth."""
     valid = row["status"] == "extracted"
     record = {**json.loads(row["answer"]), "_failure": None} if valid else {"_failure": row["failure"]}
@@ -343,7 +348,7 @@ def verdict(one: samples.DrawnDocument, row: dict[str, Any]) -> evaluate.Verdict
 
 
 class Killer:
-    """Kills the core of an engine below this process, once, when it has answered something."""
+    """Kills the core process of an engine once, after a few requests are done."""
 
     def __init__(self) -> None:
         self.killed: list[int] = []

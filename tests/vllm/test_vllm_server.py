@@ -30,7 +30,7 @@ Pairs = list[tuple[dict[str, Any], dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def outputs(vllm_server: str, ray_session: object, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folders of two runs over the sample invoices: by the server, and by the engine `transformers`."""
+    """The folders of two runs over the sample invoices, by engine: `openai` with the server, and `transformers`."""
     settings = {"openai": [f"model.base_url={vllm_server}", "model.name=auto"], "transformers": ["model.name=demo"]}
     folder = tmp_path_factory.mktemp("out")
     for engine, given in settings.items():
@@ -38,21 +38,21 @@ def outputs(vllm_server: str, ray_session: object, tmp_path_factory: pytest.Temp
     return {engine: folder / engine for engine in settings}
 
 
-def rows(folder: Path, *names: str) -> Rows:
-    """Return a table's rows by what names them."""
+def read_rows(folder: Path, *names: str) -> Rows:
+    """Return a table's rows by the values of these columns."""
     return {tuple(row[name] for name in names): row for row in pq.read_table(folder).to_pylist()}
 
 
 @pytest.fixture(scope="module")
 def asked(outputs: dict[str, Path]) -> Pairs:
-    """Each request's row of the ledger, by the server and by the engine `transformers`."""
-    by_server, here = (rows(outputs[engine] / "requests", "source", "first_page") for engine in ("openai", "transformers"))
+    """Each request's ledger row, of the server and of the engine `transformers`."""
+    by_server, here = (read_rows(outputs[engine] / "requests", "source", "first_page") for engine in ("openai", "transformers"))
     assert len(by_server) >= 12
     assert by_server.keys() == here.keys()
     return [(by_server[key], here[key]) for key in by_server]
 
 
-def test_vllm_is_known_by_its_answers(outputs: dict[str, Path]) -> None:
+def test_vllm_is_recognized_by_its_list_of_models(outputs: dict[str, Path]) -> None:
     found = yaml.safe_load((outputs["openai"] / "job.yaml").read_text())
     model = found["job"]["model"]
     assert [model[key] for key in ("name", "server", "structure", "logprobs")] == ["demo", "vllm", "json_schema", True]
@@ -60,14 +60,14 @@ def test_vllm_is_known_by_its_answers(outputs: dict[str, Path]) -> None:
 
 
 def test_no_page_is_resampled(asked: Pairs) -> None:
-    """Each visual token beyond the plan, or below it, would be a token of the prompt."""
+    """A resampled page would have another number of visual tokens, and the prompt another number of tokens."""
     once = [(served, here) for served, here in asked if served["asks"] == here["asks"] == 1]
     assert len(once) >= 8
     assert [served["prompt_tokens"] for served, _ in once] == [here["prompt_tokens"] for _, here in once]
 
 
 def test_a_schema_that_cannot_constrain_fails_at_once(vllm_server: str) -> None:
-    """The server says so in the stream, after its 200."""
+    """The server reports it in the stream, after the status 200."""
     asked = Request(
         "k", prompt.build_messages("Read.", [np.zeros((448, 448, 3), np.uint8)]), '{"$ref": "elsewhere.json"}', Sampling(max_tokens=8)
     )

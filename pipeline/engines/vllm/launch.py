@@ -1,7 +1,7 @@
 """vLLM start: a job and a checkpoint become vLLM's engine arguments and a started engine; its error log explains a failed start.
 
 `collect_arguments` takes what the job sets, `build_engine_arguments` adds what the checkpoint and this package need, and
-`start_with_watch` starts vLLM and makes its processes end with this one. vLLM raises only general errors ("Engine core initialization
+`start_with_killer` starts vLLM and makes its processes end with this one. vLLM raises only general errors ("Engine core initialization
 failed"): the reason is in its log, which `configure_vllm_log` directs into a file and `read_reason_since` searches.
 """
 

@@ -1,4 +1,4 @@
-"""The synthetic documents: what is drawn, what their truth is, and the sample files made of them."""
+"""The synthetic documents: their drawing, their truth, and the sample files made from them."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ SAMPLES = [documents.draw_sample(seed, form, pages) for form, pages in KINDS for
 SCHEMAS = {form: schema.load_schema(ROOT / f"schemas/{form}.json") for form in ("invoice", "receipt")}
 
 
-def printed(sample: Sample) -> str:
+def join_runs(sample: Sample) -> str:
     return " ".join(run.text for sheet in sample.sheets for run in sheet.runs)
 
 
-def pages(data: bytes) -> list[Any]:
-    """Return a file's pages as the pipeline sees them under the jobs' budget."""
+def render_file(data: bytes) -> list[Any]:
+    """Return the pixels of a file's pages, rendered with the jobs' budget."""
     return [page.pixels for page in render_pages(data, RenderSettings())]
 
 
@@ -74,7 +74,7 @@ def test_the_sums_add_up() -> None:
 
 def test_every_text_of_the_truth_is_printed_and_so_is_every_amount() -> None:
     for sample in SAMPLES:
-        text = printed(sample)
+        text = join_runs(sample)
         digits = "".join(c for c in text if c.isdigit())
         for path, value in list_leaves(sample.truth):
             if isinstance(value, Decimal):
@@ -130,8 +130,8 @@ def test_a_pdf_s_text_layer_holds_what_is_printed(form: Form, count: int) -> Non
 
 def test_the_pipeline_renders_a_pdf_to_the_pixels_that_training_saw() -> None:
     for sample in SAMPLES[:3]:
-        (found,) = pages(drawing.draw_pdf(sample.sheets))
-        assert (found != drawing.rasterize_sheet(sample.sheets[0])).mean() < 0.005  # a glyph may fall to the next quarter of a pixel
+        (found,) = render_file(drawing.draw_pdf(sample.sheets))
+        assert (found != drawing.rasterize_sheet(sample.sheets[0])).mean() < 0.005  # a glyph may be placed a quarter of a pixel further
 
 
 def test_a_scan_is_of_the_same_size_and_slightly_turned() -> None:
@@ -162,17 +162,17 @@ def test_files_are_what_their_endings_say_and_keep_the_page_s_size() -> None:
     assert [one.name for one in drawn] == ["invoice-01.pdf", "invoice-02.tiff", "receipt-01.jpg", "receipt-02.png"]
     assert [Image.open(io.BytesIO(one.data)).format for one in drawn[1:]] == ["TIFF", "JPEG", "PNG"]
     for one in drawn:
-        assert [page.shape for page in pages(one.data)] == [(HEIGHT_PX, WIDTH_PX, 3)] * one.pages
+        assert [page.shape for page in render_file(one.data)] == [(HEIGHT_PX, WIDTH_PX, 3)] * one.pages
 
 
 def test_a_png_is_clean_and_a_tiff_a_scan_that_loses_nothing_more() -> None:
     _, tiff, _, png = samples.draw_documents(PLANS, HELD_OUT)
     sheet = documents.draw_sample(HELD_OUT + 3, "receipt").sheets[0]
-    assert np.array_equal(pages(png.data)[0], drawing.rasterize_sheet(sheet))
+    assert np.array_equal(render_file(png.data)[0], drawing.rasterize_sheet(sheet))
     scan, _ = drawing.simulate_scan(
         drawing.rasterize_sheet(documents.draw_sample(HELD_OUT + 1, "invoice", 2).sheets[0]), random.Random(f"scan/{HELD_OUT + 1}")
     )
-    assert np.abs(pages(tiff.data)[0].astype(int) - scan).max() <= 3  # a grey JPEG decodes to channels a shade apart
+    assert np.abs(render_file(tiff.data)[0].astype(int) - scan).max() <= 3  # a grey JPEG decodes to channels a shade apart
 
 
 def test_written_truth_reads_back_with_exact_money(tmp_path: Path) -> None:

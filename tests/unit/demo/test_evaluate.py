@@ -1,4 +1,4 @@
-"""The comparison that the demonstration model's accuracy rests on, with records made by hand."""
+"""The comparison of records with the truth, from which the demonstration model's accuracy is counted."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ TRUTH: dict[str, Any] = {
 DOCUMENT = DrawnDocument("receipt", "receipt-01.pdf", 1, b"", TRUTH)
 
 
-def record(**changes: Any) -> dict[str, Any]:
-    """A perfect row, as it comes back from Parquet, with changes."""
+def make_record(**changes: Any) -> dict[str, Any]:
+    """Return a correct row, as it is read from Parquet, with changes."""
     items = [
         {"description": "Juice", "quantity": 3.0, "amount": Decimal("49.02")},
         {"description": "Tea", "quantity": 1.0, "amount": Decimal("1.00")},
@@ -46,12 +46,12 @@ def record(**changes: Any) -> dict[str, Any]:
     return row | {"_failure": None, "_source": "x/receipt-01.pdf"} | changes
 
 
-def wrong(**changes: Any) -> list[str]:
-    return [leaf.path for leaf in compare_values("receipt", TRUTH, record(**changes)) if not leaf.is_right]
+def list_wrong_paths(**changes: Any) -> list[str]:
+    return [leaf.path for leaf in compare_values("receipt", TRUTH, make_record(**changes)) if not leaf.is_right]
 
 
 def test_a_perfect_record_is_flawless_and_counts_each_value() -> None:
-    verdict = judge_record(DOCUMENT, record())
+    verdict = judge_record(DOCUMENT, make_record())
     assert verdict.is_flawless
     assert len(verdict.leaves) == 4 + 2 * 3
 
@@ -67,19 +67,21 @@ def test_a_perfect_record_is_flawless_and_counts_each_value() -> None:
     ],
 )
 def test_one_wrong_value_is_one_wrong_leaf(name: str, value: Any) -> None:
-    assert wrong(**{name: value}) == [f"$.{name}"]
+    assert list_wrong_paths(**{name: value}) == [f"$.{name}"]
 
 
 def test_a_missing_line_item_makes_each_of_its_values_wrong() -> None:
-    assert wrong(line_items=record()["line_items"][:1]) == [f"$.line_items[1].{name}" for name in ("description", "quantity", "amount")]
+    assert list_wrong_paths(line_items=make_record()["line_items"][:1]) == [
+        f"$.line_items[1].{name}" for name in ("description", "quantity", "amount")
+    ]
 
 
 def test_a_line_item_too_many_makes_each_of_its_values_wrong() -> None:
-    assert len(wrong(line_items=record()["line_items"] * 2)) == 2 * 3
-    assert len(list(compare_values("receipt", TRUTH, record(line_items=record()["line_items"] * 2)))) == 4 + 4 * 3
+    assert len(list_wrong_paths(line_items=make_record()["line_items"] * 2)) == 2 * 3
+    assert len(list(compare_values("receipt", TRUTH, make_record(line_items=make_record()["line_items"] * 2)))) == 4 + 4 * 3
 
 
-@pytest.mark.parametrize("row", [None, record(_failure={"stage": "generate", "kind": "length", "message": ""})])
+@pytest.mark.parametrize("row", [None, make_record(_failure={"stage": "generate", "kind": "length", "message": ""})])
 def test_without_a_valid_record_everything_is_wrong_even_what_is_null(row: dict[str, Any] | None) -> None:
     verdict = judge_record(DOCUMENT, row)
     assert [leaf.is_right for leaf in verdict.leaves] == [False] * 10
@@ -102,8 +104,8 @@ def test_values_are_the_same_if_they_mean_the_same(wanted: Any, found: Any, equa
 
 
 def test_the_summary_counts_by_field_and_by_failure() -> None:
-    failed = record(_failure={"stage": "generate", "kind": "length", "message": ""})
-    verdicts = [judge_record(DOCUMENT, record(total=None)), judge_record(replace(DOCUMENT, name="receipt-02.pdf"), failed)]
+    failed = make_record(_failure={"stage": "generate", "kind": "length", "message": ""})
+    verdicts = [judge_record(DOCUMENT, make_record(total=None)), judge_record(replace(DOCUMENT, name="receipt-02.pdf"), failed)]
     text = summarize_verdicts(verdicts, pages=2, elapsed_s=3.0)
     assert "values exactly right         45.00 %  (9 of 20)" in text
     assert "generate/length: 1" in text
@@ -112,7 +114,9 @@ def test_the_summary_counts_by_field_and_by_failure() -> None:
 
 
 def test_mistakes_name_the_document_the_place_and_both_values() -> None:
-    assert evaluate.list_mistakes([judge_record(DOCUMENT, record(total=Decimal("5.00")))]) == "receipt-01.pdf $.total: 50.02 read as 5.00"
+    assert (
+        evaluate.list_mistakes([judge_record(DOCUMENT, make_record(total=Decimal("5.00")))]) == "receipt-01.pdf $.total: 50.02 read as 5.00"
+    )
 
 
 def test_the_plan_holds_the_promised_shares() -> None:
@@ -128,7 +132,7 @@ def test_evaluation_draws_other_seeds_than_the_samples() -> None:
 
 
 class PerfectRun:
-    """Stands in for `flow.run`: settles as if the model had read every document perfectly, but for the one that is lost.
+    """Stands in for `flow.run`: settles as if the model had read every document perfectly, except one that is lost.
 
     The real one starts Ray and a model, which the end-to-end test does.
     """

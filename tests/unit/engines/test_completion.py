@@ -1,4 +1,4 @@
-"""Loops: what is one, what only looks like one, and how its failure names it."""
+"""Loop detection: what is a loop, what is not, and the message of its failure."""
 
 import pytest
 from hypothesis import given, settings
@@ -28,7 +28,7 @@ def test_a_loop_is_a_pattern_repeated_to_the_letter_and_to_the_end(tokens: list[
 
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=160), st.integers(490, 700), st.lists(st.integers(0, 1), max_size=8))
 @settings(derandomize=True, max_examples=60, deadline=None)
-def test_what_is_found_is_what_trying_every_period_finds(pattern: list[int], length: int, before: list[int]) -> None:
+def test_the_period_found_is_that_of_an_exhaustive_search(pattern: list[int], length: int, before: list[int]) -> None:
     tokens = before + (pattern * length)[:length]
     tails = {period: tokens[-max(512, 4 * period) :] for period in range(1, LOOP_PERIOD + 1)}
     periods = [period for period, tail in tails.items() if len(tail) >= max(512, 4 * period) and tail[period:] == tail[:-period]]

@@ -1,4 +1,4 @@
-"""A checkpoint in an object store is copied to a machine once, whole, and is missed before anything starts."""
+"""Checkpoints in an object store: copied once, as a whole, and refused before a run starts if they are missing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILES = {"config.json": b"{}", "model.safetensors": b"weights", "pytorch_model.b
 
 @pytest.fixture
 def uri(bucket: s3.Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A place in S3 for a checkpoint, and a cache of this test's own."""
+    """The S3 address of a checkpoint, with a cache folder of this test's own."""
     monkeypatch.setenv(model_cache.CACHE_ENV, str(tmp_path / "cache"))
     monkeypatch.delenv(model_cache.OFFLINE_ENV, raising=False)
     for name, data in FILES.items():
@@ -32,7 +32,7 @@ def uri(bucket: s3.Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.fixture
 def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is fetched, in this order."""
+    """The names of the files that are downloaded, in order."""
     fetched: list[str] = []
     download = object_store.download_object
 
@@ -44,8 +44,8 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return fetched
 
 
-def left(tmp_path: Path) -> list[str]:
-    """Return what lies in the cache, the locks left out."""
+def list_cache(tmp_path: Path) -> list[str]:
+    """Return the names in the cache folder, without the locks."""
     return sorted(name for name in os.listdir(tmp_path / "cache" / "models") if not name.endswith(".lock"))
 
 
@@ -62,11 +62,11 @@ def test_actors_that_start_together_copy_once(uri: str, downloads: list[str], tm
     for thread in threads:
         thread.join()
     assert found == [model_cache.find_copy_folder(uri, revision)] * 4
-    assert (sorted(downloads), left(tmp_path)) == (["config.json", "model.safetensors"], [found[0].name])
+    assert (sorted(downloads), list_cache(tmp_path)) == (["config.json", "model.safetensors"], [found[0].name])
 
 
-def test_a_copy_that_breaks_off_is_none(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it leaves is cleared away by the next."""
+def test_an_interrupted_copy_is_not_used(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next attempt removes what it left."""
     download, revision = object_store.download_object, model_cache.resolve_store_revision(uri)
 
     def cut(url: str, file: Path) -> None:
@@ -78,16 +78,16 @@ def test_a_copy_that_breaks_off_is_none(uri: str, tmp_path: Path, monkeypatch: p
         model_cache.copy_checkpoint(uri, revision)
     assert not model_cache.find_copy_folder(uri, revision).exists()
     monkeypatch.setattr(object_store, "download_object", download)
-    assert left(tmp_path) != [model_cache.copy_checkpoint(uri, revision).name] == left(tmp_path)
+    assert list_cache(tmp_path) != [model_cache.copy_checkpoint(uri, revision).name] == list_cache(tmp_path)
 
 
-def test_a_file_that_comes_short_is_noticed(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_truncated_download_is_an_error(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_store, "download_object", lambda url, file: file.write_bytes(b""))
     with pytest.raises(RunError, match=r"config\.json has 2 bytes, but 0 were received"):
         model_cache.copy_checkpoint(uri, model_cache.resolve_store_revision(uri))
 
 
-def test_another_checkpoint_has_another_revision_and_place(uri: str, bucket: s3.Bucket, tmp_path: Path) -> None:
+def test_a_changed_checkpoint_has_another_revision_and_folder(uri: str, bucket: s3.Bucket, tmp_path: Path) -> None:
     before = model_cache.resolve_store_revision(uri)
     first = model_cache.copy_checkpoint(uri, before)
     bucket.put(f"{tmp_path.name}/model/model.safetensors", b"WEIGHTS")
@@ -109,26 +109,26 @@ def test_offline_the_copy_is_used_and_nothing_else(uri: str, monkeypatch: pytest
     monkeypatch.delenv(model_cache.OFFLINE_ENV)
     copy = model_cache.copy_checkpoint(uri, model_cache.resolve_store_revision(uri))
     monkeypatch.setenv(model_cache.OFFLINE_ENV, "1")
-    monkeypatch.setattr(object_store, "list_objects", None)  # whoever calls it, fails
+    monkeypatch.setattr(object_store, "list_objects", None)  # a call would fail
     assert model_cache.copy_checkpoint(uri, model_cache.resolve_store_revision(uri)) == copy
 
 
-# --- in a job
+# --- In a job
 
 
-def job(workspace: Workspace, uri: str, *settings: str) -> Job:
+def make_job(workspace: Workspace, uri: str, *settings: str) -> Job:
     return workspace.job(f"model.name={uri}", "model.without_gpu=cpu", *settings)
 
 
-def test_a_place_without_a_checkpoint_is_refused(workspace: Workspace, uri: str) -> None:
+def test_an_address_without_a_checkpoint_is_refused(workspace: Workspace, uri: str) -> None:
     with pytest.raises(JobError, match=r"model\.name is 's3://.*/nowhere', which holds no checkpoint \(no config\.json\)"):
-        engines.check_engine(job(workspace, f"{uri}/nowhere"))
+        engines.check_engine(make_job(workspace, f"{uri}/nowhere"))
     with pytest.raises(JobError, match=r"the model s3://another/model cannot be listed: The specified bucket does not exist"):
-        engines.check_engine(job(workspace, "s3://another/model"))
+        engines.check_engine(make_job(workspace, "s3://another/model"))
 
 
-def test_a_models_revision_belongs_to_the_key_of_a_request(workspace: Workspace, uri: str) -> None:
-    asked = job(workspace, uri)
+def test_a_models_revision_is_part_of_the_fingerprint(workspace: Workspace, uri: str) -> None:
+    asked = make_job(workspace, uri)
     found = engines.resolve_engine(asked, 0.0)
     assert found.sections.model.revision == model_cache.resolve_store_revision(uri)
     assert found.fingerprint != asked.fingerprint
@@ -140,4 +140,4 @@ def test_a_hub_id_without_a_copy_is_refused_offline(workspace: Workspace, tmp_pa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(JobError, match=r"model\.name is 'nobody/nothing', neither a folder nor known to the hub: .*"):
-        engines.resolve_engine(job(workspace, "nobody/nothing"), 0.0)
+        engines.resolve_engine(make_job(workspace, "nobody/nothing"), 0.0)

@@ -1,4 +1,4 @@
-"""Which model answers here, and what is refused before one is loaded."""
+"""Which model a job is resolved to, and which jobs are refused before a model is loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.workspace import SCHEMA, Workspace
 HUB = "model.name=Qwen/Qwen2.5-VL-7B-Instruct-AWQ"
 
 
-# --- which model
+# --- Which model
 
 
 @pytest.mark.parametrize("policy", ["stop", "demo", "cpu"])
@@ -27,7 +27,7 @@ def test_with_a_gpu_the_jobs_model_answers(workspace: Workspace, policy: str) ->
     assert engines.resolve_engine(job, 1.0) is job
 
 
-def test_without_a_gpu_the_demonstration_takes_its_place(workspace: Workspace) -> None:
+def test_without_a_gpu_the_demonstration_model_replaces_it(workspace: Workspace) -> None:
     chosen = engines.resolve_engine(workspace.job(HUB, "model.without_gpu=demo", "model.lora=adapter"), 0.0)
     model = chosen.sections.model
     assert (model.name, model.revision, model.lora) == ("demo", __version__, None)
@@ -38,7 +38,7 @@ def test_without_a_gpu_the_jobs_model_may_run_on_the_cpu(workspace: Workspace) -
     assert engines.resolve_engine(job, 0.0) is job
 
 
-def test_without_a_gpu_and_a_way_out_the_job_is_refused(workspace: Workspace) -> None:
+def test_without_a_gpu_and_without_gpu_unset_the_job_is_refused(workspace: Workspace) -> None:
     with pytest.raises(JobError, match=r"there is no GPU for Qwen/.*; set model\.without_gpu to demo .* or cpu"):
         engines.resolve_engine(workspace.job(HUB), 0.0)
 
@@ -55,19 +55,19 @@ def test_the_choice_changes_nothing_else(workspace: Workspace) -> None:
     assert chosen.fingerprint != job.fingerprint
 
 
-def test_two_ways_to_the_demonstration_ask_the_same(workspace: Workspace) -> None:
+def test_the_demonstration_model_has_one_fingerprint(workspace: Workspace) -> None:
     named, fallen_back = workspace.job(), workspace.job(HUB, "model.without_gpu=demo")
     assert engines.resolve_engine(named, 0.0).fingerprint == engines.resolve_engine(fallen_back, 0.0).fingerprint
 
 
-# --- what is refused
+# --- What is refused
 
 
 def test_a_schema_within_the_grammar_leaves_nothing_to_the_validator(workspace: Workspace) -> None:
     assert engines.check_engine(workspace.job()) == ()
 
 
-def test_what_the_grammar_leaves_to_the_validator_is_said(workspace: Workspace) -> None:
+def test_keywords_left_to_the_validator_are_reported(workspace: Workspace) -> None:
     lines = SCHEMA["properties"]["lines"] | {"uniqueItems": True}  # type: ignore[index]
     (workspace.folder / "schema.json").write_text(json.dumps(SCHEMA | {"properties": SCHEMA["properties"] | {"lines": lines}}))  # type: ignore[operator]
     assert engines.check_engine(workspace.job()) == ("not enforced while decoding: /properties/lines/uniqueItems",)
@@ -80,23 +80,23 @@ def test_a_folder_without_a_checkpoint_is_refused(workspace: Workspace) -> None:
 
 
 @pytest.mark.parametrize("name", ["./gone", "/gone", "~/gone"])
-def test_a_path_that_leads_nowhere_is_refused(workspace: Workspace, name: str) -> None:
+def test_a_missing_path_is_refused(workspace: Workspace, name: str) -> None:
     with pytest.raises(JobError, match="holds no checkpoint"):
         engines.check_engine(workspace.job(f"model.name={name}"))
 
 
-def test_a_hub_id_is_taken_on_trust(workspace: Workspace) -> None:
+def test_a_hub_id_is_not_checked(workspace: Workspace) -> None:
     assert engines.check_engine(workspace.job(HUB)) == ()
 
 
-# --- where it lies
+# --- Where the model is
 
 
 def test_a_models_folder_is_relative_to_the_job(workspace: Workspace) -> None:
     assert engines.find_model_folder(workspace.job("model.name=./mine")) == workspace.folder / "mine"
 
 
-def test_the_demonstration_lies_in_the_package(workspace: Workspace) -> None:
+def test_the_demonstration_model_is_in_the_package(workspace: Workspace) -> None:
     assert engines.find_model_folder(workspace.job()) == DEMO_CHECKPOINT
 
 
