@@ -20,9 +20,9 @@ from pipeline.schema import prompt
 from pipeline.schema.grammar import Vocabulary
 from tests.support import tiny_checkpoint
 from tests.support.pdfs import draw_corners, make_page_pdf
-from tests.unit.render.test_document import BUDGET, SHAPES, first
-from tests.unit.schema.test_grammar import INVOICE, allowed
-from tests.unit.schema.test_properties import TEXTS, tried
+from tests.unit.render.test_document import BUDGET, SHAPES, render_first
+from tests.unit.schema.test_grammar import INVOICE, find_allowed_tokens
+from tests.unit.schema.test_properties import TEXTS, with_examples
 from tests.unit.test_budget import DEFAULT, PT, PX, budgets
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -63,7 +63,7 @@ def test_smart_resize_is_qwen_vl_utils(height: int, width: int, low: int, high: 
 
 @pytest.mark.parametrize(("width", "height"), SHAPES)
 def test_qwens_processor_returns_the_same_pixels(width: float, height: float) -> None:
-    page = first(make_page_pdf(width, height, draw_corners(width, height, 5) + b" BT /F 8 Tf 12 6 Td (Hello) Tj ET"))
+    page = render_first(make_page_pdf(width, height, draw_corners(width, height, 5) + b" BT /F 8 Tf 12 6 Td (Hello) Tj ET"))
     processor = Qwen2VLImageProcessor(min_pixels=BUDGET.min_pixels, max_pixels=BUDGET.max_pixels)
     seen = processor(images=[page.pixels], return_tensors="pt")
     _, rows, columns = seen["image_grid_thw"][0].tolist()
@@ -92,7 +92,7 @@ def control_tokens(encoder: Encoder, text: str, answer: str, error: str) -> list
     return [token for token in encoder.encode(messages).ids if token in control]
 
 
-@tried(150)
+@with_examples(150)
 @given(TEXTS, TEXTS, TEXTS)
 def test_no_text_becomes_a_control_token(encoder: Encoder, text: str, answer: str, error: str) -> None:
     assert control_tokens(encoder, text, answer, error) == control_tokens(encoder, "a", "b", "c")
@@ -104,6 +104,6 @@ def test_the_published_tokenizers_padding_and_control_tokens_are_masked() -> Non
 
     words = AutoTokenizer.from_pretrained(SHARED / "qwen2.5-vl-7b-awq")
     vocabulary = Vocabulary(words.backend_tokenizer.to_str(), size=152_064, eos_ids=[151_645, 151_643])
-    free = allowed(vocabulary, vocabulary.start_constraint(""))
+    free = find_allowed_tokens(vocabulary, vocabulary.start_constraint(""))
     assert {token for token in free if token >= 151_643} == {151_643, 151_645}
     assert words.decode(vocabulary.start_constraint(INVOICE).take_forced_tokens()).startswith('{"seller_name')

@@ -1,4 +1,4 @@
-"""A renderer that hangs, crashes or balloons costs its own page, and nothing of it stays behind."""
+"""Render sandbox: a child that hangs, crashes or exceeds its memory costs one page, and no process is left behind."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def open_document(data, settings):
 
 serve_parent(int(sys.argv[1]), open_document)
 """
-"""A renderer whose document is what it does at every page but the first."""
+"""A worker whose documents are Python code, which it executes for every page but the first."""
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +63,14 @@ def stub(tmp_path: Path) -> Iterator[Sandbox]:
         yield sandbox
 
 
-def kind_of(sandbox: Sandbox, page_no: int) -> str:
+def find_failure_kind(sandbox: Sandbox, page_no: int) -> str:
     with pytest.raises(DocumentError) as caught:
         list(sandbox.draw_pages(page_no, page_no))
     return caught.value.kind
 
 
-def ended(pid: int) -> bool:
-    """Wait until a process that is not our child has ended."""
+def wait_for_end(pid: int) -> bool:
+    """Wait at most 5 s for a process that is not a child of this one to end, and return whether it has."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -125,8 +125,8 @@ def test_a_renderer_that_dies_costs_one_page(stub: Sandbox, harm: str, kind: str
     stub.open(harm.encode())
     assert stub.child is not None
     pid = stub.child.pid
-    assert kind_of(stub, 2) == kind
-    assert ended(pid)
+    assert find_failure_kind(stub, 2) == kind
+    assert wait_for_end(pid)
     assert next(stub.draw_pages(1)).page_no == 1
 
 
@@ -194,14 +194,14 @@ def test_what_a_renderer_sends_instead_of_a_page_costs_one_page(stub: Sandbox) -
         b"import socket; from pipeline.render.protocol import send_message; "
         b"send_message(socket.socket(fileno=os.dup(int(sys.argv[1]))), {'a': 1})"
     )
-    assert kind_of(stub, 2) == "crash"
+    assert find_failure_kind(stub, 2) == "crash"
     assert next(stub.draw_pages(1)).page_no == 1
 
 
 @pytest.mark.parametrize("lengths", [(2**31, 0), (2, 2**40)])
 def test_a_renderer_cannot_make_its_parent_hold_more_than_a_page(stub: Sandbox, lengths: tuple[int, int]) -> None:
     stub.open(f"import struct; os.write(int(sys.argv[1]), struct.pack('>IQ', *{lengths}) + b'{{}}' * 99)".encode())
-    assert kind_of(stub, 2) == "crash"
+    assert find_failure_kind(stub, 2) == "crash"
 
 
 def test_a_long_message_is_cut(stub: Sandbox) -> None:
@@ -215,7 +215,7 @@ def test_a_renderer_that_goes_on_talking_is_killed(stub: Sandbox) -> None:
         b"import time; fd = int(sys.argv[1]); os.write(fd, bytes(2) + b'A' + bytes(9))\nwhile True: os.write(fd, b' '), time.sleep(.01)"
     )
     stub.settings = RenderSettings(timeout_s=0.5)
-    assert kind_of(stub, 2) == "timeout"
+    assert find_failure_kind(stub, 2) == "timeout"
 
 
 def test_a_renderer_has_a_limit_of_cpu_time_of_its_own(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_a_renderer_has_a_limit_of_cpu_time_of_its_own(tmp_path: Path) -> None:
         sandbox.start_child()
         sandbox.settings = RenderSettings(timeout_s=60)
         sandbox.open(make_endless_pdf())
-        assert kind_of(sandbox, 1) == "timeout"
+        assert find_failure_kind(sandbox, 1) == "timeout"
         assert "CPU" in sandbox.deaths[0].message
 
 
@@ -232,8 +232,8 @@ def test_a_renderer_that_hangs_is_killed(stub: Sandbox) -> None:
     stub.open(b"while True: pass")
     assert stub.child is not None
     pid = stub.child.pid
-    assert kind_of(stub, 2) == "timeout"
-    assert ended(pid)
+    assert find_failure_kind(stub, 2) == "timeout"
+    assert wait_for_end(pid)
     assert stub.open(b"pass") == 9
 
 
@@ -247,7 +247,7 @@ def test_an_interrupted_call_leaves_no_answer_behind(stub: Sandbox) -> None:
 
 def test_a_document_that_ends_every_renderer_is_given_up(stub: Sandbox) -> None:
     stub.open(b"os.abort()")
-    assert [kind_of(stub, page_no) for page_no in range(2, 6)] == ["crash"] * 4
+    assert [find_failure_kind(stub, page_no) for page_no in range(2, 6)] == ["crash"] * 4
     assert len(stub.deaths) == module.DEATHS_PER_DOCUMENT
 
 
@@ -264,14 +264,14 @@ def test_a_document_whose_pages_are_all_slow_is_given_up(stub: Sandbox) -> None:
 def test_a_real_page_without_end_times_out() -> None:
     with Sandbox(RenderSettings(timeout_s=1)) as sandbox:
         assert sandbox.open(make_endless_pdf()) == 1
-        assert kind_of(sandbox, 1) == "timeout"
+        assert find_failure_kind(sandbox, 1) == "timeout"
 
 
 @pytest.mark.parametrize(("mode", "kind", "options"), [("L", "PNG", {}), ("RGBA", "PNG", {}), ("L", "JPEG", {"progressive": True})])
 def test_a_real_image_larger_than_the_memory_allowed_fails(mode: str, kind: str, options: dict[str, bool]) -> None:
     with Sandbox(RenderSettings(memory_bytes=16 * 2**20)) as sandbox:
         sandbox.open(encode_image(Image.new(mode, (5000, 5000)), kind, **options))
-        assert kind_of(sandbox, 1) == "memory"
+        assert find_failure_kind(sandbox, 1) == "memory"
         assert sandbox.open(make_page_pdf()) == 1
 
 
@@ -355,7 +355,7 @@ ATTEMPTS = {
 @pytest.mark.parametrize("attempt", ATTEMPTS.values(), ids=ATTEMPTS)
 def test_the_child_is_confined(stub: Sandbox, attempt: str) -> None:
     stub.open(attempt.encode())
-    assert kind_of(stub, 2) == "crash"
+    assert find_failure_kind(stub, 2) == "crash"
 
 
 ORPHAN = """
@@ -384,7 +384,7 @@ def test_the_child_dies_with_its_parent_in_the_middle_of_a_page(how: str) -> Non
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     parent = subprocess.run([sys.executable, "-c", ORPHAN, *how.split()], capture_output=True, text=True, check=False, env=environment)
     assert parent.returncode == (1 if "exit" in how else -signal.SIGKILL)
-    assert ended(int(parent.stdout))
+    assert wait_for_end(int(parent.stdout))
 
 
 @pytest.mark.skipif(not PDFJS.exists(), reason="the shared corpora are not here")

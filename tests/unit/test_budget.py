@@ -1,4 +1,4 @@
-"""Canvases are what Qwen's processor would choose, and stay what they are when it looks again."""
+"""Pixel budget: a canvas has the size that Qwen's image processor would choose, and the processor does not resize it again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the grammar allows, forces and leaves to the validator. No model: a tokenizer is enough."""
+"""Grammar: what it allows, what it forces and what it leaves to the validator. Needs a tokenizer and no model."""
 
 from __future__ import annotations
 
@@ -31,44 +31,44 @@ def vocabulary() -> Vocabulary:
     return Vocabulary(WORDS.to_str(), size=VOCABULARY, eos_ids=[END])
 
 
-def allowed(vocabulary: Vocabulary, constraint: Constraint) -> set[int]:
+def find_allowed_tokens(vocabulary: Vocabulary, constraint: Constraint) -> set[int]:
     masks = vocabulary.compute_masks([constraint])
     return set(np.flatnonzero(np.unpackbits(masks.view(np.uint8), bitorder="little")).tolist())
 
 
-def accepts(vocabulary: Vocabulary, schema: str, text: str) -> bool:
-    """Write a text token by token and say whether the grammar lets it stand as a whole answer."""
+def is_accepted(vocabulary: Vocabulary, schema: str, text: str) -> bool:
+    """Return whether the grammar accepts a text, token by token, as a complete answer."""
     constraint = vocabulary.start_constraint(schema)
     for token in WORDS.encode(text).ids:
-        if token not in allowed(vocabulary, constraint):
+        if token not in find_allowed_tokens(vocabulary, constraint):
             return False
         constraint.accept_token(token)
-    return constraint.is_done or END in allowed(vocabulary, constraint)
+    return constraint.is_done or END in find_allowed_tokens(vocabulary, constraint)
 
 
 @pytest.mark.parametrize("text", ['{"total":1}', '{"total":-0.5}', '{"total":12.34}', '{"total":0}'])
 def test_what_fits_can_be_written(vocabulary: Vocabulary, text: str) -> None:
-    assert accepts(vocabulary, TOTAL, text)
+    assert is_accepted(vocabulary, TOTAL, text)
 
 
 @pytest.mark.parametrize("text", ['{"total":1.234}', '{"total":1e2}', '{"total":"1"}', '{"total":null}', "{}", '{"total":1,"x":2}'])
 def test_what_does_not_fit_cannot_be_written(vocabulary: Vocabulary, text: str) -> None:
-    assert not accepts(vocabulary, TOTAL, text)
+    assert not is_accepted(vocabulary, TOTAL, text)
 
 
 @pytest.mark.parametrize("text", [' {"total":1}', '{"total": 1}', '{ "total":1}', '{"total":1\n}'])
 def test_no_whitespace_can_be_written_between_tokens(vocabulary: Vocabulary, text: str) -> None:
-    assert not accepts(vocabulary, TOTAL, text)
+    assert not is_accepted(vocabulary, TOTAL, text)
 
 
 def test_a_schema_cannot_allow_itself_whitespace(vocabulary: Vocabulary) -> None:
     schema = json.dumps({**json.loads(TOTAL), "x-guidance": {"whitespace_flexible": True, "lenient": True}})
-    assert not accepts(vocabulary, schema, '{"total": 1}')
+    assert not is_accepted(vocabulary, schema, '{"total": 1}')
 
 
 def test_dates_are_dates(vocabulary: Vocabulary) -> None:
     days = {"2024-02-29": True, "2024-02-30": False, "2024-13-01": False, "29.02.2024": False}
-    assert {day: accepts(vocabulary, '{"type": "string", "format": "date"}', f'"{day}"') for day in days} == days
+    assert {day: is_accepted(vocabulary, '{"type": "string", "format": "date"}', f'"{day}"') for day in days} == days
 
 
 def test_forced_text_is_known_without_a_model_and_uses_the_longest_tokens(vocabulary: Vocabulary) -> None:
@@ -87,7 +87,7 @@ def test_added_tokens_that_are_text_may_be_written_and_control_tokens_never(voca
     constraint = vocabulary.start_constraint('{"type": "string"}')
     constraint.take_forced_tokens()
     control, ordinary = ({WORDS.token_to_id(token) for token in tokens} for tokens in (CONTROL, ORDINARY))
-    inside = allowed(vocabulary, constraint)
+    inside = find_allowed_tokens(vocabulary, constraint)
     assert not control & inside
     assert {WORDS.token_to_id(text) for text in ("null", "Return the JSON object for this document.")} <= ordinary & inside
 
@@ -95,13 +95,13 @@ def test_added_tokens_that_are_text_may_be_written_and_control_tokens_never(voca
 def test_free_text_may_be_anything_but_control_tokens_and_padding(vocabulary: Vocabulary) -> None:
     real = set(range(WORDS.get_vocab_size()))
     control = {WORDS.token_to_id(token) for token in CONTROL}
-    assert allowed(vocabulary, vocabulary.start_constraint("")) == real - control | {END}
+    assert find_allowed_tokens(vocabulary, vocabulary.start_constraint("")) == real - control | {END}
 
 
 def test_token_ids_beyond_the_tokenizer_are_never_allowed(vocabulary: Vocabulary) -> None:
     assert WORDS.get_vocab_size() < VOCABULARY
     for schema in ("", TOTAL, "{}"):
-        assert max(allowed(vocabulary, vocabulary.start_constraint(schema))) < WORDS.get_vocab_size()
+        assert max(find_allowed_tokens(vocabulary, vocabulary.start_constraint(schema))) < WORDS.get_vocab_size()
 
 
 def test_a_batch_mixes_schemas(vocabulary: Vocabulary) -> None:
@@ -112,9 +112,9 @@ def test_a_batch_mixes_schemas(vocabulary: Vocabulary) -> None:
 
 def test_answers_to_one_schema_do_not_move_each_other(vocabulary: Vocabulary) -> None:
     one, other = vocabulary.start_constraint(TOTAL), vocabulary.start_constraint(TOTAL)
-    before = allowed(vocabulary, other)
+    before = find_allowed_tokens(vocabulary, other)
     one.accept_token(WORDS.token_to_id("{"))
-    assert allowed(vocabulary, other) == before
+    assert find_allowed_tokens(vocabulary, other) == before
 
 
 def test_a_token_that_does_not_fit_fails_the_answer(vocabulary: Vocabulary) -> None:
@@ -132,7 +132,7 @@ def test_random_answers_to_the_shipped_schemas_validate(vocabulary: Vocabulary, 
         while not constraint.is_done:
             written += constraint.take_forced_tokens()
             if not constraint.is_done:
-                options = sorted(allowed(vocabulary, constraint))
+                options = sorted(find_allowed_tokens(vocabulary, constraint))
                 short = [token for token in options if WORDS.decode([token]) in ('"', "null", "]", "}", ".")]
                 written.append(int(chance.choice(short or options)))
                 constraint.accept_token(written[-1])
@@ -157,9 +157,9 @@ def test_what_only_forbids_is_left_to_the_validator_and_said(schema: dict[str, o
 
 def test_leaving_a_keyword_out_allows_more_and_keeps_the_rest(vocabulary: Vocabulary) -> None:
     schema = '{"type": "array", "items": {"type": "integer", "not": {"const": 3}}, "uniqueItems": true}'
-    assert accepts(vocabulary, schema, "[1,2]")
-    assert accepts(vocabulary, schema, "[3,3]")
-    assert not accepts(vocabulary, schema, '["1"]')
+    assert is_accepted(vocabulary, schema, "[1,2]")
+    assert is_accepted(vocabulary, schema, "[3,3]")
+    assert not is_accepted(vocabulary, schema, '["1"]')
 
 
 def test_unique_items_that_need_not_be_unique_are_no_news() -> None:

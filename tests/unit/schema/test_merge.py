@@ -1,4 +1,4 @@
-"""Parts of a document -> one value. Properties first, then the cases that name a rule."""
+"""Merging the parts of a document into one value: first properties that hold for all values, then one case per rule."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ VALUES = st.fixed_dictionaries(
 )
 
 
-def parts(*values: Any) -> list[Part]:
+def make_parts(*values: Any) -> list[Part]:
     """Return the values as parts of four pages each."""
     return [Part(4 * n + 1, 4 * n + 4, value) for n, value in enumerate(values)]
 
 
-def merged(*values: Any) -> Any:
-    return merge_parts(SCHEMA, parts(*values)).value
+def merge_values(*values: Any) -> Any:
+    return merge_parts(SCHEMA, make_parts(*values)).value
 
 
-# --- what holds for all parts
+# --- properties
 
 
 @given(VALUES)
 def test_one_part_is_unchanged(value: Any) -> None:
-    result = merge_parts(SCHEMA, parts(value))
+    result = merge_parts(SCHEMA, make_parts(value))
     assert result.value == value
     assert result.disagreements == ()
 
@@ -62,19 +62,19 @@ def test_one_part_is_unchanged(value: Any) -> None:
 @given(st.lists(VALUES, min_size=1, max_size=4))
 def test_lists_are_joined_in_page_order_and_lose_nothing(values: list[Any]) -> None:
     joined = [item for value in values for item in value.get("items") or []]
-    assert (merged(*values).get("items") or []) == joined
+    assert (merge_values(*values).get("items") or []) == joined
 
 
 @given(st.lists(VALUES, min_size=1, max_size=4))
 def test_a_scalar_is_the_first_one_given(values: list[Any]) -> None:
     given_ones = [value["number"] for value in values if value.get("number") is not None]
-    assert merged(*values).get("number") == (given_ones[0] if given_ones else None)
+    assert merge_values(*values).get("number") == (given_ones[0] if given_ones else None)
 
 
 @given(st.lists(VALUES, min_size=1, max_size=4))
 def test_a_scalar_that_is_not_kept_is_recorded_with_its_page(values: list[Any]) -> None:
-    result = merge_parts(SCHEMA, parts(*values))
-    for part in parts(*values):
+    result = merge_parts(SCHEMA, make_parts(*values))
+    for part in make_parts(*values):
         total = part.value.get("total")
         recorded = {(d.other, d.other_page) for d in result.disagreements if d.path == "$.total"}
         assert total in (None, result.value.get("total")) or (total, part.first_page) in recorded
@@ -82,51 +82,51 @@ def test_a_scalar_that_is_not_kept_is_recorded_with_its_page(values: list[Any]) 
 
 @given(VALUES, VALUES, VALUES)
 def test_merging_a_merged_part_changes_nothing(one: Any, two: Any, three: Any) -> None:
-    assert merged(merged(one, two), three) == merged(one, two, three) == merged(one, merged(two, three))
+    assert merge_values(merge_values(one, two), three) == merge_values(one, two, three) == merge_values(one, merge_values(two, three))
 
 
 @given(VALUES)
 def test_equal_parts_never_disagree(value: Any) -> None:
-    assert merge_parts(SCHEMA, parts(value, value)).disagreements == ()
+    assert merge_parts(SCHEMA, make_parts(value, value)).disagreements == ()
 
 
 # --- the rules one by one
 
 
 def test_a_disagreement_names_both_values_and_pages() -> None:
-    result = merge_parts(SCHEMA, parts({"seller": {"name": "A"}}, {"seller": None}, {"seller": {"name": "B"}}))
+    result = merge_parts(SCHEMA, make_parts({"seller": {"name": "A"}}, {"seller": None}, {"seller": {"name": "B"}}))
     assert result.value == {"seller": {"name": "A"}}
     assert result.disagreements == (Disagreement("$.seller.name", "A", 1, "B", 9),)
 
 
 def test_equal_items_of_a_list_are_kept() -> None:
-    assert merged({"items": [{"n": 1}]}, {"items": [{"n": 1}]}) == {"items": [{"n": 1}, {"n": 1}]}
+    assert merge_values({"items": [{"n": 1}]}, {"items": [{"n": 1}]}) == {"items": [{"n": 1}, {"n": 1}]}
 
 
 def test_numbers_that_are_equal_agree_however_written() -> None:
-    assert merge_parts(SCHEMA, parts({"total": Decimal("2.0")}, {"total": 2})).disagreements == ()
+    assert merge_parts(SCHEMA, make_parts({"total": Decimal("2.0")}, {"total": 2})).disagreements == ()
 
 
 def test_true_and_one_disagree() -> None:
-    assert merge_parts(SCHEMA, parts({"extra": {"x": True}}, {"extra": {"x": 1}})).disagreements == (
+    assert merge_parts(SCHEMA, make_parts({"extra": {"x": True}}, {"extra": {"x": 1}})).disagreements == (
         Disagreement("$.extra.x", True, 1, 1, 5),
     )
 
 
 def test_objects_without_declared_properties_are_merged_too() -> None:
-    assert merged({"extra": {"x": 1}}, {"extra": {"y": 2, "x": None}}) == {"extra": {"x": 1, "y": 2}}
+    assert merge_values({"extra": {"x": 1}}, {"extra": {"y": 2, "x": None}}) == {"extra": {"x": 1, "y": 2}}
 
 
 @pytest.mark.parametrize("rule", [BOX, {"type": "array", "prefixItems": [{}, {}]}, {"items": [{}, {}]}])
 def test_a_list_with_fixed_places_is_taken_whole(rule: dict[str, Any]) -> None:
     schema = {"type": "object", "properties": {"box": {"anyOf": [{"$ref": "#/$defs/box"}, {"type": "null"}]}}, "$defs": {"box": rule}}
-    result = merge_parts(schema, parts({"box": [0, 0, 1, 1]}, {"box": [2, 2, 3, 3]}))
+    result = merge_parts(schema, make_parts({"box": [0, 0, 1, 1]}, {"box": [2, 2, 3, 3]}))
     assert result.value == {"box": [0, 0, 1, 1]}
     assert [d.other for d in result.disagreements] == [[2, 2, 3, 3]]
 
 
 def test_values_of_different_kinds_are_a_disagreement() -> None:
-    result = merge_parts(SCHEMA, parts({"extra": [1]}, {"extra": "one"}))
+    result = merge_parts(SCHEMA, make_parts({"extra": [1]}, {"extra": "one"}))
     assert result.value == {"extra": [1]}
     assert result.disagreements == (Disagreement("$.extra", [1], 1, "one", 5),)
 
@@ -134,4 +134,4 @@ def test_values_of_different_kinds_are_a_disagreement() -> None:
 def test_a_recursive_schema_is_followed_as_deep_as_the_values_go() -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer"}, "next": {"$ref": "#"}}}
     one, two = {"n": 1, "next": {"next": {"n": 3}}}, {"next": {"n": 2, "next": {"n": 3}}}
-    assert merge_parts(schema, parts(one, two)).value == {"n": 1, "next": {"next": {"n": 3}, "n": 2}}
+    assert merge_parts(schema, make_parts(one, two)).value == {"n": 1, "next": {"next": {"n": 3}, "n": 2}}

@@ -1,4 +1,4 @@
-"""What the model is asked, word for word. The demonstration model's two prompts are pinned in `test_schema.py`."""
+"""The prompt, word for word. `test_schema.py` pins the two prompts of the demonstration model."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from pipeline.schema import prompt
 PAGE = np.zeros((28, 28, 3), np.uint8)
 
 
-def outline(properties: dict[str, Any], **root: Any) -> list[str]:
+def outline_schema(properties: dict[str, Any], **root: Any) -> list[str]:
     """Return the outline of a schema with these properties."""
     schema = {"type": "object", "properties": properties, **root}
     return list(prompt.outline_properties(schema, schema))
 
 
-def kind(part: dict[str, Any]) -> str:
-    """Return what stands in brackets behind a property's name."""
-    (line,) = outline({"x": part})
+def describe_part(part: dict[str, Any]) -> str:
+    """Return the description of a property's type in the outline."""
+    (line,) = outline_schema({"x": part})
     return line.removeprefix("- x (").removesuffix(")")
 
 
-def ask(pages: int, *which: Any) -> str:
-    """Return the line after the pages."""
+def build_last_line(pages: int, *which: Any) -> str:
+    """Return the line after the page images."""
     last = prompt.build_messages("sys", [PAGE] * pages, *which)[-1].parts[-1]
     assert isinstance(last, str)
     return last
@@ -49,7 +49,7 @@ def test_a_schema_without_a_title_is_a_document() -> None:
 
 
 def test_titles_and_descriptions_come_with_their_property_on_one_line() -> None:
-    lines = outline({"due": {"title": "Due date", "description": "The day\n  payment is due.", "type": "string", "format": "date"}})
+    lines = outline_schema({"due": {"title": "Due date", "description": "The day\n  payment is due.", "type": "string", "format": "date"}})
     assert lines == ["- due (date YYYY-MM-DD): Due date. The day payment is due."]
 
 
@@ -87,12 +87,12 @@ def test_a_control_token_is_refused_wherever_it_stands(held: dict[str, Any]) -> 
     ],
 )
 def test_a_type_is_said_in_words(part: dict[str, Any], words: str) -> None:
-    assert kind(part) == words
+    assert describe_part(part) == words
 
 
 def test_properties_of_objects_and_of_items_are_indented_below() -> None:
     inner = {"type": "object", "properties": {"name": {"type": "string"}}}
-    assert outline({"party": inner, "lines": {"type": "array", "items": inner}}) == [
+    assert outline_schema({"party": inner, "lines": {"type": "array", "items": inner}}) == [
         "- party (object)",
         "  - name (string)",
         "- lines (array)",
@@ -102,19 +102,19 @@ def test_properties_of_objects_and_of_items_are_indented_below() -> None:
 
 def test_a_reference_is_followed_and_keeps_the_title_beside_it() -> None:
     party = {"type": "object", "title": "Party", "properties": {"name": {"type": "string"}}}
-    lines = outline({"buyer": {"title": "Buyer", "$ref": "#/$defs/party"}}, **{"$defs": {"party": party}})
+    lines = outline_schema({"buyer": {"title": "Buyer", "$ref": "#/$defs/party"}}, **{"$defs": {"party": party}})
     assert lines == ["- buyer (object): Buyer.", "  - name (string)"]
 
 
 def test_a_recursive_schema_is_followed_once() -> None:
     node = {"type": "object", "properties": {"name": {"type": "string"}, "parts": {"type": "array", "items": {"$ref": "#/$defs/node"}}}}
-    lines = outline({"root": {"$ref": "#/$defs/node"}}, **{"$defs": {"node": node}})
+    lines = outline_schema({"root": {"$ref": "#/$defs/node"}}, **{"$defs": {"node": node}})
     assert lines == ["- root (object)", "  - name (string)", "  - parts (array)"]
 
 
 def test_alternatives_show_the_properties_of_each() -> None:
     options = [{"type": "object", "properties": {name: {"type": "string"}}} for name in ("iban", "card")]
-    assert outline({"paid": {"anyOf": options}}) == ["- paid (object)", "  - iban (string)", "  - card (string)"]
+    assert outline_schema({"paid": {"anyOf": options}}) == ["- paid (object)", "  - iban (string)", "  - card (string)"]
 
 
 # --- the conversation
@@ -130,15 +130,15 @@ def test_the_system_message_comes_first_then_the_pages_then_the_question() -> No
 
 
 def test_a_whole_document_is_asked_without_page_numbers() -> None:
-    assert ask(2) == ask(2, 1, 2) == prompt.ASK
+    assert build_last_line(2) == build_last_line(2, 1, 2) == prompt.ASK
 
 
 def test_a_part_of_a_document_says_which_of_its_pages_these_are() -> None:
-    assert ask(2, 5, 6) == f"These are pages 5 to 6 of 6. {prompt.ASK}"
+    assert build_last_line(2, 5, 6) == f"These are pages 5 to 6 of 6. {prompt.ASK}"
 
 
 def test_the_first_part_of_a_document_says_so_too() -> None:
-    assert ask(4, 1, 6) == f"These are pages 1 to 4 of 6. {prompt.ASK}"
+    assert build_last_line(4, 1, 6) == f"These are pages 1 to 4 of 6. {prompt.ASK}"
 
 
 def test_a_re_ask_shows_the_answer_and_what_is_wrong_with_it() -> None:

@@ -1,4 +1,4 @@
-"""Schema files: what is refused, in which words, and what is kept exactly."""
+"""Schema files and JSON texts: what is refused with which message, and what is kept exactly."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ JSON = st.recursive(
 )
 
 
-def schema_of(**more: Any) -> dict[str, Any]:
+def make_schema(**more: Any) -> dict[str, Any]:
     return {"type": "object", "properties": {"a": {"type": "string"}}, **more}
 
 
-def refused(folder: Path, text: str | bytes) -> str:
-    """Return the sentence that refuses a schema file of this text."""
+def read_refusal(folder: Path, text: str | bytes) -> str:
+    """Return the message with which a schema file of this text is refused."""
     path = folder / "schema.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(JobError) as error:
@@ -75,13 +75,13 @@ def test_the_prompt_is_the_one_the_demonstration_model_was_trained_on(name: str,
 
 
 def test_a_file_with_a_byte_order_mark_loads(tmp_path: Path) -> None:
-    (tmp_path / "bom.json").write_text(json.dumps(schema_of()), encoding="utf-8-sig")
-    assert load_schema(tmp_path / "bom.json") == schema_of()
+    (tmp_path / "bom.json").write_text(json.dumps(make_schema()), encoding="utf-8-sig")
+    assert load_schema(tmp_path / "bom.json") == make_schema()
 
 
 @pytest.mark.parametrize("draft", ["https://json-schema.org/draft/2020-12/schema", DRAFT_07, DRAFT_07.rstrip("#")])
 def test_both_drafts_are_known(draft: str) -> None:
-    assert check_schema(schema_of(**{"$schema": draft}))["$schema"] == draft
+    assert check_schema(make_schema(**{"$schema": draft}))["$schema"] == draft
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -99,54 +99,54 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_a_file_that_is_no_schema_is_refused(tmp_path: Path, text: str | bytes, message: str) -> None:
-    assert message in refused(tmp_path, text)
+    assert message in read_refusal(tmp_path, text)
 
 
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
         ({"$schema": "http://json-schema.org/draft-04/schema#"}, '#/$schema is "http://json-schema.org/draft-04/schema#"; allowed are'),
-        (schema_of(requried=["a"]), "#: 'requried' is not a keyword of its draft; did you mean 'required'?"),
-        (schema_of(properties={"a": {"propeties": {}}}), "#/properties/a: 'propeties' is not a keyword of its draft; did you mean"),
-        (schema_of(nullable=True), "#: 'nullable' is not a keyword of its draft; your own keywords must begin with 'x-'"),
-        (schema_of(dependencies={}), "'dependencies' is not a keyword"),
-        (schema_of(**{"$schema": DRAFT_07}, dependentRequired={}), "'dependentRequired' is not a keyword"),
-        (schema_of(properties={"a/b": {"format": "dat"}}), "#/properties/a~1b/format is 'dat'; did you mean 'date'?"),
-        (schema_of(properties={"a": {"type": "strin"}}), "#/properties/a/type: 'strin' is not"),
-        (schema_of(properties={"a": {"multipleOf": 0}}), "#/properties/a/multipleOf: 0 is less than or equal to the minimum of 0"),
-        (schema_of(properties={"a": {"minLength": 0.5}}), "#/properties/a/minLength: 0.5 is not of type 'integer'"),
-        (schema_of(properties={"a": {"pattern": "("}}), "#/properties/a/pattern: '(' is not a 'regex'"),
-        (schema_of(required="a"), "#/required: 'a' is not of type 'array'"),
-        (schema_of(**{"$ref": "other.json"}), "#/$ref is 'other.json'; only references within this file are allowed, '#/…'"),
-        (schema_of(items={"$ref": "#/$defs/b"}, **{"$defs": {"a": {}}}), "is not a schema in this file; did you mean '#/$defs/a'?"),
-        (schema_of(items={"$ref": "#/title"}, title="T"), "#/items/$ref is '#/title', which is not a schema"),
-        (schema_of(items={"$ref": "#/$defs/a"}, **{"$defs": {"a": {"$ref": "#/$defs/a"}}}), "refers back to itself"),
-        (schema_of(items={"$ref": "#/$defs/a"}, **{"$defs": {"a": {"anyOf": [{"$ref": "#/items"}]}}}), "refers back to itself"),
-        (schema_of(items={"$dynamicRef": "#a"}), "#/items: '$dynamicRef' and a nested '$id' are not supported"),
-        (schema_of(items={"$id": "https://a.de/b"}), "#/items: '$dynamicRef' and a nested '$id' are not supported"),
-        (schema_of(items={"$ref": "#", "minLength": 1}, **{"$schema": DRAFT_07}), "#/items: draft-07 ignores 'minLength' beside '$ref'"),
+        (make_schema(requried=["a"]), "#: 'requried' is not a keyword of its draft; did you mean 'required'?"),
+        (make_schema(properties={"a": {"propeties": {}}}), "#/properties/a: 'propeties' is not a keyword of its draft; did you mean"),
+        (make_schema(nullable=True), "#: 'nullable' is not a keyword of its draft; your own keywords must begin with 'x-'"),
+        (make_schema(dependencies={}), "'dependencies' is not a keyword"),
+        (make_schema(**{"$schema": DRAFT_07}, dependentRequired={}), "'dependentRequired' is not a keyword"),
+        (make_schema(properties={"a/b": {"format": "dat"}}), "#/properties/a~1b/format is 'dat'; did you mean 'date'?"),
+        (make_schema(properties={"a": {"type": "strin"}}), "#/properties/a/type: 'strin' is not"),
+        (make_schema(properties={"a": {"multipleOf": 0}}), "#/properties/a/multipleOf: 0 is less than or equal to the minimum of 0"),
+        (make_schema(properties={"a": {"minLength": 0.5}}), "#/properties/a/minLength: 0.5 is not of type 'integer'"),
+        (make_schema(properties={"a": {"pattern": "("}}), "#/properties/a/pattern: '(' is not a 'regex'"),
+        (make_schema(required="a"), "#/required: 'a' is not of type 'array'"),
+        (make_schema(**{"$ref": "other.json"}), "#/$ref is 'other.json'; only references within this file are allowed, '#/…'"),
+        (make_schema(items={"$ref": "#/$defs/b"}, **{"$defs": {"a": {}}}), "is not a schema in this file; did you mean '#/$defs/a'?"),
+        (make_schema(items={"$ref": "#/title"}, title="T"), "#/items/$ref is '#/title', which is not a schema"),
+        (make_schema(items={"$ref": "#/$defs/a"}, **{"$defs": {"a": {"$ref": "#/$defs/a"}}}), "refers back to itself"),
+        (make_schema(items={"$ref": "#/$defs/a"}, **{"$defs": {"a": {"anyOf": [{"$ref": "#/items"}]}}}), "refers back to itself"),
+        (make_schema(items={"$dynamicRef": "#a"}), "#/items: '$dynamicRef' and a nested '$id' are not supported"),
+        (make_schema(items={"$id": "https://a.de/b"}), "#/items: '$dynamicRef' and a nested '$id' are not supported"),
+        (make_schema(items={"$ref": "#", "minLength": 1}, **{"$schema": DRAFT_07}), "#/items: draft-07 ignores 'minLength' beside '$ref'"),
         ({"type": "array"}, "#/type is \"array\"; the root must be of type 'object'"),
         ({"properties": {"a": {}}}, "#/type is null; the root must be of type 'object'"),
         ({"type": "object"}, "#/properties is missing or empty"),
-        (schema_of(properties={"_status": {}}), "#/properties/_status: a column's name must not begin with '_'"),
+        (make_schema(properties={"_status": {}}), "#/properties/_status: a column's name must not begin with '_'"),
     ],
 )
 def test_a_schema_that_promises_too_much_is_refused_in_one_sentence(tmp_path: Path, schema: Any, message: str) -> None:
-    assert message in refused(tmp_path, json.dumps(schema))
+    assert message in read_refusal(tmp_path, json.dumps(schema))
 
 
 def test_words_of_ones_own_and_annotations_are_allowed() -> None:
-    schema = schema_of(**{"x-owner": "me", "examples": [], "default": {}, "deprecated": False, "readOnly": True, "$comment": "c"})
+    schema = make_schema(**{"x-owner": "me", "examples": [], "default": {}, "deprecated": False, "readOnly": True, "$comment": "c"})
     assert check_schema(schema) == schema
 
 
 def test_names_of_properties_are_never_taken_for_keywords() -> None:
     names = {"requried": {"type": "string"}, "$ref": {"type": "string"}, "format": {"enum": [{"$ref": 1, "format": "dat"}]}}
-    assert check_schema(schema_of(properties=names))["properties"] == names
+    assert check_schema(make_schema(properties=names))["properties"] == names
 
 
 def test_a_root_that_is_a_reference_is_put_in_place() -> None:
-    root = {"$ref": "#/definitions/Invoice", "$schema": DRAFT_07, "definitions": {"Invoice": schema_of(title="Invoice")}}
+    root = {"$ref": "#/definitions/Invoice", "$schema": DRAFT_07, "definitions": {"Invoice": make_schema(title="Invoice")}}
     assert check_schema(root)["properties"] == {"a": {"type": "string"}}
     assert check_schema(root)["title"] == "Invoice"
 

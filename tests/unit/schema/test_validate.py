@@ -1,4 +1,4 @@
-"""Values against a schema: exact numbers, checked formats, and messages that a model can act on."""
+"""Validation: exact numbers, formats, and messages that a model can act on."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from pipeline.schema.validate import Validator, Violation
 SUITE = Path(__file__).parents[4] / "shared/corpora/schemas/test-suite"
 MONEY = {"type": "number", "multipleOf": Decimal("0.01")}
 OTHER_PLACES = {"refRemote", "dynamicRef", "vocabulary", "format", "pattern", "patternProperties"}
-"""Of the suite: remote and dynamic references are refused by `check`; formats are checked here; Python's `re` lacks \\p{…}."""
+"""Files of the suite that differ: `check_schema` refuses remote and dynamic references, formats are checked, `re` lacks \\p{…}."""
 
 
-def wrong(part: Any, value: Any) -> list[Violation]:
+def find_violations(part: Any, value: Any) -> list[Violation]:
     return Validator({"type": "object", "properties": {"x": part}}).find_violations({"x": value})
 
 
 @pytest.mark.parametrize("amount", ["19.99", "0.07", "0", "-1.1", "1E+2", "123456789012345678901234567890.12", "1e300"])
 def test_cents_are_multiples_of_a_cent(amount: str) -> None:
-    assert wrong(MONEY, schemas.parse_json(amount)) == []
+    assert find_violations(MONEY, schemas.parse_json(amount)) == []
 
 
 def test_part_of_a_cent_is_not() -> None:
-    assert wrong(MONEY, Decimal("19.995")) == [Violation("$.x", "19.995 is not a multiple of 0.01", "multipleOf")]
+    assert find_violations(MONEY, Decimal("19.995")) == [Violation("$.x", "19.995 is not a multiple of 0.01", "multipleOf")]
 
 
 def test_a_schema_written_in_python_with_floats_is_as_exact() -> None:
-    assert wrong({"multipleOf": 0.01}, Decimal("0.07")) == []
-    assert wrong({"multipleOf": 0.01}, 0.07) == []
+    assert find_violations({"multipleOf": 0.01}, Decimal("0.07")) == []
+    assert find_violations({"multipleOf": 0.01}, 0.07) == []
 
 
 @given(st.decimals(-(10**20), 10**20, places=2))
 def test_every_amount_of_cents_is_valid(amount: Decimal) -> None:
-    assert wrong(MONEY, amount) == []
+    assert find_violations(MONEY, amount) == []
 
 
 @pytest.mark.parametrize("value", [5, -5, Decimal("5.0"), Decimal("1E+40"), 5.0])
 def test_an_integer_is_any_whole_number(value: Any) -> None:
-    assert wrong({"type": "integer"}, value) == []
+    assert find_violations({"type": "integer"}, value) == []
 
 
 @pytest.mark.parametrize("value", [Decimal("5.5"), 5.5, True, "5"])
 def test_nothing_else_is_an_integer(value: Any) -> None:
-    assert [error.keyword for error in wrong({"type": "integer"}, value)] == ["type"]
+    assert [error.keyword for error in find_violations({"type": "integer"}, value)] == ["type"]
 
 
 @pytest.mark.parametrize(
@@ -72,44 +72,44 @@ def test_nothing_else_is_an_integer(value: Any) -> None:
     ],
 )
 def test_a_message_says_what_was_found_and_what_is_allowed(part: Any, value: Any, message: str) -> None:
-    assert [violation.message for violation in wrong(part, value)] == [message]
+    assert [violation.message for violation in find_violations(part, value)] == [message]
 
 
 def test_an_undeclared_property_is_named() -> None:
-    assert "'b' was unexpected" in wrong({"properties": {"a": {}}, "additionalProperties": False}, {"b": 1})[0].message
+    assert "'b' was unexpected" in find_violations({"properties": {"a": {}}, "additionalProperties": False}, {"b": 1})[0].message
 
 
 def test_a_long_value_is_cut() -> None:
-    message = wrong({"type": "integer"}, "x" * 5000)[0].message
+    message = find_violations({"type": "integer"}, "x" * 5000)[0].message
     assert len(message) < 120
     assert "…" in message
 
 
 def test_violations_are_sorted_by_path_and_say_where() -> None:
     lines = {"type": "array", "items": {"type": "object", "properties": {"amount": MONEY, "a b": {"type": "string"}}}}
-    errors = wrong(lines, [{}] * 2 + [{"amount": "1", "a b": 2}] + [{}] * 8 + [{"amount": True}])
+    errors = find_violations(lines, [{}] * 2 + [{"amount": "1", "a b": 2}] + [{}] * 8 + [{"amount": True}])
     assert [error.path for error in errors] == ['$.x[2]["a b"]', "$.x[2].amount", "$.x[11].amount"]
     assert str(errors[1]) == '$.x[2].amount: "1" is not of type number'
 
 
 def test_a_nullable_object_reports_what_is_wrong_inside_it() -> None:
     inner = {"type": "object", "required": ["a", "b"], "properties": {"a": {"type": "string"}, "b": {"type": "string"}}}
-    errors = wrong({"anyOf": [{"type": "null"}, inner]}, {"a": 1})
+    errors = find_violations({"anyOf": [{"type": "null"}, inner]}, {"a": 1})
     assert [(error.path, error.keyword) for error in errors] == [("$.x", "required"), ("$.x.a", "type")]
 
 
 def test_a_value_of_no_alternative_is_told_all_of_them() -> None:
-    errors = wrong({"anyOf": [{"type": "string"}, {"type": "null"}]}, 5)
+    errors = find_violations({"anyOf": [{"type": "string"}, {"type": "null"}]}, 5)
     assert errors == [Violation("$.x", '5 fits none of [{"type":"string"},{"type":"null"}]', "anyOf")]
 
 
 def test_a_value_of_two_alternatives_is_told_that_too() -> None:
-    assert wrong({"oneOf": [{"type": "number"}, {"minimum": 0}]}, 5)[0].message.startswith("5 does not fit exactly one of")
+    assert find_violations({"oneOf": [{"type": "number"}, {"minimum": 0}]}, 5)[0].message.startswith("5 does not fit exactly one of")
 
 
 @pytest.mark.parametrize("alternatives", [[False, False], [True, False], [{"const": 1}, {"const": 2}]])
 def test_odd_alternatives_are_judged_without_a_crash(alternatives: list[Any]) -> None:
-    assert (wrong({"anyOf": alternatives}, 5) == []) is (True in alternatives)
+    assert (find_violations({"anyOf": alternatives}, 5) == []) is (True in alternatives)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_formats_are_checked_in_both_drafts(draft: str, name: str, good: str, ba
 
 @given(st.text(max_size=40), st.sampled_from(sorted(schemas.FORMATS.checkers)))
 def test_no_text_makes_a_format_crash(text: str, name: str) -> None:
-    assert len(wrong({"format": name}, text)) <= 1
+    assert len(find_violations({"format": name}, text)) <= 1
 
 
 def test_the_draft_decides() -> None:
