@@ -1,21 +1,26 @@
-"""Commands -> text and exit codes. Words go to stderr, data (`--json`) to stdout.
+"""Command line: the commands of `pipeline`, their options and exit codes. Messages go to stderr, data (`--json`) to stdout.
 
-Imports what a command needs when it runs: `pipeline --help` loads neither Ray nor torch.
+Each command imports what it needs when it runs: `pipeline --help` loads neither Ray nor torch.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from pipeline.cli.console import (
-    announce_demo_model,
     capture_ray_output,
+    describe_demo_model,
+    detach_streams,
+    erase_line,
+    print_data,
     print_message,
     show_answer,
     show_job,
@@ -24,11 +29,12 @@ from pipeline.cli.console import (
     show_report,
     show_status,
 )
-from pipeline.cli.exit_codes import Terminated, convert_to_exit_code
+from pipeline.cli.exit_codes import Terminated, call_on_signal, convert_to_exit_code
 from pipeline.report import ExitCode
 from pipeline.version import __version__
 
 if TYPE_CHECKING:
+    from pipeline.cli.console import ProgressDisplay
     from pipeline.cluster.submit import JobServer
     from pipeline.job import Job
     from pipeline.report import Report
@@ -50,7 +56,7 @@ def main() -> None:
     """Turn folders of PDFs and images into typed, validated Parquet with an open vision-language model."""
 
 
-@main.command()
+@main.command("run")
 @JOB
 @OUTPUT
 @LIMIT
@@ -60,7 +66,7 @@ def main() -> None:
 @click.option("--log", type=click.Path(path_type=Path), help="Append what happens to a file, one line of JSON per event; - is stderr.")
 @SET
 @JSON
-@convert_to_exit_code
+@partial(convert_to_exit_code, stopped="stopped; the answers received so far are kept: run the same command again to go on")
 def run_command(job_file: Path, limit: int | None, retry: str | None, log: Path | None, as_json: bool, **given: Any) -> ExitCode:
     """Ask what has not been asked yet and write the records.
 
@@ -68,37 +74,44 @@ def run_command(job_file: Path, limit: int | None, retry: str | None, log: Path 
     3 the run broke off and can be resumed.
     """
     job = load_job(job_file, **given)
-    from pipeline import events, flow
+    from pipeline.events import write_events_to
 
-    with capture_ray_output() as console, events.write_events_to(log), show_progress(console, as_json) as on_progress:
-        report = flow.run(job, limit, on_progress, None if as_json else announce_demo_model, retry)
-    return show_end(report, as_json)
+    def run(shown: ProgressDisplay) -> Report:
+        from pipeline import flow
+
+        on_demo = None if as_json else lambda replaced: shown.print(describe_demo_model(replaced))
+        return flow.run(job, limit, shown.update, on_demo, retry)
+
+    with write_events_to(log):
+        return show_run(run, "stopping: the answers received so far are being written", as_json, bar=str(log) != "-")
 
 
-@main.command()
+@main.command("settle")
 @JOB
 @OUTPUT
 @CLUSTER
 @SHARED
 @SET
 @JSON
-@convert_to_exit_code
+@partial(convert_to_exit_code, stopped="stopped; run the same command again to write all records")
 def settle_command(job_file: Path, as_json: bool, **given: Any) -> ExitCode:
     """Write the records again from what was asked already; needs no model."""
     job = load_job(job_file, **given)
-    from pipeline import flow
 
-    with capture_ray_output():
-        report = flow.settle(job)
-    return show_end(report, as_json)
+    def settle(shown: ProgressDisplay) -> Report:
+        from pipeline import flow
+
+        return flow.settle(job, shown.update)
+
+    return show_run(settle, "stopping", as_json)
 
 
-@main.command()
+@main.command("submit")
 @click.argument("job_file", metavar="[JOB]", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--address", required=True, envvar="RAY_API_SERVER_ADDRESS", metavar="URL", help="The cluster's job server: http://HEAD:8265."
 )
-@click.option("--follow", is_flag=True, help="Show the run's words as they come, wait for its end, and end with its exit code.")
+@click.option("--follow", is_flag=True, help="Print the run's log as it grows, wait for its end, and end with its exit code.")
 @click.option("--attach", metavar="ID", help="Follow a run that was submitted before.")
 @click.option("--stop", metavar="ID", help="Stop a run that was submitted before; submitted again, the job goes on.")
 @SHARED
@@ -118,17 +131,17 @@ def submit_command(job_file: Path | None, address: str, attach: str | None, stop
         raise click.UsageError("submit takes one of JOB, --attach ID and --stop ID.")
     limit, retry, log, wait = (given.pop(name) for name in ("limit", "retry", "log", "follow"))
     if log and not (attach or wait):
-        raise click.UsageError("--log writes what is followed: say --follow or --attach ID, too.")
+        raise click.UsageError("--log needs --follow or --attach ID: it writes the events of a followed run.")
     job = load_job(job_file, **given) if job_file else None
-    from pipeline.cluster import submit as room
+    from pipeline.cluster.submit import JobServer
 
-    server = room.JobServer(address)
+    server = JobServer(address)
     if stop:
         status = server.stop(stop).value
         if as_json:
             click.echo(json.dumps({"submission_id": stop, "status": status}))
         else:
-            print_message(f"{stop} has ended: {status}; what was answered is kept: submit the job again to go on")
+            print_message(f"{stop} has ended: {status}; the answers received so far are kept: submit the job again to go on")
         return ExitCode.OK
     chosen = [f"--limit={limit}"] * bool(limit) + [f"--retry={retry}"] * bool(retry) + ["--log=-"] * bool(log)
     run = send_submission(server, job, chosen) if job else str(attach)
@@ -142,7 +155,7 @@ def submit_command(job_file: Path | None, address: str, attach: str | None, stop
 
 
 def send_submission(server: JobServer, job: Job, arguments: list[str]) -> str:
-    """Start a run on a cluster and return its id; say what it will miss."""
+    """Start a run on a cluster and return its id; print which secrets it has to find there."""
     from pipeline.cluster.bundle import list_secret_variables
 
     run = server.submit(job, arguments)
@@ -152,7 +165,7 @@ def send_submission(server: JobServer, job: Job, arguments: list[str]) -> str:
 
 
 def follow_submission(server: JobServer, run: str, log: TextIO | None, as_json: bool) -> ExitCode:
-    """Show a run's words to its end, and return its exit code. Ctrl-C ends the showing alone."""
+    """Print a run's log to its end and return its exit code. Ctrl-C ends the printing, not the run."""
     from pipeline.cluster.submit import LogSplitter, read_exit_code
 
     shown = LogSplitter(lambda text: print_message(text.replace("\t", " "), end=""), log)
@@ -169,7 +182,7 @@ def follow_submission(server: JobServer, run: str, log: TextIO | None, as_json: 
     return code
 
 
-@main.command()
+@main.command("check")
 @JOB
 @SET
 @JSON
@@ -195,7 +208,7 @@ def check_command(job_file: Path, settings: tuple[str, ...], as_json: bool) -> N
     show_job(found)
 
 
-@main.command()
+@main.command("preview")
 @JOB
 @click.argument("file")
 @click.option("--page", type=click.IntRange(min=1), default=1, show_default=True, help="Page to look at.")
@@ -209,14 +222,16 @@ def preview_command(
 ) -> ExitCode:
     """Show one page as the model sees it, and what the model answers."""
     job = load_job(job_file, settings)
-    from pipeline.stages import preview as room
+    from pipeline.stages.preview import ask_preview, render_preview, write_preview_png
 
-    seen = room.render_preview(job, file, page)
+    seen = render_preview(job, file, page)
     if png:
-        room.write_preview_png(seen, png)
+        write_preview_png(seen, png)
     if not as_json:
         show_page(file, page, seen.facts, job.system_message, seen.ask)
-    answer = None if no_answer else room.ask_preview(job, seen, None if as_json else announce_demo_model)
+    answer = (
+        None if no_answer else ask_preview(job, seen, None if as_json else lambda replaced: print_message(describe_demo_model(replaced)))
+    )
     if as_json:
         click.echo(
             json.dumps({**seen.facts, "prompt": job.system_message, "ask": seen.ask, **(answer or {})}, indent=2, ensure_ascii=False)
@@ -226,7 +241,7 @@ def preview_command(
     return ExitCode.DOCUMENTS_FAILED if answer and answer["failure"] else ExitCode.OK
 
 
-@main.command()
+@main.command("status")
 @click.argument("folder", metavar="DIR")
 @JSON
 @convert_to_exit_code
@@ -252,17 +267,20 @@ def load_job(
     return Job.load(job_file, (*settings, *chosen), output)
 
 
-def show_end(report: Report, as_json: bool) -> ExitCode:
-    """Show the end of a run and return its exit code."""
+def show_run(work: Callable[[ProgressDisplay], Report], stopping: str, as_json: bool, bar: bool = True) -> ExitCode:
+    """Run or settle with the progress and the report shown, and return the exit code. `stopping` is printed when a signal arrives."""
+    with capture_ray_output() as console:
+        with show_progress(console, quiet=as_json, bar=bar) as shown, call_on_signal(lambda: shown.stop(stopping)):
+            report = work(shown)
+        if not as_json:
+            show_report(report, console)
     if as_json:
-        click.echo(json.dumps(report.as_dict(), indent=2))
-    else:
-        show_report(report)
+        print_data(json.dumps(report.as_dict(), indent=2))
     return report.exit_code
 
 
 def start_program() -> None:
-    """The program `pipeline`: what starts Ray is watched, so that its end has a name whatever ends it."""
+    """The program `pipeline`. What starts Ray runs supervised, so that every way in which it can end has an exit code."""
     if sys.argv[1:2] not in (["run"], ["settle"]):
         main()
         return
@@ -272,16 +290,19 @@ def start_program() -> None:
 
 
 def run_main() -> int:
-    """Return the exit code with which the command line ends."""
+    """Run the command line in a process in which Ray runs, too, and return the exit code."""
+    detach_streams()
     try:
         main()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else bool(end.code)
-    finally:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  what Ray has to say while it ends does not belong behind the data
+    except Exception:
+        print_message(traceback.format_exc())
+        raise
     return ExitCode.OK
 
 
 def report_broken_run(how: str) -> int:
-    print_message(f"error: the run's process is gone: {how}; what was answered is kept: run the same command again to go on")
+    erase_line()
+    print_message(f"error: the run's process is gone: {how}; the answers written so far are kept: run the same command again to go on")
     return ExitCode.RUN_BROKEN

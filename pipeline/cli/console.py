@@ -1,81 +1,185 @@
-"""What a command found -> words: reports, counts and progress on stderr, what was asked to be shown on stdout. Starts nothing.
+"""Terminal output: reports, counts and progress on stderr, requested data on stdout.
 
-Nothing that it writes does anything to a terminal but be read.
+A run shows its phases. On a terminal a bar stands below a line for each phase that has ended; elsewhere (files, CI, TERM=dumb) there is a
+line every 30 s and at each change of phase, without control characters:
+
+    listing             0.1 s  12 documents
+    starting Ray        4.2 s
+    loading the model   9.8 s
+    asking             25.1 s  12/12 documents, 16 pages, 0.6 pages/s, 0 failed
+    settling            1.2 s  12/12 documents
+
+File names and messages from documents are printed without control characters.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from textwrap import indent
-from typing import TYPE_CHECKING, Any
+from textwrap import fill, indent
+from typing import IO, TYPE_CHECKING, Any, TextIO
 
 import click
 
 from pipeline.errors import RunError
+from pipeline.report import Phase, Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from pipeline.output.status import RunStatus
-    from pipeline.report import OnProgress, Progress, Report
+    from pipeline.report import Report
     from pipeline.stages.preview import PreviewAnswer
 
 
-PERIOD_S = 10.0
-"""How often a run that nobody watches on a terminal says where it stands."""
+LINE_PERIOD_S = 30.0
+"""How often a run that is not shown on a terminal prints where it stands."""
+LOG_WIDTH = 120
+"""Columns of tables that are not printed on a terminal."""
+DRAWS_PER_S, BAR_COLUMNS = 5, 12
+COUNTING = (Phase.LISTING, Phase.ASKING, Phase.SETTLING)
+"""Phases that get through documents."""
+TAIL_BYTES = 4000
+"""What is printed of Ray's output when Ray breaks a run."""
+COLOR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass
+class OwnStreams:
+    """Streams that only this command writes to, once detach_streams has set them."""
+
+    stdout: TextIO | None = None
+    stderr: TextIO | None = None
+
+
+OWN = OwnStreams()
 
 
 def print_message(text: str, end: str = "\n") -> None:
-    click.echo(strip_control_characters(text + end), err=True, nl=False)
+    """Print text on stderr; on a terminal, lines are broken between words."""
+    stderr = OWN.stderr or sys.stderr
+    click.echo(wrap_text(strip_control_characters(text), stderr) + end, file=stderr, nl=False)
+
+
+def print_data(text: str) -> None:
+    """Print text on stdout."""
+    click.echo(text, file=OWN.stdout or sys.stdout)
 
 
 def strip_control_characters(text: str) -> str:
-    """Return text that does nothing to a terminal: file names and messages come from strangers."""
+    """Return text that cannot control a terminal: file names and messages come from documents."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-def make_console() -> Console:
-    """Return where words go: stderr, plain when it is no terminal."""
-    from rich.console import Console
+def wrap_text(text: str, stream: IO[str]) -> str:
+    """Return text whose lines are as wide as the stream's terminal at most, long words such as paths apart; unchanged without one."""
+    if (columns := measure_terminal(stream)[0]) == 0:
+        return text
+    lines = text.split("\n")
+    return "\n".join(
+        line if len(line) <= columns else fill(line, columns, break_long_words=False, break_on_hyphens=False) for line in lines
+    )
 
-    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
+
+def measure_terminal(stream: IO[str]) -> tuple[int, int]:
+    """Return the columns and rows of the terminal that a stream writes to; zeros without one."""
+    try:
+        columns, rows = os.get_terminal_size(stream.fileno())
+    except (OSError, ValueError):  # no terminal; no descriptor
+        return 0, 0
+    return columns or 80, rows or 24
+
+
+def erase_line() -> None:
+    """Erase the current line of a terminal: what is left of a bar whose process was killed."""
+    if measure_terminal(sys.stderr)[0] > 0 and os.environ.get("TERM") != "dumb":
+        sys.stderr.write("\r\x1b[2K")
+
+
+def make_console(stream: TextIO | None = None) -> Console:
+    """Return a console on a stream, stderr by default. Only a terminal gets control characters."""
+    from rich.console import Console, ConsoleDimensions
+
+    file = stream or sys.stderr
+    on_terminal = measure_terminal(file)[0] > 0
+
+    class StreamConsole(Console):
+        """Measures its own stream's terminal, as descriptors 0 to 2 may be none. Never hides the cursor: a killed run would leave it so."""
+
+        @property  # type: ignore[misc]  # nothing sets it
+        def size(self) -> ConsoleDimensions:
+            return ConsoleDimensions(*measure_terminal(file)) if on_terminal else ConsoleDimensions(LOG_WIDTH, 25)
+
+        def show_cursor(self, show: bool = True) -> bool:
+            return False
+
+    return StreamConsole(file=file, highlight=False, force_terminal=on_terminal)
+
+
+def print_text(console: Console, text: str) -> None:
+    """Print text as print_message does, above what a live display shows."""
+    console.print(wrap_text(strip_control_characters(text), console.file), markup=False, soft_wrap=True)
+
+
+def detach_streams() -> None:
+    """Prepare a process that Ray runs in: sys.stdout and sys.stderr get descriptors of their own, and 1 and 2 lead nowhere.
+
+    Descriptors 1 and 2 are those that Ray's C++ code and Ray's processes write to.
+    """
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        stream.flush()
+        own = os.fdopen(os.dup(number), "w", buffering=1, encoding=stream.encoding, errors=stream.errors)
+        setattr(sys, name, own)
+        setattr(OWN, name, own)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.dup2(nothing, 2)
+    os.close(nothing)
 
 
 @contextmanager
 def capture_ray_output() -> Iterator[Console]:
-    """Keep what Ray writes to file descriptor 2 and to sys.stdout for the case that the run breaks; sys.stderr stays the user's.
+    """Capture what is written to descriptors 1 and 2, sys.stdout and sys.stderr; yield a console on stderr as it was.
 
-    Its core logs an error for every actor that Ray Data starts (ray#53727); what it says of workers that died, it prints to
-    stdout, where data belongs. Nothing of that is anything a user could act on.
+    Ray logs an error for every actor that Ray Data starts (ray#53727) and prints messages about processes that end, none of which a user
+    could act on. Only when Ray breaks the run, the end of what was captured is printed. After detach_streams, sys.stdout and sys.stderr
+    lead nowhere from then on: Ray's threads and exit handlers go on printing.
     """
+    before, console = (sys.stdout, sys.stderr), make_console(sys.stderr)
     with ExitStack() as held:
-        kept = held.enter_context(tempfile.TemporaryFile("w+b"))
-        user = held.enter_context(os.fdopen(os.dup(2), "w", buffering=1))
-        held.enter_context(redirect_stdout(held.enter_context(os.fdopen(os.dup(kept.fileno()), "w", buffering=1))))
-        python, sys.stderr = sys.stderr, user
-        os.dup2(kept.fileno(), 2)
+        captured = held.enter_context(tempfile.TemporaryFile("w+b"))
+        python = held.enter_context(os.fdopen(os.dup(captured.fileno()), "w", buffering=1))
+        for number in (1, 2):
+            held.callback(os.close, kept := os.dup(number))
+            held.callback(os.dup2, kept, number)
+            os.dup2(captured.fileno(), number)
+        sys.stdout = sys.stderr = python
         try:
-            yield make_console()
+            yield console
         except RunError as error:
-            if error.__cause__ is not None:  # Ray's own trouble; a full disk says enough by itself
-                kept.seek(0)
-                user.write(kept.read()[-4000:].decode(errors="replace"))
+            if error.__cause__ is not None:  # Ray's fault; the message about a full disk, for one, needs no more
+                captured.seek(max(0, captured.seek(0, os.SEEK_END) - TAIL_BYTES))
+                if tail := COLOR.sub("", captured.read().decode(errors="replace")).strip():
+                    print_text(console, tail)
             raise
         finally:
-            os.dup2(user.fileno(), 2)
-            sys.stderr = python
+            sys.stdout, sys.stderr = (open(os.devnull, "w"),) * 2 if OWN.stderr else before  # noqa: SIM115  until the process ends
 
 
-def announce_demo_model(wanted: str) -> None:
-    """Say aloud that the demonstration model answers."""
-    print_message(
-        f"No GPU here: the DEMONSTRATION MODEL of this package answers instead of {wanted}.\n"
+def describe_demo_model(replaced: str) -> str:
+    """Return the notice that the demonstration model answers."""
+    return (
+        f"No GPU here: the DEMONSTRATION MODEL of this package answers instead of {replaced}.\n"
         "It reads the synthetic slips of jobs/samples and little else; every record says so in `_model`."
     )
 
@@ -83,68 +187,165 @@ def announce_demo_model(wanted: str) -> None:
 # ---- Progress -----------------------------------------------------------------------------------------------------
 
 
+class ProgressDisplay:
+    """Shows where a run stands. This one shows only messages, which `--json` does not suppress."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.lock = console, threading.RLock()
+        self.newest: Progress | None = None
+        self.phase_started_s = time.monotonic()
+        self.is_open = True
+
+    def update(self, now: Progress) -> None:
+        """Show a new state; from any thread."""
+
+    def print(self, text: str) -> None:
+        """Print text above what changes."""
+        print_text(self.console, text)
+
+    def finish(self) -> None:
+        """Show that the last phase has ended."""
+
+    def close(self) -> None:
+        """Show nothing more."""
+        self.is_open = False
+
+    def stop(self, text: str) -> None:
+        """Print text as the last that this display shows; from any thread."""
+        with self.lock:
+            self.close()
+            self.print(text)
+
+
+class PhaseLines(ProgressDisplay):
+    """Prints a line when a phase ends, and now and then one about the current phase."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self.closed = threading.Event()
+        self.start_drawing()
+
+    def start_drawing(self) -> None:
+        threading.Thread(target=self.print_periodically, daemon=True).start()
+
+    def print_periodically(self) -> None:
+        while not self.closed.wait(LINE_PERIOD_S):
+            self.print_phase()
+
+    def update(self, now: Progress) -> None:
+        with self.lock:
+            if not self.is_open:
+                return
+            before, started_s = self.newest, self.phase_started_s
+            begins = before is None or before.phase is not now.phase
+            if begins:
+                self.phase_started_s = time.monotonic()
+            self.newest = now
+            self.draw(now, begins)
+            if before and begins:
+                self.print(format_phase(before, self.phase_started_s - started_s))
+
+    def draw(self, now: Progress, begins: bool) -> None:
+        """Show a state, of a phase that begins or goes on."""
+
+    def print_phase(self) -> None:
+        """Print the line of the current phase."""
+        with self.lock:
+            if self.newest and self.is_open:
+                self.print(format_phase(self.newest, time.monotonic() - self.phase_started_s))
+
+    def finish(self) -> None:
+        self.print_phase()
+
+    def close(self) -> None:
+        super().close()
+        self.closed.set()
+
+
+class PhaseBar(PhaseLines):
+    """Draws a bar below the lines of the phases that have ended."""
+
+    def start_drawing(self) -> None:
+        from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task
+        from rich.progress import Progress as Bar
+        from rich.table import Column
+        from rich.text import Text
+
+        class PhaseColumn(ProgressColumn):
+            """What is done, and the time that is left or, while that is unknown, the time since the phase began."""
+
+            def render(self, task: Task) -> Text:
+                left_s = task.time_remaining
+                clock = format_duration(task.elapsed or 0.0, 0) if left_s is None else f"{format_duration(left_s, 0)} left"
+                return Text(f"{task.description}, {clock}")
+
+        self.bar = Bar(
+            SpinnerColumn(), BarColumn(BAR_COLUMNS), PhaseColumn(Column(no_wrap=True)),
+            console=self.console, transient=True, refresh_per_second=DRAWS_PER_S,
+            redirect_stdout=False, redirect_stderr=False,  # Ray keeps what stands there for its exit handlers
+        )  # fmt: skip
+        self.task = self.bar.add_task("checking the job", total=None)
+        self.bar.start()
+
+    def draw(self, now: Progress, begins: bool) -> None:
+        change = self.bar.reset if begins else self.bar.update
+        description = f"{now.phase} {format_counts(now)}".rstrip()
+        is_news = begins or now.documents != self.bar.tasks[0].total
+        change(self.task, total=now.documents, completed=now.documents_done, description=description)
+        if is_news:
+            self.bar.refresh()
+
+    def close(self) -> None:
+        super().close()
+        self.bar.stop()
+
+
 @contextmanager
-def show_progress(console: Console, quiet: bool) -> Iterator[OnProgress | None]:
-    """Show where a run stands: a bar with an estimate on a terminal, else a line every ten seconds."""
-    if quiet:
-        yield None
-    elif console.is_terminal:
-        with show_bar(console) as on_progress:
-            yield on_progress
-    else:
-        with show_lines(console) as on_progress:
-            yield on_progress
-
-
-def format_pace(now: Progress) -> str:
-    return f"{now.pages_done} pages, {now.pages_per_s:.1f} pages/s, {now.failed} failed"
-
-
-@contextmanager
-def show_bar(console: Console) -> Iterator[OnProgress]:
-    """Show a bar with pages per second and an estimate."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-
-    shown = Progress(
-        SpinnerColumn(), TextColumn("documents"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.description}"), TimeRemainingColumn(),
-        console=console, transient=True,
-    )  # fmt: skip
-    with shown:
-        task = shown.add_task("starting", total=None)
-        yield lambda now: shown.update(task, total=now.documents, completed=now.documents_done, description=format_pace(now))
-
-
-@contextmanager
-def show_lines(console: Console) -> Iterator[OnProgress]:
-    """Write a line every ten seconds, also while nothing comes: who reads a log sees that the run lives, and that it waits."""
-    newest = ["starting"]
-    over = threading.Event()
-
-    def on_progress(now: Progress) -> None:
-        newest[0] = f"{now.documents_done} of {now.documents} documents, {format_pace(now)}"
-
-    def write() -> None:
-        while not over.wait(PERIOD_S):
-            console.print(newest[0], markup=False)
-
-    writer = threading.Thread(target=write, daemon=True)
-    writer.start()
+def show_progress(console: Console, quiet: bool = False, bar: bool = True) -> Iterator[ProgressDisplay]:
+    """Show where a run stands while the block runs: by a bar on a terminal, else by lines; not at all if quiet."""
+    kind = PhaseBar if bar and console.is_terminal and not console.is_dumb_terminal else PhaseLines
+    display = ProgressDisplay(console) if quiet else kind(console)
     try:
-        yield on_progress
+        yield display
+        display.finish()
     finally:
-        over.set()
-        writer.join()
+        display.close()
+
+
+def format_phase(now: Progress, elapsed_s: float) -> str:
+    """Return the line of a phase: its name, its time so far and what it has got through."""
+    counts = format_counts(now) if now.phase in COUNTING else ""
+    return f"{now.phase:<17} {format_duration(elapsed_s):>7}  {counts}".rstrip()
+
+
+def format_counts(now: Progress) -> str:
+    """Return how many documents there are and how many of them are done; while asking, also pages and failures."""
+    if now.documents is None:
+        return ""
+    if now.phase is Phase.LISTING:
+        return f"{now.documents} document{'s' * (now.documents != 1)}"
+    documents = f"{now.documents_done}/{now.documents} documents"
+    return (
+        f"{documents}, {now.pages_done} pages, {now.pages_per_s:.1f} pages/s, {now.failed} failed"
+        if now.phase is Phase.ASKING
+        else documents
+    )
+
+
+def format_duration(seconds: float, decimals: int = 1) -> str:
+    """Return seconds as `7.5 s` or `1:02:03`."""
+    return f"{seconds:.{decimals}f} s" if seconds < 100 else str(timedelta(seconds=round(seconds)))
 
 
 # ---- A job and a page ---------------------------------------------------------------------------------------------
 
 
 def show_job(found: dict[str, Any]) -> None:
-    """Show a job with all its keys, its prompt, and the columns of its records."""
+    """Print a job with all its keys, its prompt, and the columns of its records."""
     import yaml
 
-    click.echo(yaml.safe_dump({name: found[name] for name in ("job", "fingerprint")}, sort_keys=False, allow_unicode=True, width=120))
+    columns = measure_terminal(sys.stdout)[0] or LOG_WIDTH
+    click.echo(yaml.safe_dump({name: found[name] for name in ("job", "fingerprint")}, sort_keys=False, allow_unicode=True, width=columns))
     click.echo(f"prompt:\n{indent(found['prompt'], '  ')}\n\ncolumns:")
     for name, kind in found["columns"].items():
         click.echo(f"  {name}: {kind}")
@@ -155,7 +356,7 @@ def show_job(found: dict[str, Any]) -> None:
 
 
 def show_page(file: str, number: int, facts: dict[str, Any], prompt: str, ask: str) -> None:
-    """Show what a model is given with a page."""
+    """Print what a model gets with a page."""
     click.echo(
         f"{file}, page {number} of {facts['page_count']}: {facts['width_px']}×{facts['height_px']} px, {facts['dpi']:.1f} dpi, "
         f"{facts['visual_tokens']} visual tokens, {facts['words']} words in the text layer"
@@ -166,7 +367,7 @@ def show_page(file: str, number: int, facts: dict[str, Any], prompt: str, ask: s
 
 
 def show_answer(given: PreviewAnswer) -> None:
-    """Show what a model answered, and what is wrong with it."""
+    """Print what a model answered and what is wrong with the answer."""
     click.echo(f"answer ({given['prompt_tokens']} + {given['completion_tokens']} tokens, {given['finish_reason']}):\n{given['answer']}")
     failure = given["failure"]
     for problem in [failure["message"]] if failure and given["status"] == "failed" else given["errors"] or []:
@@ -176,8 +377,8 @@ def show_answer(given: PreviewAnswer) -> None:
 # ---- Ends ---------------------------------------------------------------------------------------------------------
 
 
-def show_report(ended: Report) -> None:
-    """Show the end of a run."""
+def show_report(ended: Report, console: Console | None = None) -> None:
+    """Print the result of a run."""
     from rich.table import Table
 
     table = Table(title=f"{ended.job}: {ended.documents} documents, {ended.records} records", title_justify="left", show_header=False)
@@ -187,22 +388,25 @@ def show_report(ended: Report) -> None:
     table.add_row("pages asked", f"{ended.pages_asked} ({ended.pages_per_s:.1f} pages/s, start-up included)")
     table.add_row("tokens read, written", f"{ended.prompt_tokens}, {ended.completion_tokens}")
     table.add_row("model", ended.model + (" (demonstration)" if ended.demonstration else ""))
-    make_console().print(table)
+    console = console or make_console()
+    console.print(table)
     for file in ended.damaged:
-        print_message(f"damaged: {file} was set aside, and its requests were asked again")
+        print_text(console, f"damaged: {file} was set aside, and its requests were asked again")
     if ended.missing:
-        print_message(f"error: {len(ended.missing)} sources have no record, the first is {ended.missing[0]}; run the same command again")
-    print_message(f"records: {shorten_path(ended.output)}/records")
+        print_text(
+            console, f"error: {len(ended.missing)} sources have no record, the first is {ended.missing[0]}; run the same command again"
+        )
+    print_text(console, f"records: {shorten_path(ended.output)}/records")
 
 
 def shorten_path(output: str) -> str:
-    """Return an output's place as seen from here."""
+    """Return an output's path relative to the current folder, if it is inside."""
     here = Path(output)
     return str(here.relative_to(Path.cwd())) if here.is_relative_to(Path.cwd()) else output
 
 
 def show_status(found: RunStatus, place: str) -> None:
-    """Show where the run in an output folder stands, and which documents went worst."""
+    """Print where the run in an output folder stands and which documents failed most."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -219,7 +423,7 @@ def show_status(found: RunStatus, place: str) -> None:
             table.add_row(f"{name}: {inner}", str(number))
     make_console().print(table)
     if found["worst"]:
-        worst = Table("document", "failed", "invalid", "of", "kind", "what it says", title="worst documents", title_justify="left")
+        worst = Table("document", "failed", "invalid", "of", "kind", "message", title="worst documents", title_justify="left")
         for row in found["worst"]:
             cells = (row["source"], row["failed"], row["invalid"], row["requests"], row["kind"], row["message"][:200])
             worst.add_row(*(escape(strip_control_characters(str(cell)).replace("\n", "\\n")) for cell in cells))

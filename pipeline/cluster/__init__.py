@@ -31,7 +31,9 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 REACHED_S = 10.0
 RAY_START_ATTEMPTS = 3
 THREADS_S = 3.0
-"""How long Ray Data's threads may take to end. One daemon thread never exits; this is harmless."""
+"""How long Ray Data's threads may take to end."""
+IDLE_THREAD = "Prefetcher"
+"""Name of a daemon thread of Ray Data that waits for work and never ends; this is harmless."""
 RAISED = re.compile(r"^((?:\w+\.)*)([A-Z]\w*): (.+)$", re.MULTILINE)
 """The line of a traceback that says what was raised."""
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -183,7 +185,7 @@ def stop_ray(threads: Set[threading.Thread]) -> None:
     import ray
 
     deadline = time.monotonic() + THREADS_S
-    for thread in set(threading.enumerate()) - threads:
+    for thread in {thread for thread in threading.enumerate() if thread.name != IDLE_THREAD} - threads:
         thread.join(max(0.0, deadline - time.monotonic()))
     ray.shutdown()
 

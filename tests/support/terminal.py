@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -96,8 +97,9 @@ class Terminal:
             with self.changed:
                 if data:
                     self.bytes += data
-                    self.stream.feed(data)
-                    self.record()
+                    for drawn in re.split(rb"(?=\r)", data):  # a line that is drawn again begins with a carriage return
+                        self.stream.feed(drawn)
+                        self.record()
                 else:
                     self.closed = True
                 self.changed.notify_all()

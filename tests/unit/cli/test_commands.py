@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from pipeline import cli, engines
+from pipeline import cli, engines, flow
 from pipeline.cli import console, exit_codes
 from pipeline.errors import DocumentError, EngineDead, JobError, RunError, SourceError
 from pipeline.output import Output
@@ -127,7 +127,9 @@ def test_a_refusal_is_one_line_for_the_shell_too(workspace: Workspace, arguments
     workspace.put("a.pdf")
     ended = shell("-m", "pipeline.cli", "run", workspace.file, *arguments)
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == f"error: {sentence.format(workspace.folder)}\n"
+    phases, _, line = ended.stderr.rstrip("\n").rpartition("\n")
+    assert line == f"error: {sentence.format(workspace.folder)}"
+    assert not [phase for phase in phases.splitlines() if not phase.startswith("listing ")]
 
 
 def test_settling_a_job_that_never_ran_is_refused(workspace: Workspace) -> None:
@@ -255,9 +257,19 @@ def test_status_of_something_else_is_refused(workspace: Workspace) -> None:
 
 def test_the_end_of_a_run_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     report = Report("slips", "/tmp/out", "demo", True, documents=2, records=2, failures={"render/empty": 1})
-    assert cli.show_end(report, as_json=True) is ExitCode.DOCUMENTS_FAILED
-    said = capsys.readouterr()
-    assert (json.loads(said.out), said.err) == (report.as_dict(), "")
+    assert cli.show_run(lambda _: report, "stopping", as_json=True) is ExitCode.DOCUMENTS_FAILED
+    printed = capsys.readouterr()
+    assert (json.loads(printed.out), printed.err) == (report.as_dict(), "")
+
+
+def test_a_run_that_is_interrupted_answers_at_once_and_how_to_go_on(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flow, "run", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    result = invoke("run", workspace.file, "--json")
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert result.stderr.splitlines() == [
+        "stopping: the answers received so far are being written",
+        "stopped; the answers received so far are kept: run the same command again to go on",
+    ]
 
 
 def ended(act: Callable[[], Any]) -> int:
@@ -287,7 +299,7 @@ def fail(error: BaseException) -> Callable[[], Any]:
             2,
             "error: the package ray is not installed here: pip install -c constraints.txt . in a copy of this repository",
         ),
-        (KeyboardInterrupt(), 130, "stopped; what was answered is kept: run the same command again to go on"),
+        (KeyboardInterrupt(), 130, "stopped"),
     ],
 )
 def test_every_end_has_its_code_and_its_sentence(capsys: pytest.CaptureFixture[str], error: BaseException, code: int, said: str) -> None:
@@ -308,18 +320,19 @@ def test_a_terminated_command_says_so_though_ray_makes_another_exception_of_it(c
             raise KeyboardInterrupt from None
 
     assert ended(wait) == 143
-    assert capsys.readouterr().err == "stopped; what was answered is kept: run the same command again to go on\n"
+    assert capsys.readouterr().err == "stopped\n"
 
 
-def test_a_second_signal_to_the_same_end_does_not_disturb_it(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_to_the_same_end_does_not_disturb_it(capsys: pytest.CaptureFixture[str], number: int, code: int) -> None:
     def write_what_there_is() -> None:
         try:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             console.print_message("written")
 
-    assert ended(write_what_there_is) == 143
+    assert ended(write_what_there_is) == code
     assert capsys.readouterr().err.startswith("written\n")
 
 

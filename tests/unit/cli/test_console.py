@@ -1,4 +1,4 @@
-"""Reports, progress and messages become words that people read, whatever strangers put into them."""
+"""Terminal output: reports, progress and messages, whatever is in a document's name, and nothing of Ray."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+from dataclasses import replace
 from io import StringIO
 from typing import Any
 
@@ -47,44 +48,78 @@ def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "error: 1 sources have no record, the first is in/b.pdf" in capsys.readouterr().err
 
 
-def spoken(screen: StringIO, text: str) -> bool:
-    """Wait until this is on a screen."""
+def on_terminal(columns: int = 120) -> Console:
+    return Console(file=StringIO(), force_terminal=True, width=columns)
+
+
+def read(shown: Console) -> str:
+    assert isinstance(shown.file, StringIO)
+    return shown.file.getvalue()
+
+
+def wait_for(shown: Console, text: str) -> bool:
+    """Wait until a console has printed this."""
     deadline = time.monotonic() + 60
-    while text not in screen.getvalue() and time.monotonic() < deadline:
+    while text not in read(shown) and time.monotonic() < deadline:
         time.sleep(0.01)
-    return text in screen.getvalue()
+    return text in read(shown)
 
 
 def test_without_a_terminal_a_line_now_and_then_says_where_a_run_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "PERIOD_S", 0.01)
-    with console.show_progress(Console(file=(screen := StringIO()), width=120), quiet=False) as on_progress:
-        assert on_progress is not None
-        assert spoken(screen, "starting\n")
-        on_progress(HALFWAY)
-        assert spoken(screen, "1 of 4 documents, 6 pages, 1.5 pages/s, 1 failed\n")
+    monkeypatch.setattr(console, "LINE_PERIOD_S", 0.01)
+    with console.show_progress(shown := Console(file=StringIO(), width=120)) as display:
+        display.update(HALFWAY)
+        assert wait_for(shown, "0.1 s  1/4 documents, 6 pages, 1.5 pages/s, 1 failed\n")
+    assert "\x1b" not in read(shown)
 
 
-def test_there_is_no_bar_beside_json() -> None:
-    with console.show_progress(Console(file=StringIO(), force_terminal=True), quiet=True) as on_progress:
-        assert on_progress is None
+def test_each_phase_ends_with_a_line() -> None:
+    with console.show_progress(shown := Console(file=StringIO(), width=120)) as display:
+        for phase, documents in ((Phase.LISTING, None), (Phase.LISTING, 4), (Phase.STARTING_RAY, 4), (Phase.ASKING, 4)):
+            display.update(replace(HALFWAY, phase=phase, documents=documents))
+    assert read(shown).splitlines() == [
+        "listing             0.0 s  4 documents",
+        "starting Ray        0.0 s",
+        "asking              0.0 s  1/4 documents, 6 pages, 1.5 pages/s, 1 failed",
+    ]
+
+
+def test_beside_json_there_is_nothing_but_messages() -> None:
+    with console.show_progress(shown := on_terminal(), quiet=True) as display:
+        display.update(HALFWAY)
+        display.stop("stopping")
+    assert read(shown) == "stopping\n"
 
 
 def test_the_bar_shows_pages_per_second() -> None:
-    with console.show_progress(Console(file=(screen := StringIO()), force_terminal=True, width=120), quiet=False) as on_progress:
-        assert on_progress is not None
-        on_progress(HALFWAY)
-    assert "6 pages, 1.5 pages/s, 1 failed" in screen.getvalue()
-    assert "1/4" in screen.getvalue()
+    with console.show_progress(shown := on_terminal()) as display:
+        display.update(HALFWAY)
+    assert "1/4 documents, 6 pages, 1.5 pages/s, 1 failed" in read(shown)
+
+
+@pytest.mark.parametrize(("number", "line"), [(0.04, "0.0 s"), (99.9, "99.9 s"), (100, "0:01:40"), (3725.6, "1:02:06")])
+def test_durations(number: float, line: str) -> None:
+    assert console.format_duration(number) == line
+
+
+def test_nothing_is_shown_after_a_stop() -> None:
+    with console.show_progress(shown := on_terminal()) as display:
+        display.update(HALFWAY)
+        display.stop("stopping")
+        display.update(replace(HALFWAY, phase=Phase.SETTLING))
+    assert re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", read(shown)).endswith("\rstopping\n")
 
 
 def test_what_rays_core_writes_is_not_for_the_user(capfd: pytest.CaptureFixture[str]) -> None:
-    with console.capture_ray_output():
+    with console.capture_ray_output() as shown:
         os.write(2, b"core_worker.cc:2465: Actor with class name\n")
         print("(raylet) A worker died")
-        print("words", file=sys.stderr)
+        os.write(1, b"core_worker.cc\n")
+        print("ERROR services.py", file=sys.stderr)
+        shown.print("ours")
     os.write(2, b"after\n")
     print("data")
-    assert capfd.readouterr() == ("data\n", "words\nafter\n")
+    assert capfd.readouterr() == ("data\n", "ours\nafter\n")
 
 
 @pytest.mark.parametrize(("cause", "shown"), [(ValueError("Ray's own"), "core_worker.cc\n"), (None, "")])
