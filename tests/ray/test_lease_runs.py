@@ -13,6 +13,7 @@ from pipeline import cli, flow
 from pipeline.flow import ask_pass
 from pipeline.job import Job
 from pipeline.output.lease import NAME
+from pipeline.report import Progress
 from pipeline.storage import location, store
 from tests.support import s3
 from tests.support.leases import leave_lease
@@ -36,11 +37,16 @@ def run(workspace: Workspace, output: str) -> Result:
 
 def test_a_run_is_refused_while_another_goes_on(workspace: Workspace, output: str) -> None:
     refused: list[Result] = []
-    report = flow.run(Job.load(workspace.file, output=output), on_progress=lambda _: refused.append(run(workspace, output)))
+
+    def start_another(now: Progress) -> None:
+        if now.requests_done and not refused:
+            refused.append(run(workspace, output))
+
+    report = flow.run(Job.load(workspace.file, output=output), on_progress=start_another)
     assert (report.statuses, report.exit_code) == ({"extracted": 1}, 0)
     assert refused[0].exit_code == 2
     first = f"process {os.getpid()} on {socket.gethostname()}"
-    assert refused[0].stderr.startswith(f"error: another run works on {output}: {first}, which said so")
+    assert refused[0].stderr.splitlines()[-1].startswith(f"error: another run works on {output}: {first}, which said so")
 
 
 def test_a_run_takes_over_from_one_that_is_silent(workspace: Workspace, output: str) -> None:

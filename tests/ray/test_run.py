@@ -26,6 +26,7 @@ from pipeline import flow
 from pipeline.demo import evaluate
 from pipeline.demo.documents import Form
 from pipeline.job import Job
+from pipeline.report import Phase
 from tests.support.pdfs import make_endless_pdf
 from tests.support.workspace import Workspace, draw_slip
 
@@ -34,8 +35,8 @@ PATIENCE_S = 300
 """For what takes seconds on an idle machine."""
 PAGES = 40
 """So many that those answered between a shard and the signal it calls for are few beside them, on a fast machine too."""
-PROGRESS = re.compile(r"^(starting|\d+ of \d+ documents, .*)\n", re.MULTILINE)
-"""What a run says every ten seconds, if it takes so long."""
+PHASE = re.compile(rf"^({'|'.join(Phase)}) +\d.*\n", re.MULTILINE)
+"""The line of a phase, which a run prints when the phase ends, and every 30 s."""
 ALONE = ("model.batch_size=1",)
 """One request at a time: they come back one by one, and what is beside them in a batch cannot touch the last bit of a number."""
 
@@ -154,7 +155,10 @@ def test_a_killed_run_keeps_what_was_answered(endings: list[Ended]) -> None:
 
 def test_a_terminated_run_says_how_to_go_on(endings: list[Ended]) -> None:
     assert (endings[1].code, endings[1].out) == (143, "")
-    assert PROGRESS.sub("", endings[1].err) == "stopped; what was answered is kept: run the same command again to go on\n"
+    assert PHASE.sub("", endings[1].err).splitlines() == [
+        "stopping: the answers received so far are being written",
+        "stopped; the answers received so far are kept: run the same command again to go on",
+    ]
     assert len(endings[0].answered) < len(endings[1].answered) < PAGES
 
 
