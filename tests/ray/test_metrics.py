@@ -1,4 +1,4 @@
-"""Whoever watches a cluster sees what a run does while it does it."""
+"""Metrics that Ray exports while a run goes on."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ PATIENCE_S = 120
 METRIC = re.compile(r"^ray_pipeline_(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 
 
-class Watched(ScriptedEngine):
-    """Answers four requests, and the others when somebody has seen that."""
+class WatchedEngine(ScriptedEngine):
+    """Answers four requests, and the others when their metrics have been read."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -41,12 +41,12 @@ class Watched(ScriptedEngine):
         return make_completion()
 
 
-class WatchedAsker(ask_pass.EngineActor):
+class WatchedActor(ask_pass.EngineActor):
     def load(self, job: Job, threads: int) -> Engine:
-        return Watched(job.file.parent)
+        return WatchedEngine(job.file.parent)
 
 
-def exported() -> Counter[str]:
+def read_metrics() -> Counter[str]:
     """Return what this node exports, by name and what tells several of a name apart."""
     with urllib.request.urlopen(f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics", timeout=10) as answer:
         text = answer.read().decode()
@@ -59,13 +59,13 @@ def exported() -> Counter[str]:
     return found
 
 
-def watch(folder: Path, seen: Counter[str]) -> None:
-    """Look until four answers and their pages are exported, which each process does in its own time, and let the run go on."""
+def wait_for_metrics(folder: Path, seen: Counter[str]) -> None:
+    """Read until four answers and their pages are exported, which each process does at its own time, and let the run go on."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline and min(seen["requests_total/extracted"], seen["pages_rendered_total"]) < 4:
         time.sleep(0.5)
         seen.clear()
-        seen.update(exported())
+        seen.update(read_metrics())
     (folder / "seen").touch()
 
 
@@ -73,9 +73,9 @@ def watch(folder: Path, seen: Counter[str]) -> None:
 def test_a_run_is_seen_while_it_goes_on(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     for page in range(8):
         workspace.put(f"{page}.pdf", draw_slip(page))
-    monkeypatch.setattr(ask_pass, "EngineActor", WatchedAsker)
+    monkeypatch.setattr(ask_pass, "EngineActor", WatchedActor)
     seen: Counter[str] = Counter()
-    watcher = threading.Thread(target=watch, args=(workspace.folder, seen))
+    watcher = threading.Thread(target=wait_for_metrics, args=(workspace.folder, seen))
     watcher.start()
     report = flow.run(workspace.job("name=watched", "model.batch_size=1"))
     watcher.join()

@@ -1,6 +1,7 @@
-"""A job goes to a cluster through its job server, is followed to its exit code, stopped and resumed; and a cluster is joined.
+"""Jobs submitted to a cluster's job server: followed to their exit code, stopped and resumed; and a cluster that a run joins.
 
-The cluster is a real one, of this machine alone; its start takes most of the time, so that all tests share it and one story.
+The cluster is a real one of this machine. Its start and each run on it take seconds, so that the tests share one cluster and one story;
+a stub of a Chat Completions server answers, because each run would import torch for the demonstration model.
 """
 
 from __future__ import annotations
@@ -8,24 +9,24 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
+from tests.support.chat_server import ChatServer, says
+from tests.support.engines import VALID
 from tests.support.held_server import HeldAnswer, serve_held
 from tests.support.ray_head import RayHead, start_head
-from tests.support.workspace import Workspace, draw_slip
+from tests.support.workspace import JOB, Workspace, draw_slip
 
 PAGES = 6
 PATIENCE_S = 300
 SHARED = "--shared-filesystem"
-
-# --- a real cluster
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +36,14 @@ def cluster() -> Iterator[RayHead]:
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     made = Workspace(tmp_path_factory.mktemp("workspace"))
     for page in range(PAGES):
         made.put(f"{page}.pdf", draw_slip(page))
-    return made
+    with ChatServer(says(VALID)) as server:
+        model = f"{{engine: openai, base_url: '{server.base_url}', name: stub-1, server: other, structure: json_schema, logprobs: false}}"
+        made.file.write_text(JOB.replace("{name: demo}", model))
+        yield made
 
 
 def answered(workspace: Workspace) -> list[str]:
@@ -48,16 +52,15 @@ def answered(workspace: Workspace) -> list[str]:
     return [key for shard in shards for key in pq.read_table(shard, columns=["key"])["key"].to_pylist()]
 
 
-def patiently(done: Any) -> None:
-    """Wait until something is so."""
+def wait_for(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + PATIENCE_S
-    while not done() and time.monotonic() < deadline:
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert done()
+    assert condition()
 
 
 class Last(HeldAnswer):
-    """Has the last page, so that a run cannot be over before it shall be."""
+    """Serves the last page, so that a run does not end before it is released."""
 
     asked, due = threading.Event(), threading.Event()
     content = draw_slip(PAGES)
@@ -69,22 +72,22 @@ def story(cluster: RayHead, workspace: Workspace) -> Iterator[SimpleNamespace]:
     told = SimpleNamespace()
     with serve_held(Last) as address:
         paths = f"source.paths=[in, '{address}/last.pdf']"
-        settings = (paths, "source.allow_private=true", "limits.download_s=1000", "model.batch_size=1")
+        settings = (paths, "source.allow_private=true", "limits.download_s=1000")
         submission = ["submit", workspace.file, "--address", cluster.jobs, SHARED, *(word for one in settings for word in ("--set", one))]
         submitted = cluster.start(*submission, "--follow")
         assert submitted.stdout is not None
         told.run = submitted.stdout.readline().strip()
-        patiently(lambda: answered(workspace) and Last.asked.is_set())
+        wait_for(lambda: answered(workspace) and Last.asked.is_set())
         submitted.send_signal(signal.SIGINT)
         told.left = submitted.communicate()[1], submitted.returncode
-        told.stopped = cluster.pipeline("submit", "--stop", told.run, "--address", cluster.jobs)
+        told.stopped = cluster.run("submit", "--stop", told.run, "--address", cluster.jobs)
         told.answered = answered(workspace)
-        told.attached = cluster.pipeline("submit", "--attach", told.run, "--address", cluster.jobs, "--json")
+        told.attached = cluster.run("submit", "--attach", told.run, "--address", cluster.jobs, "--json")
         Last.due.set()
-        told.resumed = cluster.pipeline(*submission, "--follow", "--json", "--log", workspace.folder / "events.jsonl")
+        told.resumed = cluster.run(*submission, "--follow", "--json", "--log", workspace.folder / "events.jsonl")
         told.all = answered(workspace)
         workspace.put("empty.pdf", b"")
-        told.worse = cluster.pipeline(*submission, "--follow")
+        told.worse = cluster.run(*submission, "--follow")
         yield told
 
 
@@ -133,48 +136,40 @@ def test_failed_documents_are_exit_code_1(story: SimpleNamespace) -> None:
     assert re.search(r"render/empty +│ 1 ", story.worse.stderr)
 
 
-def test_a_wrong_job_is_exit_code_2(cluster: RayHead, workspace: Workspace) -> None:
-    wrong = ("--set", "source.paths=[gone]")
-    ended = cluster.pipeline("submit", workspace.file, "--address", cluster.jobs, SHARED, "--follow", *wrong)
-    assert ended.returncode == 2
-    assert f"error: source '{workspace.folder}/gone' does not exist" in ended.stderr
+@pytest.fixture(scope="module")
+def refused(cluster: RayHead, workspace: Workspace) -> subprocess.CompletedProcess[str]:
+    """Submit a job whose password only this machine has."""
+    wrong = ("--set", "source.password_env=PDF_PASSWORD")
+    return cluster.run("submit", workspace.file, "--address", cluster.jobs, SHARED, "--follow", *wrong, PDF_PASSWORD="hunter2")
 
 
-def test_a_local_path_is_not_sent(cluster: RayHead, workspace: Workspace) -> None:
-    ended = cluster.pipeline("submit", workspace.file, "--address", cluster.jobs)
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert "source.paths is 'in', a path on this machine that the cluster does not see" in ended.stderr
+def test_a_wrong_job_is_exit_code_2(refused: subprocess.CompletedProcess[str]) -> None:
+    assert refused.returncode == 2
+    assert re.search(r"error: .*source\.password_env names the environment variable PDF_PASSWORD, which is not set", refused.stderr)
 
 
-def test_secrets_are_not_sent_and_that_is_said(cluster: RayHead, workspace: Workspace) -> None:
-    secret = ("--set", "source.password_env=PDF_PASSWORD", "--set", "source.paths=[gone]")
-    ended = cluster.pipeline("submit", workspace.file, "--address", cluster.jobs, SHARED, "--follow", *secret, PDF_PASSWORD="hunter2")
-    assert "not sent: PDF_PASSWORD; the cluster's own environment" in ended.stderr
-    assert "hunter2" not in ended.stderr + ended.stdout
+def test_secrets_are_not_sent_and_that_is_said(refused: subprocess.CompletedProcess[str]) -> None:
+    assert "not sent: PDF_PASSWORD; the cluster's own environment" in refused.stderr
+    assert "hunter2" not in refused.stderr + refused.stdout
 
 
-def test_a_run_that_was_never_submitted_is_not_found(cluster: RayHead) -> None:
-    for option in ("--attach", "--stop"):
-        ended = cluster.pipeline("submit", option, "raysubmit_nobody", "--address", cluster.jobs)
-        assert (ended.returncode, ended.stdout) == (2, "")
-        assert "raysubmit_nobody does not exist" in ended.stderr
+def test_what_cannot_be_sent_or_was_never_submitted_is_refused(cluster: RayHead, workspace: Workspace) -> None:
+    local, *unknown = cluster.run_in_turn(
+        ["submit", workspace.file, "--address", cluster.jobs],
+        *(["submit", option, "raysubmit_nobody", "--address", cluster.jobs] for option in ("--attach", "--stop")),
+    )
+    assert {(ended.returncode, ended.stdout) for ended in (local, *unknown)} == {(2, "")}
+    assert "source.paths is 'in', a path on this machine that the cluster does not see" in local.stderr
+    assert all("raysubmit_nobody does not exist" in ended.stderr for ended in unknown)
 
 
 def test_without_the_token_nothing_is_done(cluster: RayHead) -> None:
-    ended = cluster.pipeline("submit", "--stop", "any", "--address", cluster.jobs, RAY_AUTH_MODE="disabled")
+    ended = cluster.run("submit", "--stop", "any", "--address", cluster.jobs, RAY_AUTH_MODE="disabled")
     assert ended.returncode == 2
     assert ended.stderr.startswith(f"error: {cluster.jobs} wants the cluster's token: set RAY_AUTH_MODE=token")
 
 
 @pytest.mark.usefixtures("story")
 def test_a_cluster_is_joined_from_its_own_machines(cluster: RayHead, workspace: Workspace) -> None:
-    ended = cluster.pipeline("settle", workspace.file, "--json", RAY_ADDRESS=cluster.address)
+    ended = cluster.run("settle", workspace.file, "--json", RAY_ADDRESS=cluster.address)
     assert (ended.returncode, json.loads(ended.stdout)["records"]) == (1, PAGES + 2)
-
-
-def test_a_cluster_is_not_joined_by_ray_client(cluster: RayHead, workspace: Workspace) -> None:
-    ended = cluster.pipeline("settle", workspace.file, "--address", "ray://127.0.0.1:10001", SHARED, "--json")
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert (
-        "ray.address: a cluster cannot be joined by ray://; `pipeline submit --address http://HEAD:8265` starts a run on it" in ended.stderr
-    )

@@ -95,6 +95,11 @@ WRONG: dict[str, tuple[Callable[[Workspace], Any], list[str], str]] = {
         ["--address", "http://head:8265"],
         r"ray\.address: an http\(s\) address is a cluster's job server",
     ),
+    "a Ray Client address": (
+        lambda workspace: None,
+        ["--address", "ray://127.0.0.1:10001"],
+        r"ray\.address: a cluster cannot be joined by ray://; `pipeline submit --address http://HEAD:8265` starts a run on it",
+    ),
     "no checkpoint": (lambda workspace: None, ["--set", "model.name=./gone"], r"holds no checkpoint"),
 }
 

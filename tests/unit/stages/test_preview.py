@@ -97,49 +97,52 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> Any:
     return load
 
 
-def answer(workspace: Workspace) -> dict[str, Any]:
-    return preview.ask_preview(workspace.job(), preview.render_preview(workspace.job(), workspace.put("a.pdf", draw_slip(1, 2)), 2))
+@pytest.fixture(scope="module")
+def second_page(tmp_path_factory: pytest.TempPathFactory) -> preview.PreviewPage:
+    """The second page of a document, rendered once: starting a renderer takes most of the time."""
+    workspace = Workspace(tmp_path_factory.mktemp("preview"))
+    return preview.render_preview(workspace.job(), workspace.put("a.pdf", draw_slip(1, 2)), 2)
 
 
-def test_the_answer_comes_with_its_cost(workspace: Workspace, loaded: Any) -> None:
+def test_the_answer_comes_with_its_cost(workspace: Workspace, second_page: preview.PreviewPage, loaded: Any) -> None:
     loaded()
-    found = answer(workspace)
+    found = preview.ask_preview(workspace.job(), second_page)
     assert (found["answer"], found["status"], found["failure"], found["errors"]) == (VALID, "extracted", None, [])
     assert (found["prompt_tokens"], found["completion_tokens"], found["model"], found["engine"]) == (300, 20, "script-1", "scripted")
 
 
-def test_the_page_is_asked_as_a_document_of_its_own(workspace: Workspace, loaded: Any) -> None:
+def test_the_page_is_asked_as_a_document_of_its_own(workspace: Workspace, second_page: preview.PreviewPage, loaded: Any) -> None:
     engine = loaded()
-    answer(workspace)
+    preview.ask_preview(workspace.job(), second_page)
     assert list_texts(engine.asked[0]) == [workspace.job().system_message, "Return the JSON object for this document."]
 
 
-def test_an_invalid_answer_is_shown_with_its_errors(workspace: Workspace, loaded: Any) -> None:
+def test_an_invalid_answer_is_shown_with_its_errors(workspace: Workspace, second_page: preview.PreviewPage, loaded: Any) -> None:
     loaded(make_completion(INVALID))
-    found = answer(workspace)
+    found = preview.ask_preview(workspace.job(), second_page)
     assert (found["answer"], found["status"], found["errors"]) == (INVALID, "invalid", ["$.total: -1 is less than 0"])
 
 
-def test_an_answer_cut_short_is_shown_as_the_failure_it_is(workspace: Workspace, loaded: Any) -> None:
+def test_an_answer_cut_short_is_shown_as_the_failure_it_is(workspace: Workspace, second_page: preview.PreviewPage, loaded: Any) -> None:
     loaded(CUT)
-    found = answer(workspace)
+    found = preview.ask_preview(workspace.job(), second_page)
     assert (found["answer"], found["status"], found["failure"]["kind"]) == (VALID, "failed", "length")
 
 
-def test_no_answer_is_an_error(workspace: Workspace, loaded: Any) -> None:
+def test_no_answer_is_an_error(workspace: Workspace, second_page: preview.PreviewPage, loaded: Any) -> None:
     loaded(DocumentError("too_long", "the prompt has 9000 tokens"))
     with pytest.raises(DocumentError, match="9000 tokens"):
-        answer(workspace)
+        preview.ask_preview(workspace.job(), second_page)
 
 
-def test_the_demonstration_is_announced(workspace: Workspace, loaded: Any) -> None:
+def test_the_demonstration_is_announced(workspace: Workspace, second_page: preview.PreviewPage, loaded: Any) -> None:
     loaded()
     job, told = workspace.job("model.name=Qwen/Qwen2.5-VL-7B-Instruct-AWQ", "model.without_gpu=demo"), []
-    preview.ask_preview(job, preview.render_preview(job, workspace.put("a.pdf"), 1), told.append)
+    preview.ask_preview(job, second_page, told.append)
     assert told == ["Qwen/Qwen2.5-VL-7B-Instruct-AWQ"]
 
 
 def test_a_preview_leaves_no_output_folder(workspace: Workspace, loaded: Any) -> None:
     loaded()
-    answer(workspace)
+    preview.ask_preview(workspace.job(), preview.render_preview(workspace.job(), workspace.put("a.pdf"), 1))
     assert not Path(workspace.job().output).exists()
