@@ -29,7 +29,7 @@ from pipeline.records import Completion, FinishReason, Pixels, Request, Sampling
 from pipeline.schema import prompt
 from tests.support import tiny_checkpoint
 from tests.support.chat_server import ChatServer
-from tests.support.model_server import answering
+from tests.support.model_server import reply_by_engine
 from tests.support.requests import FLAT, make_noise
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's imports cause many, none of them by this package
@@ -73,7 +73,7 @@ def engine(request: pytest.FixtureRequest, folder: Path, model: TransformersEngi
         yield one
         one.close()
     elif request.param == "openai":
-        with ChatServer(answering(model)) as stub:
+        with ChatServer(reply_by_engine(model)) as stub:
             asked = OpenAIEngine(
                 stub.base_url, ServerProfile("stub-1", "json_schema", vllm=True, logprobs=True), RetryPolicy(16), None, 2 * LONGEST
             )

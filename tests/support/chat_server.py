@@ -1,7 +1,7 @@
-"""A Chat Completions server on loopback that answers as it is told, rightly or wrongly, and remembers what it was asked.
+"""Chat Completions server on loopback with scripted replies, right and wrong ones; it records its requests.
 
-What a hosted server does on a bad day could not be arranged with a real one. Every request is held against the request's own
-JSON Schema; `complaints` has what it breaks.
+The faults of hosted servers cannot be arranged with a real one. Every request is validated against the JSON Schema of requests;
+`complaints` lists the violations.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from jsonschema import Draft202012Validator
 REQUEST = Draft202012Validator(json.loads((Path(__file__).parent / "chat_completions_request.schema.json").read_text()))
 GREETING = "Say hello."
 STALL_S = 60.0
-"""Longer than any test waits; a test's end ends it sooner."""
+"""Longer than any test waits; the end of a test ends it sooner."""
 Body = dict[str, Any]
 
 
-class Wire(BaseHTTPRequestHandler):
+class Connection(BaseHTTPRequestHandler):
     """One connection to the stub."""
 
     protocol_version = "HTTP/1.1"
@@ -40,7 +40,7 @@ class Wire(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.stub.headers.append(dict(self.headers))
-        if self.stub.locked(self.headers):
+        if self.stub.is_unauthorized(self.headers):
             self.reply(401, {"error": {"message": f"Incorrect API key: {self.headers['Authorization']}"}})
         elif self.path == "/v1/models" and self.stub.models is not None:
             self.reply(200, {"object": "list", "data": [{"id": name, "owned_by": self.stub.owner} for name in self.stub.models]})
@@ -49,7 +49,7 @@ class Wire(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.stub.asked_by(self, body)(self, body)
+        self.stub.choose_reply(self, body)(self, body)
 
     def reply(self, status: int, value: Any, headers: Mapping[str, str] | None = None) -> None:
         data = value.encode() if isinstance(value, str) else json.dumps(value).encode()
@@ -59,47 +59,50 @@ class Wire(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def begin(self) -> None:
+    def begin_stream(self) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream; charset=utf-8")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
 
-    def event(self, value: Any) -> None:
+    def send_event(self, value: Any) -> None:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        self.block(f"data: {text}\n\n".encode())
+        self.send_chunk(f"data: {text}\n\n".encode())
 
-    def block(self, data: bytes) -> None:
+    def send_chunk(self, data: bytes) -> None:
         self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
         self.wfile.flush()
 
-    def end(self) -> None:
+    def end_stream(self) -> None:
         self.wfile.write(b"0\r\n\r\n")
 
-    def cut(self) -> None:
+    def drop(self) -> None:
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
-Say = Callable[[Wire, Body], None]
+Reply = Callable[[Connection, Body], None]
 
 
 class ChatServer:
-    """The server. `obeys` and `refuses` name ways of structure; what is in neither is taken and ignored."""
+    """The server. `obeys` and `refuses` name ways to ask for structure; one in neither is accepted and ignored.
+
+    The replies are given in their order, the last one for ever.
+    """
 
     def __init__(
-        self, *says: Say, models: Sequence[str] | None = ("stub-1",), owner: str = "stub", key: str | None = None,
+        self, *replies: Reply, models: Sequence[str] | None = ("stub-1",), owner: str = "stub", key: str | None = None,
         obeys: Sequence[str] = ("json_schema", "tool"), refuses: Sequence[str] = (), most_tokens: int = 16_384,
     ) -> None:  # fmt: skip
-        self.says, self.models, self.owner, self.key, self.obeys, self.refuses = list(says), models, owner, key, obeys, refuses
+        self.replies, self.models, self.owner, self.key, self.obeys, self.refuses = list(replies), models, owner, key, obeys, refuses
         self.most_tokens = most_tokens
-        self.asked, self.complaints, self.headers = list[Body](), list[str](), list[dict[str, str]]()
-        self.over, self.left, self._turn = Event(), Event(), Lock()
-        wire = type("Wire", (Wire,), {"stub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), wire)
+        self.requests, self.complaints, self.headers = list[Body](), list[str](), list[dict[str, str]]()
+        self.closed, self.client_left, self._turn = Event(), Event(), Lock()
+        handler = type("Connection", (Connection,), {"stub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self.base_url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
 
@@ -108,39 +111,39 @@ class ChatServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.over.set()
+        self.closed.set()
         self._server.shutdown()
         self._server.server_close()
 
-    def locked(self, headers: Mapping[str, str]) -> bool:
+    def is_unauthorized(self, headers: Mapping[str, str]) -> bool:
         return self.key is not None and headers["Authorization"] != f"Bearer {self.key}"
 
-    def read(self, body: Body) -> int:
-        """Return how many tokens a prompt has; vLLM counts what it sees."""
-        return 300 if self.owner != "vllm" else 300 + seen(body, self.most_tokens)
+    def count_prompt_tokens(self, body: Body) -> int:
+        """Return how many tokens a prompt has; of these servers only vLLM counts its pages."""
+        return 300 if self.owner != "vllm" else 300 + count_visual_tokens(body, self.most_tokens)
 
-    def asked_by(self, wire: Wire, body: Body) -> Say:
-        """Remember a request and return how it is answered."""
+    def choose_reply(self, connection: Connection, body: Body) -> Reply:
+        """Record a request and return the reply to it."""
         with self._turn:
             self.complaints += [f"{error.json_path}: {error.message[:200]}" for error in REQUEST.iter_errors(body)]
-            self.asked.append(body)
-            self.headers.append(dict(wire.headers))
-            way = way_of(body)
-            if self.locked(wire.headers):
-                return status(401, "no such key")
+            self.requests.append(body)
+            self.headers.append(dict(connection.headers))
+            way = find_structure(body)
+            if self.is_unauthorized(connection.headers):
+                return reply_status(401, "no such key")
             if refused := [name for name in (way, *body) if name in self.refuses]:
-                return status(400, f"{refused[0]} is not supported")
+                return reply_status(400, f"{refused[0]} is not supported")
             if body["messages"][-1]["content"] == GREETING:
-                return says('{"word": "k3v9"}' if way in self.obeys else "Hello!")
-            return self.says.pop(0) if len(self.says) > 1 else self.says[0]
+                return reply_text('{"word": "k3v9"}' if way in self.obeys else "Hello!")
+            return self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
 
 
-def way_of(body: Body) -> str:
+def find_structure(body: Body) -> str:
     """Return how a request asks for structure."""
     return "json_schema" if "response_format" in body else "tool" if "tools" in body else "prompt"
 
 
-def pieces(body: Body, text: str) -> list[Body]:
+def split_into_deltas(body: Body, text: str) -> list[Body]:
     """Return the deltas that write a text, as content or as the arguments of a tool call."""
     parts = [text[at : at + 4] for at in range(0, len(text), 4)]
     if "tools" not in body:
@@ -149,86 +152,88 @@ def pieces(body: Body, text: str) -> list[Body]:
     return [{"tool_calls": name}, *({"tool_calls": [{"index": 0, "function": {"arguments": part}}]} for part in parts)]
 
 
-def usage(text: str, read: int = 300) -> Body:
+def make_usage(text: str, read: int = 300) -> Body:
     return {"prompt_tokens": read, "completion_tokens": len(text), "total_tokens": read + len(text)}
 
 
-def seen(body: Body, most: int = 16_384) -> int:
+def count_visual_tokens(body: Body, most: int = 16_384) -> int:
     """Return how many visual tokens a request's pages are, each shrunk to so many at most."""
     urls = [part["image_url"]["url"] for turn in body["messages"] for part in turn["content"] if "image_url" in part]
     sizes = [struct.unpack(">II", base64.b64decode(url.partition(",")[2])[16:24]) for url in urls]  # where a PNG has them
     return sum(min(most, width * height // 784) for width, height in sizes)
 
 
-def says(text: str, finish_reason: str | None = None, tail: Callable[[Wire], None] = Wire.end) -> Say:
+def reply_text(text: str, finish_reason: str | None = None, tail: Callable[[Connection], None] = Connection.end_stream) -> Reply:
     """Answer with a text, streamed as hosted servers do it: a role first, then pieces, the reason, the usage."""
 
-    def say(wire: Wire, body: Body) -> None:
+    def reply(connection: Connection, body: Body) -> None:
         reason = finish_reason or ("tool_calls" if "tools" in body else "stop")
-        wire.begin()
-        for delta in ({"role": "assistant", "content": ""}, *pieces(body, text)):
+        connection.begin_stream()
+        for delta in ({"role": "assistant", "content": ""}, *split_into_deltas(body, text)):
             scores = (
                 [{"token": delta["content"], "logprob": -0.5, "bytes": list(delta["content"].encode())}] if delta.get("content") else []
             )
             scored = {"logprobs": {"content": scores}} if body.get("logprobs") and scores else {}
-            wire.event({"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": delta, "finish_reason": None, **scored}]})
-        if tail is Wire.end:
-            wire.event({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
-            wire.event({"choices": [], "usage": usage(text, wire.stub.read(body))})
-            wire.event("[DONE]")
-        tail(wire)
+            connection.send_event(
+                {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": delta, "finish_reason": None, **scored}]}
+            )
+        if tail is Connection.end_stream:
+            connection.send_event({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
+            connection.send_event({"choices": [], "usage": make_usage(text, connection.stub.count_prompt_tokens(body))})
+            connection.send_event("[DONE]")
+        tail(connection)
 
-    return say
+    return reply
 
 
-def whole(text: str) -> Say:
+def reply_unstreamed(text: str) -> Reply:
     """Answer without streaming, although a stream was asked for."""
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-    return lambda wire, _: wire.reply(200, {"object": "chat.completion", "choices": [choice], "usage": usage(text)})
+    return lambda connection, _: connection.reply(200, {"object": "chat.completion", "choices": [choice], "usage": make_usage(text)})
 
 
-def status(code: int, message: str = "not now", **headers: str) -> Say:
+def reply_status(code: int, message: str = "not now", **headers: str) -> Reply:
     named = {name.replace("_", "-"): text for name, text in headers.items()}
-    return lambda wire, _: wire.reply(code, {"error": {"message": message, "code": code}}, named)
+    return lambda connection, _: connection.reply(code, {"error": {"message": message, "code": code}}, named)
 
 
-def sends(*events: Any) -> Say:
+def reply_events(*events: Any) -> Reply:
     """Send these events and end."""
 
-    def say(wire: Wire, _: Body) -> None:
-        wire.begin()
+    def reply(connection: Connection, _: Body) -> None:
+        connection.begin_stream()
         for event in events:
-            wire.event(event)
-        wire.end()
+            connection.send_event(event)
+        connection.end_stream()
 
-    return say
-
-
-def lost(wire: Wire, _: Body) -> None:
-    """Lose the connection without a word."""
-    wire.cut()
+    return reply
 
 
-def stalls(wire: Wire) -> None:
-    """Say no more, and stay."""
-    wire.stub.over.wait(STALL_S)
+def drop_connection(connection: Connection, _: Body) -> None:
+    """Close the connection without an answer."""
+    connection.drop()
 
 
-def endless(*parts: str, scored: bool = False) -> Say:
-    """Write these parts, the last again and again, until nobody listens any more; without any, count."""
+def stall(connection: Connection) -> None:
+    """Send nothing more and keep the connection open."""
+    connection.stub.closed.wait(STALL_S)
 
-    def say(wire: Wire, _: Body) -> None:
-        wire.begin()
+
+def reply_endlessly(*parts: str, scored: bool = False) -> Reply:
+    """Stream these parts, the last one again and again, until the client leaves; without parts, count."""
+
+    def reply(connection: Connection, _: Body) -> None:
+        connection.begin_stream()
         try:
-            for number in takewhile(lambda _: not wire.stub.over.is_set(), count()):
+            for number in takewhile(lambda _: not connection.stub.closed.is_set(), count()):
                 part = parts[min(number, len(parts) - 1)] if parts else f"{number} "
                 scores = {"logprobs": {"content": [{"token": part, "logprob": -0.5}]}} if scored else {}
-                wire.event({"choices": [{"index": 0, "delta": {"content": part}, "finish_reason": None, **scores}]})
+                connection.send_event({"choices": [{"index": 0, "delta": {"content": part}, "finish_reason": None, **scores}]})
         except OSError:
-            wire.close_connection = True
-            wire.stub.left.set()
+            connection.close_connection = True
+            connection.stub.client_left.set()
 
-    return say
+    return reply
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A folder to work in: a small job, its schema and its documents, and an engine that says what a test tells it to."""
+"""Engines without a model: one with scripted replies, one that counts dark pixels."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ def make_completion(text: str = VALID, finish_reason: FinishReason = FinishReaso
 
 
 CUT = make_completion(finish_reason=FinishReason.LENGTH)
-"""Cut by max_tokens, although what came is valid as it stands."""
-Say = Completion | Exception | Callable[[Request], Completion]
+"""Cut by max_tokens, although the text is valid as it stands."""
+Reply = Completion | Exception | Callable[[Request], Completion]
 
 
 class ScriptedEngine:
-    """An engine that says what it is told, in that order, the last of it for ever, and remembers what it was asked.
+    """An engine that gives these replies in their order, the last one for ever, and records its requests.
 
-    What a real model answers is beside the point of these tests, and which of its answers are wrong could not be arranged.
+    A real model's answers do not matter to these tests, and its wrong answers could not be arranged.
     """
 
     name, model = "scripted", "script-1"
 
-    def __init__(self, *says: Say) -> None:
-        self.says: list[Say] = list(says) or [make_completion()]
-        self.asked: list[Request] = []
+    def __init__(self, *replies: Reply) -> None:
+        self.replies: list[Reply] = list(replies) or [make_completion()]
+        self.requests: list[Request] = []
 
     async def complete(self, request: Request) -> Completion:
-        self.asked.append(request)
-        say = self.says.pop(0) if len(self.says) > 1 else self.says[0]
-        if isinstance(say, Exception):
-            raise say
-        return say if isinstance(say, Completion) else say(request)
+        self.requests.append(request)
+        reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+        if isinstance(reply, Exception):
+            raise reply
+        return reply if isinstance(reply, Completion) else reply(request)
 
     def close(self) -> None:
         """Nothing to release."""
 
 
 class InkEngine(ScriptedEngine):
-    """Reads how dark the first page is: a page's answer is its own, and no model has to be loaded, which takes seconds each time."""
+    """Answers with the number of dark pixels of the first page, which differs from page to page; loads no model, which takes seconds."""
 
     async def complete(self, request: Request) -> Completion:
         pixels = request.messages[1].parts[0]

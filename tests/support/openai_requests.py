@@ -14,7 +14,7 @@ from pipeline.engines.openai.client import RetryPolicy
 from pipeline.job import Job
 from pipeline.records import Request, Sampling
 from pipeline.schema import prompt
-from tests.support.chat_server import Body, ChatServer, Say
+from tests.support.chat_server import Body, ChatServer, Reply
 from tests.support.requests import make_noise
 from tests.support.workspace import SCHEMA, Workspace
 
@@ -49,7 +49,7 @@ def complete_all(
     return outcomes
 
 
-def complete_one(*replies: Say, policy: RetryPolicy = FAST_POLICY, **profile: Any) -> Any:
+def complete_one(*replies: Reply, policy: RetryPolicy = FAST_POLICY, **profile: Any) -> Any:
     """Return the completion or exception of one request to a server that gives these replies."""
     with ChatServer(*replies) as stub:
         (outcome,) = complete_all(stub, [make_request()], policy, **profile)

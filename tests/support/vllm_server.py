@@ -1,8 +1,4 @@
-"""A Chat Completions server on loopback that answers as it is told, rightly or wrongly, and remembers what it was asked.
-
-What a hosted server does on a bad day could not be arranged with a real one. Every request is held against the request's own
-JSON Schema; `complaints` has what it breaks.
-"""
+"""vLLM's own Chat Completions server with a checkpoint, on the CPU."""
 
 from __future__ import annotations
 

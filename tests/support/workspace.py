@@ -1,4 +1,4 @@
-"""A folder to work in: a small job, its schema and its documents, and an engine that says what a test tells it to."""
+"""Folder of a small job: its YAML file, its schema and its documents."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SCHEMA = {
         },
     },
 }
-"""So narrow that whatever a model writes under its grammar is short and valid: these tests judge no model's reading."""
+"""So narrow that every answer under its grammar is short and valid: what a model reads does not matter to these tests."""
 JOB = """\
 name: slips
 source: {paths: [in]}
@@ -51,7 +51,7 @@ class Workspace:
         (folder / "schema.json").write_text(json.dumps(SCHEMA))
 
     def put(self, name: str, data: bytes | None = None) -> Path:
-        """Place a document; one page of its own, unless told what."""
+        """Write a document, by default of one page that depends on its name, and return its path."""
         file = self.inputs / name
         file.write_bytes(draw_slip(sum(name.encode())) if data is None else data)
         return file

@@ -114,7 +114,7 @@ def test_the_answer_comes_with_its_cost(workspace: Workspace, second_page: previ
 def test_the_page_is_asked_as_a_document_of_its_own(workspace: Workspace, second_page: preview.PreviewPage, loaded: Any) -> None:
     engine = loaded()
     preview.ask_preview(workspace.job(), second_page)
-    assert list_texts(engine.asked[0]) == [workspace.job().system_message, "Return the JSON object for this document."]
+    assert list_texts(engine.requests[0]) == [workspace.job().system_message, "Return the JSON object for this document."]
 
 
 def test_an_invalid_answer_is_shown_with_its_errors(workspace: Workspace, second_page: preview.PreviewPage, loaded: Any) -> None:

@@ -19,7 +19,7 @@ from pipeline.render.sandbox import Sandbox
 from pipeline.stages.ask import AskStage, decode_pages
 from pipeline.stages.render import RenderStage, make_render_settings
 from pipeline.stages.requests import compute_document_keys, compute_request_key, split_pages
-from tests.support.engines import CUT, INVALID, VALID, Say, ScriptedEngine, list_texts, make_completion
+from tests.support.engines import CUT, INVALID, VALID, Reply, ScriptedEngine, list_texts, make_completion
 from tests.support.stages import Row, claim_all, make_render_plan
 from tests.support.workspace import Workspace, draw_slip, make_listing_row
 
@@ -161,7 +161,7 @@ def test_limits_are_the_jobs(workspace: Workspace) -> None:
 # --- asking
 
 
-def ask(workspace: Workspace, *says: Say, settings: tuple[str, ...] = (), **row: Any) -> tuple[Row, ScriptedEngine]:
+def ask(workspace: Workspace, *says: Reply, settings: tuple[str, ...] = (), **row: Any) -> tuple[Row, ScriptedEngine]:
     """Return what becomes of one request, and the engine that was asked."""
     engine = ScriptedEngine(*says)
     return asyncio.run(AskStage(workspace.job(*settings), engine).answer_row(REQUEST | row)), engine
@@ -172,7 +172,7 @@ def test_a_valid_answer_is_extracted(workspace: Workspace) -> None:
     assert (row["status"], row["answer"], row["errors"], row["failure"]) == ("extracted", VALID, [], None)
     assert (row["asks"], row["prompt_tokens"], row["completion_tokens"]) == (1, 300, 20)
     assert (row["model"], row["engine"], row["attempt"], row["fingerprint"]) == ("script-1", "scripted", 2, workspace.job().fingerprint)
-    assert len(engine.asked) == 1
+    assert len(engine.requests) == 1
 
 
 def test_an_answered_row_carries_no_pixels(workspace: Workspace) -> None:
@@ -183,7 +183,7 @@ def test_an_answered_row_carries_no_pixels(workspace: Workspace) -> None:
 
 def test_the_request_says_what_the_job_says(workspace: Workspace) -> None:
     _, engine = ask(workspace, settings=("sampling.temperature=0.5",))
-    (request,) = engine.asked
+    (request,) = engine.requests
     job = workspace.job("sampling.temperature=0.5")
     assert (request.key, request.schema, request.sampling) == ("k", schema.dump_compact_schema(job.schema), job.sampling)
     assert list_texts(request) == [job.system_message, "Return the JSON object for this document."]
@@ -192,14 +192,14 @@ def test_the_request_says_what_the_job_says(workspace: Workspace) -> None:
 def test_an_invalid_answer_is_asked_again_with_its_errors(workspace: Workspace) -> None:
     row, engine = ask(workspace, make_completion(INVALID), make_completion(VALID))
     assert (row["status"], row["answer"], row["asks"], row["errors"]) == ("extracted", VALID, 2, [])
-    first, again = engine.asked
+    first, again = engine.requests
     assert list_texts(again)[:3] == [*list_texts(first), INVALID]
     assert "- $.total: -1 is less than 0" in list_texts(again)[3]
 
 
 def test_a_correction_keeps_the_page_in_sight(workspace: Workspace) -> None:
     _, engine = ask(workspace, make_completion(INVALID), make_completion(VALID))
-    first, again = engine.asked
+    first, again = engine.requests
     assert again.messages[:2] == first.messages
     assert [message.role for message in again.messages] == ["system", "user", "assistant", "user"]
 
@@ -211,24 +211,24 @@ def test_both_asks_are_paid_for(workspace: Workspace) -> None:
 
 def test_an_answer_that_stays_invalid_is_invalid(workspace: Workspace) -> None:
     row, engine = ask(workspace, make_completion(INVALID))
-    assert (row["status"], row["answer"], len(engine.asked)) == ("invalid", INVALID, 2)
+    assert (row["status"], row["answer"], len(engine.requests)) == ("invalid", INVALID, 2)
     assert row["failure"] == {"stage": "validate", "kind": "invalid", "message": "$.total: -1 is less than 0"}
 
 
 @pytest.mark.parametrize("times", [0, 3])
 def test_the_job_says_how_often_is_asked_again(workspace: Workspace, times: int) -> None:
     row, engine = ask(workspace, make_completion(INVALID), settings=(f"extract.re_asks={times}",))
-    assert (row["asks"], len(engine.asked)) == (times + 1, times + 1)
+    assert (row["asks"], len(engine.requests)) == (times + 1, times + 1)
 
 
 def test_an_answer_that_is_no_json_is_asked_again(workspace: Workspace) -> None:
     row, engine = ask(workspace, make_completion("Here it is:"), make_completion(VALID))
-    assert (row["status"], len(engine.asked)) == ("extracted", 2)
+    assert (row["status"], len(engine.requests)) == ("extracted", 2)
 
 
 def test_an_answer_cut_short_is_a_failure_even_if_it_parses(workspace: Workspace) -> None:
     row, engine = ask(workspace, CUT)
-    assert (row["status"], row["finish_reason"], len(engine.asked)) == ("failed", "length", 1)
+    assert (row["status"], row["finish_reason"], len(engine.requests)) == ("failed", "length", 1)
     assert (row["failure"]["stage"], row["failure"]["kind"]) == ("generate", "length")
     assert "cut after 20 tokens; raise sampling.max_tokens" in row["failure"]["message"]
 
@@ -258,13 +258,13 @@ def test_an_answer_stays_invalid_where_asking_again_is_too_long(workspace: Works
 def test_a_document_that_was_not_drawn_is_not_asked(workspace: Workspace) -> None:
     failure = {"stage": "render", "kind": "broken", "message": "…"}
     row, engine = ask(workspace, failure=failure, status="failed", pages=None, pixels=None)
-    assert (engine.asked, row["failure"], row["status"]) == ([], failure, "failed")
+    assert (engine.requests, row["failure"], row["status"]) == ([], failure, "failed")
 
 
 def test_a_part_of_a_document_is_not_asked_for_what_it_lacks(workspace: Workspace) -> None:
     row, engine = ask(workspace, make_completion('{"currency":"EUR"}'), page_count=5)
     assert (row["status"], row["asks"]) == ("extracted", 1)
-    assert list_texts(engine.asked[0])[-1].startswith("These are pages 1 to 1 of 5.")
+    assert list_texts(engine.requests[0])[-1].startswith("These are pages 1 to 1 of 5.")
 
 
 def test_a_part_that_is_no_json_is_asked_again(workspace: Workspace) -> None:
@@ -275,13 +275,13 @@ def test_a_part_that_is_no_json_is_asked_again(workspace: Workspace) -> None:
 def test_a_page_that_is_a_record_of_its_own_is_checked_whole(workspace: Workspace) -> None:
     row, engine = ask(workspace, make_completion('{"currency":"EUR"}'), page_count=5, settings=("extract.per=page",))
     assert (row["status"], row["asks"]) == ("invalid", 2)
-    assert list_texts(engine.asked[0])[-1] == "Return the JSON object for this document."
+    assert list_texts(engine.requests[0])[-1] == "Return the JSON object for this document."
 
 
 # --- batches
 
 
-def ask_all(workspace: Workspace, rows: list[Row], *says: Say) -> list[Row]:
+def ask_all(workspace: Workspace, rows: list[Row], *says: Reply) -> list[Row]:
     async def answers() -> list[Row]:
         return [row async for row in AskStage(workspace.job(), ScriptedEngine(*says))(rows)]
 
@@ -326,7 +326,7 @@ def test_rows_come_in_the_order_they_were_given_whatever_is_answered_first(works
         async def complete(self, request: Request) -> Any:
             for _ in range(3 - int(request.key[1:])):
                 await asyncio.sleep(0)
-            self.asked.append(request)
+            self.requests.append(request)
             return make_completion()
 
     async def answers() -> list[Row]:
@@ -334,7 +334,7 @@ def test_rows_come_in_the_order_they_were_given_whatever_is_answered_first(works
 
     engine = Backwards()
     assert [row["key"] for row in asyncio.run(answers())] == ["k1", "k2", "k3"]
-    assert [request.key for request in engine.asked] == ["k3", "k2", "k1"]
+    assert [request.key for request in engine.requests] == ["k3", "k2", "k1"]
 
 
 def test_a_dead_engine_is_no_row(workspace: Workspace) -> None:

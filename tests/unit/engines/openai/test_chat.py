@@ -15,7 +15,7 @@ from pipeline.engines.openai.chat import ChatAnswer, ServerProfile
 from pipeline.engines.openai.images import build_data_url, encode_png, reduce_to_grey
 from pipeline.records import Completion, FinishReason, Message, Request, Sampling, Token, Usage
 from pipeline.schema import prompt
-from tests.support.chat_server import Body, ChatServer, endless, says, sends, whole
+from tests.support.chat_server import Body, ChatServer, reply_endlessly, reply_events, reply_text, reply_unstreamed
 from tests.support.engines import INVALID, VALID
 from tests.support.openai_requests import (
     SCHEMA_TEXT,
@@ -128,25 +128,25 @@ def test_the_request_satisfies_openais_own_types() -> None:
 
 @pytest.mark.parametrize("way", ["json_schema", "tool", "prompt"])
 def test_an_answer_is_assembled_from_its_events(way: str) -> None:
-    assert complete_one(says(VALID), structure=way) == Completion(VALID, FinishReason.STOP, Usage(300, len(VALID)))
+    assert complete_one(reply_text(VALID), structure=way) == Completion(VALID, FinishReason.STOP, Usage(300, len(VALID)))
 
 
 def test_an_answer_that_is_not_streamed_is_accepted() -> None:
-    assert complete_one(whole(VALID)) == Completion(VALID, FinishReason.STOP, Usage(300, len(VALID)))
+    assert complete_one(reply_unstreamed(VALID)) == Completion(VALID, FinishReason.STOP, Usage(300, len(VALID)))
 
 
 def test_an_answer_cut_by_max_tokens_has_the_reason_length() -> None:
-    answer = complete_one(says(VALID[:9], "length"))
+    answer = complete_one(reply_text(VALID[:9], "length"))
     assert (answer.text, answer.finish_reason) == (VALID[:9], FinishReason.LENGTH)
 
 
 def test_unusual_characters_are_kept() -> None:
     text = '{"a":"é\u2028ß\x85\U0001f600"}'
-    assert complete_one(says(text)).text == text
+    assert complete_one(reply_text(text)).text == text
 
 
 def test_log_probabilities_are_kept_where_they_spell_the_answer() -> None:
-    answer = complete_one(says(VALID), logprobs=True)
+    answer = complete_one(reply_text(VALID), logprobs=True)
     assert "".join(token.text for token in answer.tokens) == VALID
     assert {token.logprob for token in answer.tokens} == {-0.5}
 
@@ -169,18 +169,18 @@ def test_log_probabilities_of_other_text_are_left_out() -> None:
 def test_two_tool_calls_are_not_a_record() -> None:
     call = {"index": 0, "function": {"arguments": "{}"}}
     answer = complete_one(
-        sends({"choices": [{"delta": {"tool_calls": [call, call]}, "finish_reason": "tool_calls"}]}, "[DONE]"), structure="tool"
+        reply_events({"choices": [{"delta": {"tool_calls": [call, call]}, "finish_reason": "tool_calls"}]}, "[DONE]"), structure="tool"
     )
     assert answer.text == "{}{}"
 
 
 def test_without_usage_the_pieces_are_counted() -> None:
-    answer = complete_one(sends(*({"choices": [{"delta": {"content": "1"}, "finish_reason": end}]} for end in (None, None, "stop"))))
+    answer = complete_one(reply_events(*({"choices": [{"delta": {"content": "1"}, "finish_reason": end}]} for end in (None, None, "stop"))))
     assert (answer.text, answer.usage) == ("111", Usage(0, 3))
 
 
 def test_an_answer_that_does_not_end_is_cut_with_the_reason_length() -> None:
-    answer = complete_one(endless())
+    answer = complete_one(reply_endlessly())
     assert answer.finish_reason is FinishReason.LENGTH
     assert answer.text.startswith("0 1 2 ")
 
@@ -197,10 +197,10 @@ ROW = '{"description":"Screws M4x20, zinc-plated","quantity":1,"unit_price":0.05
     ],
 )
 def test_an_answer_that_loops_is_cut_and_not_retried(row: str, scored: bool, said: str) -> None:
-    with ChatServer(endless('{"lines":[', row, scored=scored)) as stub:
+    with ChatServer(reply_endlessly('{"lines":[', row, scored=scored)) as stub:
         (error,) = complete_all(stub, [make_request(max_tokens=4000)])
-        assert stub.left.wait(20)
-    assert (error.kind, said in str(error), len(stub.asked)) == ("loop", True, 1)
+        assert stub.client_left.wait(20)
+    assert (error.kind, said in str(error), len(stub.requests)) == ("loop", True, 1)
 
 
 def test_a_finished_table_of_equal_rows_is_not_a_loop() -> None:
@@ -220,7 +220,7 @@ def test_rows_with_a_running_number_are_not_a_loop() -> None:
 
 
 def test_an_answer_that_is_not_streamed_is_never_a_loop() -> None:
-    assert complete_one(whole("x" * 9000)).text == "x" * 9000
+    assert complete_one(reply_unstreamed("x" * 9000)).text == "x" * 9000
 
 
 @pytest.mark.parametrize(
@@ -231,6 +231,6 @@ def test_an_answer_that_is_not_streamed_is_never_a_loop() -> None:
     ],
 )
 def test_a_model_that_declines_is_not_retried(event: Body) -> None:
-    with ChatServer(sends(event, "[DONE]")) as stub:
+    with ChatServer(reply_events(event, "[DONE]")) as stub:
         (error,) = complete_all(stub, [make_request()])
-    assert (error.kind, "declines to answer" in str(error), len(stub.asked)) == ("refused", True, 1)
+    assert (error.kind, "declines to answer" in str(error), len(stub.requests)) == ("refused", True, 1)

@@ -15,7 +15,18 @@ from pipeline.engines import openai
 from pipeline.engines.openai.chat import ServerProfile
 from pipeline.engines.openai.client import MAX_RETRY_AFTER_S, MAX_WAIT_S, RetryPolicy, compute_wait_s, parse_retry_after
 from pipeline.errors import DocumentError, EngineDead
-from tests.support.chat_server import Body, ChatServer, Say, Wire, endless, lost, says, sends, stalls, status
+from tests.support.chat_server import (
+    Body,
+    ChatServer,
+    Connection,
+    Reply,
+    drop_connection,
+    reply_endlessly,
+    reply_events,
+    reply_status,
+    reply_text,
+    stall,
+)
 from tests.support.engines import VALID
 from tests.support.openai_requests import (
     FAST_POLICY,
@@ -29,44 +40,44 @@ from tests.support.openai_requests import (
 
 
 ONCE = {
-    "429": status(429, Retry_After="0"),
-    "500": status(500, "<html><h1>oops</h1></html>"),
-    "503": status(503),
-    "529": status(529),
-    "no connection": lost,
-    "cut": says(VALID, tail=Wire.cut),
-    "ended early": sends({"choices": [{"delta": {"content": "{"}, "finish_reason": None}]}),
-    "no JSON": sends('{"choices": [{'),
-    "no event": sends({"choices": [{"delta": "x"}]}),
-    "a list": sends([]),
-    "an error within": sends({"choices": [{"delta": {"content": "{"}}]}, {"error": "CUDA out of memory"}),
-    "429 within": sends({"error": {"message": "slow down", "code": 429}}),
-    "500 within": sends({"error": {"message": "oops", "code": 500}}),
-    "aborted": sends({"choices": [{"delta": {"content": "{"}, "finish_reason": "abort"}]}),
-    "no body": lambda wire, _: wire.reply(200, ""),
+    "429": reply_status(429, Retry_After="0"),
+    "500": reply_status(500, "<html><h1>oops</h1></html>"),
+    "503": reply_status(503),
+    "529": reply_status(529),
+    "no connection": drop_connection,
+    "cut": reply_text(VALID, tail=Connection.drop),
+    "ended early": reply_events({"choices": [{"delta": {"content": "{"}, "finish_reason": None}]}),
+    "no JSON": reply_events('{"choices": [{'),
+    "no event": reply_events({"choices": [{"delta": "x"}]}),
+    "a list": reply_events([]),
+    "an error within": reply_events({"choices": [{"delta": {"content": "{"}}]}, {"error": "CUDA out of memory"}),
+    "429 within": reply_events({"error": {"message": "slow down", "code": 429}}),
+    "500 within": reply_events({"error": {"message": "oops", "code": 500}}),
+    "aborted": reply_events({"choices": [{"delta": {"content": "{"}, "finish_reason": "abort"}]}),
+    "no body": lambda connection, _: connection.reply(200, ""),
 }
 
 
 @pytest.mark.parametrize("fault", ONCE)
 def test_temporary_failures_are_retried(fault: str) -> None:
-    with ChatServer(ONCE[fault], ONCE[fault], says(VALID)) as stub:
+    with ChatServer(ONCE[fault], ONCE[fault], reply_text(VALID)) as stub:
         (answer,) = complete_all(stub, [make_request()])
-    assert (answer.text, len(stub.asked)) == (VALID, 3)
+    assert (answer.text, len(stub.requests)) == (VALID, 3)
 
 
 @pytest.mark.parametrize(
     ("fault", "kind", "said"),
     [
-        (status(429, "slow down"), "busy", "answers 429: slow down; asked 4 times"),
-        (status(500), "server", "answers 500: not now; asked 4 times"),
-        (lost, "connection", "the connection was lost .*; asked 4 times"),
-        (says(VALID, tail=Wire.cut), "connection", "the connection was lost"),
-        (sends(), "connection", "ended before it was finished"),
-        (sends("nonsense"), "garbled", "no JSON: 'nonsense'"),
-        (sends({"error": {"message": "CUDA out of memory"}}), "server", "broke off: CUDA out of memory"),
+        (reply_status(429, "slow down"), "busy", "answers 429: slow down; asked 4 times"),
+        (reply_status(500), "server", "answers 500: not now; asked 4 times"),
+        (drop_connection, "connection", "the connection was lost .*; asked 4 times"),
+        (reply_text(VALID, tail=Connection.drop), "connection", "the connection was lost"),
+        (reply_events(), "connection", "ended before it was finished"),
+        (reply_events("nonsense"), "garbled", "no JSON: 'nonsense'"),
+        (reply_events({"error": {"message": "CUDA out of memory"}}), "server", "broke off: CUDA out of memory"),
     ],
 )
-def test_a_permanent_failure_is_reported_by_its_kind(fault: Say, kind: str, said: str) -> None:
+def test_a_permanent_failure_is_reported_by_its_kind(fault: Reply, kind: str, said: str) -> None:
     with pytest.raises(DocumentError, match=said) as failed:
         raise complete_one(fault)
     assert failed.value.kind == kind
@@ -75,77 +86,83 @@ def test_a_permanent_failure_is_reported_by_its_kind(fault: Say, kind: str, said
 @pytest.mark.parametrize(
     ("reply", "kind", "said"),
     [
-        (status(400, "bad " * 200), "refused", r"answers 400: (bad ){40,}bad…$"),
-        (status(404, "no model"), "refused", "answers 404: no model"),
-        (status(422), "refused", "answers 422: not now"),
-        (status(400, "This model's maximum context length is 2048 tokens."), "too_long", "maximum context length is 2048"),
-        (status(307, Location="http://elsewhere.example/v1"), "refused", "a redirect, which is not followed"),
-        (sends({"error": {"message": "Invalid grammar", "code": 400}}, "[DONE]"), "refused", "answers 400: Invalid grammar"),
+        (reply_status(400, "bad " * 200), "refused", r"answers 400: (bad ){40,}bad…$"),
+        (reply_status(404, "no model"), "refused", "answers 404: no model"),
+        (reply_status(422), "refused", "answers 422: not now"),
+        (reply_status(400, "This model's maximum context length is 2048 tokens."), "too_long", "maximum context length is 2048"),
+        (reply_status(307, Location="http://elsewhere.example/v1"), "refused", "a redirect, which is not followed"),
+        (reply_events({"error": {"message": "Invalid grammar", "code": 400}}, "[DONE]"), "refused", "answers 400: Invalid grammar"),
     ],
 )
-def test_a_refusal_is_not_retried(reply: Say, kind: str, said: str) -> None:
+def test_a_refusal_is_not_retried(reply: Reply, kind: str, said: str) -> None:
     with ChatServer(reply) as stub:
         (error,) = complete_all(stub, [make_request()])
     with pytest.raises(DocumentError, match=said):
         raise error
-    assert (error.kind, len(stub.asked)) == (kind, 1)
+    assert (error.kind, len(stub.requests)) == (kind, 1)
 
 
 def test_a_stalled_answer_is_retried() -> None:
     policy = RetryPolicy(idle_timeout_s=1.0, max_retries=1, backoff_s=0.005)
-    with ChatServer(says(VALID[:8], tail=stalls), says(VALID)) as stub:
+    with ChatServer(reply_text(VALID[:8], tail=stall), reply_text(VALID)) as stub:
         (answer,) = complete_all(stub, [make_request()], policy)
-    assert (answer.text, len(stub.asked)) == (VALID, 2)
+    assert (answer.text, len(stub.requests)) == (VALID, 2)
 
 
 def test_a_server_that_always_stalls_is_a_timeout() -> None:
-    answer = complete_one(says(VALID[:8], tail=stalls), policy=RetryPolicy(idle_timeout_s=0.2, max_retries=1, backoff_s=0.005))
+    answer = complete_one(reply_text(VALID[:8], tail=stall), policy=RetryPolicy(idle_timeout_s=0.2, max_retries=1, backoff_s=0.005))
     assert (answer.kind, str(answer)) == ("timeout", "nothing came for 0.2 s (model.idle_timeout_s); asked 2 times")
 
 
 def test_an_answer_that_takes_too_long_is_cut_and_not_retried() -> None:
-    with ChatServer(endless()) as stub:
+    with ChatServer(reply_endlessly()) as stub:
         (error,) = complete_all(stub, [make_request(max_tokens=10**9)], RetryPolicy(timeout_s=1.0, max_retries=3))
-    assert (error.kind, "model.timeout_s" in str(error), len(stub.asked)) == ("timeout", True, 1)
+    assert (error.kind, "model.timeout_s" in str(error), len(stub.requests)) == ("timeout", True, 1)
 
 
 def test_an_answer_is_complete_although_its_connection_stays_open() -> None:
-    def say(wire: Wire, _: Body) -> None:
-        wire.begin()
-        wire.event({"choices": [{"delta": {"content": VALID}, "finish_reason": "stop"}]})
-        wire.event("[DONE]")
-        stalls(wire)
+    def reply(connection: Connection, _: Body) -> None:
+        connection.begin_stream()
+        connection.send_event({"choices": [{"delta": {"content": VALID}, "finish_reason": "stop"}]})
+        connection.send_event("[DONE]")
+        stall(connection)
 
-    assert complete_one(say).text == VALID
+    assert complete_one(reply).text == VALID
 
 
 def test_concurrency_is_exactly_what_the_job_sets() -> None:
     meeting, busy, most = Barrier(3), set[int](), list[int]()
 
-    def say(wire: Wire, asked: Body) -> None:
-        busy.add(id(wire))
+    def reply(connection: Connection, asked: Body) -> None:
+        busy.add(id(connection))
         most.append(len(busy))
         meeting.wait(60)
-        busy.discard(id(wire))
-        says(VALID)(wire, asked)
+        busy.discard(id(connection))
+        reply_text(VALID)(connection, asked)
 
-    with ChatServer(say) as stub:
+    with ChatServer(reply) as stub:
         answers = complete_all(stub, [make_request(key) for key in range(12)], RetryPolicy(concurrency=3, idle_timeout_s=100))
-    assert ({answer.text for answer in answers}, max(most), len(stub.asked)) == ({VALID}, 3, 12)
+    assert ({answer.text for answer in answers}, max(most), len(stub.requests)) == ({VALID}, 3, 12)
 
 
 def test_every_request_is_answered_by_a_server_that_fails_thirty_percent_in_five_ways() -> None:
-    faults = [status(429, Retry_After="0"), status(502), says(VALID, tail=Wire.cut), sends("{no"), lost]
+    faults = [
+        reply_status(429, Retry_After="0"),
+        reply_status(502),
+        reply_text(VALID, tail=Connection.drop),
+        reply_events("{no"),
+        drop_connection,
+    ]
     chance, turn = np.random.default_rng(0), iter(range(10**6))
 
-    def say(wire: Wire, asked: Body) -> None:
+    def reply(connection: Connection, asked: Body) -> None:
         number = asked["messages"][0]["content"]
-        (faults[next(turn) % 5] if chance.random() < 0.3 else says(f'{{"n":"{number}"}}'))(wire, asked)
+        (faults[next(turn) % 5] if chance.random() < 0.3 else reply_text(f'{{"n":"{number}"}}'))(connection, asked)
 
-    with ChatServer(say) as stub:
+    with ChatServer(reply) as stub:
         answers = complete_all(stub, [make_request(key) for key in range(100)], RetryPolicy(concurrency=8, max_retries=12, backoff_s=0.002))
     assert [answer.text for answer in answers] == [f'{{"n":"System {key}."}}' for key in range(100)]
-    assert len(stub.asked) > 120
+    assert len(stub.requests) > 120
 
 
 # Waits
@@ -184,6 +201,9 @@ def test_an_unreachable_server_is_engine_dead(closed_address: str) -> None:
 
 
 def test_a_redirect_gets_no_key() -> None:
-    with ChatServer(says(VALID)) as elsewhere, ChatServer(status(307, Location=f"{elsewhere.base_url}/chat/completions")) as stub:
+    with (
+        ChatServer(reply_text(VALID)) as elsewhere,
+        ChatServer(reply_status(307, Location=f"{elsewhere.base_url}/chat/completions")) as stub,
+    ):
         (error,) = complete_all(stub, [make_request()], key=KEY)
     assert (error.kind, elsewhere.headers) == ("refused", [])

@@ -14,7 +14,7 @@ from pipeline.engines.openai.chat import ServerProfile
 from pipeline.errors import DocumentError, EngineDead, JobError
 from pipeline.records import Completion
 from pipeline.stages.ask import AskStage
-from tests.support.chat_server import ChatServer, says, stalls, status
+from tests.support.chat_server import ChatServer, reply_status, reply_text, stall
 from tests.support.engines import VALID
 from tests.support.openai_requests import (
     FAST_POLICY,
@@ -32,12 +32,12 @@ from tests.support.workspace import Workspace
 def test_requests_of_a_closed_engine_fail() -> None:
     async def close_while_waiting(engine: openai.OpenAIEngine, stub: ChatServer) -> None:
         waiting = asyncio.ensure_future(engine.complete(make_request()))
-        while not stub.asked:
+        while not stub.requests:
             await asyncio.sleep(0.005)
         await asyncio.to_thread(engine.close)
         await waiting
 
-    with ChatServer(says(VALID, tail=stalls)) as stub:
+    with ChatServer(reply_text(VALID, tail=stall)) as stub:
         engine = openai.OpenAIEngine(stub.base_url, ServerProfile("m"), FAST_POLICY)
         with pytest.raises(EngineDead, match="closed"):
             asyncio.run(close_while_waiting(engine, stub))
@@ -47,7 +47,7 @@ def test_requests_of_a_closed_engine_fail() -> None:
 
 def test_a_request_beyond_the_jobs_limit_is_not_sent() -> None:
     with (
-        ChatServer(says(VALID)) as stub,
+        ChatServer(reply_text(VALID)) as stub,
         closing(openai.OpenAIEngine(stub.base_url, ServerProfile("m"), FAST_POLICY, max_request_tokens=75)) as engine,
     ):
         assert isinstance(asyncio.run(engine.complete(make_request(pages=1, max_tokens=69))), Completion)
@@ -60,7 +60,7 @@ def test_a_request_beyond_the_jobs_limit_is_not_sent() -> None:
 
 def test_the_key_comes_from_the_environment_and_is_only_sent_to_the_server(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STUB_KEY", f" {KEY}\n")
-    with ChatServer(says(VALID), key=KEY) as stub:
+    with ChatServer(reply_text(VALID), key=KEY) as stub:
         given = make_openai_job(workspace, stub, "model.api_key_env=STUB_KEY")
         engines.check_engine(given)
         chosen = engines.resolve_engine(given, 0.0)
@@ -72,7 +72,7 @@ def test_the_key_comes_from_the_environment_and_is_only_sent_to_the_server(works
 
 def test_a_key_that_a_server_repeats_is_redacted(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STUB_KEY", KEY)
-    with ChatServer(status(400, f"{KEY} may not do that"), key="another") as stub:
+    with ChatServer(reply_status(400, f"{KEY} may not do that"), key="another") as stub:
         with pytest.raises(JobError, match=r"answers 401: Incorrect API key: Bearer \*\*\*"):
             engines.check_engine(make_openai_job(workspace, stub, "model.api_key_env=STUB_KEY"))
         stub.key = None
@@ -117,7 +117,7 @@ def test_the_address_is_not_part_of_the_fingerprint(workspace: Workspace) -> Non
 
 
 def test_settling_uses_what_the_run_found_out(workspace: Workspace) -> None:
-    with ChatServer(says(VALID)) as stub:
+    with ChatServer(reply_text(VALID)) as stub:
         written = make_openai_job(workspace, stub)
         chosen = engines.resolve_engine(written, 0.0)
     assert written.fingerprint != chosen.fingerprint == written.with_resolved_model(chosen.dump_keys()["model"]).fingerprint
@@ -125,11 +125,11 @@ def test_settling_uses_what_the_run_found_out(workspace: Workspace) -> None:
 
 def test_an_invalid_answer_is_asked_for_again_with_its_errors(workspace: Workspace) -> None:
     row = {"key": "k", "first_page": 1, "last_page": 1, "page_count": 1, "pages": [{"height_px": 56, "width_px": 84}]}
-    with ChatServer(says(VALID)) as stub:
+    with ChatServer(reply_text(VALID)) as stub:
         chosen = engines.resolve_engine(make_openai_job(workspace, stub), 0.0)
-        stub.says = [says(f"```json\n{VALID}\n```"), says(VALID)]
+        stub.replies = [reply_text(f"```json\n{VALID}\n```"), reply_text(VALID)]
         with closing(engines.load_engine(chosen)) as engine:
             answered = asyncio.run(AskStage(chosen, engine).answer_row({**row, "pixels": [make_noise().tobytes()]}))
     assert (answered["status"], answered["asks"], answered["prompt_tokens"], answered["engine"]) == ("extracted", 2, 600, "openai")
-    assert "That does not satisfy the schema" in stub.asked[-1]["messages"][-1]["content"]
+    assert "That does not satisfy the schema" in stub.requests[-1]["messages"][-1]["content"]
     assert stub.complaints == []
