@@ -34,8 +34,6 @@ DOORS = {
     "yaml": {"job", "output", "cli"},
 }
 """The folders that import each heavy library."""
-OWN_NAME_PER_FOLDER: frozenset[str] = frozenset()
-"""Top-level functions that several folders may define."""
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
 
 
@@ -79,7 +77,16 @@ def test_no_top_level_name_is_defined_twice() -> None:
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 defined[node.name] += 1
-    assert not {name for name, count in defined.items() if count > 1} - OWN_NAME_PER_FOLDER
+    assert not {name for name, count in defined.items() if count > 1}
+
+
+def test_functions_are_called_by_what_they_do() -> None:
+    """Verb + object: no name of one word but those of the package's own commands, none that begins with a participle."""
+    names = {
+        node.name for file in FILES for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name for name in names if "_" not in name} == {"main", "run", "settle"}
+    assert not {name for name in names if name.partition("_")[0].endswith("ed")}
 
 
 def test_what_the_package_offers_can_be_called() -> None:

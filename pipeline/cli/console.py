@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from pipeline.output.status import RunStatus
     from pipeline.report import Report
-    from pipeline.stages.preview import PreviewAnswer
+    from pipeline.stages.preview import PreviewAnswer, PreviewFacts
 
 
 LINE_PERIOD_S = 30.0
@@ -355,7 +355,7 @@ def show_job(found: dict[str, Any]) -> None:
             click.echo(f"\n{title}:\n" + "\n".join(f"  {line}" for line in notes))
 
 
-def show_page(file: str, number: int, facts: dict[str, Any], prompt: str, ask: str) -> None:
+def show_page(file: str, number: int, facts: PreviewFacts, prompt: str, ask: str) -> None:
     """Print what a model gets with a page."""
     click.echo(
         f"{file}, page {number} of {facts['page_count']}: {facts['width_px']}×{facts['height_px']} px, {facts['dpi']:.1f} dpi, "

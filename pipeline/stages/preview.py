@@ -6,12 +6,12 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from pipeline import engines, sources
 from pipeline.errors import DocumentError, JobError
 from pipeline.job import Job
-from pipeline.records import Document, FailureRow, Page
+from pipeline.records import Document, FailureRow, Page, PageRow
 from pipeline.render.images import encode_page_png
 from pipeline.render.sandbox import Sandbox
 from pipeline.schema import prompt
@@ -20,12 +20,21 @@ from pipeline.stages.render import RenderPlan, describe_page
 from pipeline.storage.location import is_url
 
 
+class PreviewFacts(PageRow):
+    """What is known of a page before it is asked about."""
+
+    file: str
+    page_count: int
+    words: int
+    """Words of its text layer."""
+
+
 @dataclass(frozen=True, eq=False)
 class PreviewPage:
     """A page, as the model sees it."""
 
     page: Page
-    facts: dict[str, Any]
+    facts: PreviewFacts
     ask: str
     """The line after the page image."""
 
@@ -42,7 +51,7 @@ def render_preview(job: Job, file: Path | str, page_no: int) -> PreviewPage:
         if page_no > page_count:
             raise JobError(f"{file} has {page_count} pages, there is no page {page_no}")
         page = next(iter(sandbox.draw_pages(page_no, page_no)))
-    facts = {**describe_page(page), "file": str(file), "page_count": page_count, "words": len(page.words)}
+    facts: PreviewFacts = {**describe_page(page), "file": str(file), "page_count": page_count, "words": len(page.words)}
     return PreviewPage(page, facts, str(prompt.build_messages(job.system_message, [page.pixels])[-1].parts[-1]))
 
 
