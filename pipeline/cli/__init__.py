@@ -66,7 +66,7 @@ def main() -> None:
 @click.option("--log", type=click.Path(path_type=Path), help="Append what happens to a file, one line of JSON per event; - is stderr.")
 @SET
 @JSON
-@partial(convert_to_exit_code, stopped="stopped; the answers received so far are kept: run the same command again to go on")
+@partial(convert_to_exit_code, stopped="stopped; the answers so far are kept: run the same command again to go on")
 def run_command(job_file: Path, limit: int | None, retry: str | None, log: Path | None, as_json: bool, **given: Any) -> ExitCode:
     """Ask what has not been asked yet and write the records.
 
@@ -83,7 +83,7 @@ def run_command(job_file: Path, limit: int | None, retry: str | None, log: Path 
         return flow.run(job, limit, shown.update, on_demo, retry)
 
     with write_events_to(log):
-        return show_run(run, "stopping: the answers received so far are being written", as_json, bar=str(log) != "-")
+        return show_run(run, "stopping: the answers so far are being written", as_json, bar=str(log) != "-")
 
 
 @main.command("settle")
@@ -141,7 +141,7 @@ def submit_command(job_file: Path | None, address: str, attach: str | None, stop
         if as_json:
             click.echo(json.dumps({"submission_id": stop, "status": status}))
         else:
-            print_message(f"{stop} has ended: {status}; the answers received so far are kept: submit the job again to go on")
+            print_message(f"{stop} has ended: {status}; the answers so far are kept: submit the job again to go on")
         return ExitCode.OK
     chosen = [f"--limit={limit}"] * bool(limit) + [f"--retry={retry}"] * bool(retry) + ["--log=-"] * bool(log)
     run = send_submission(server, job, chosen) if job else str(attach)

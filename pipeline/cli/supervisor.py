@@ -22,7 +22,7 @@ from typing import NoReturn
 from pipeline.processes import adopt_orphans, die_with_parent, kill_children, send_signal
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-LEAVE_S = 2.0
+LEAVE_S = 1.0
 """How long Ray's exit handlers may take when the command is over: they wait for processes that the keeper kills anyway."""
 
 

@@ -156,8 +156,8 @@ def test_a_killed_run_keeps_what_was_answered(endings: list[Ended]) -> None:
 def test_a_terminated_run_says_how_to_go_on(endings: list[Ended]) -> None:
     assert (endings[1].code, endings[1].out) == (143, "")
     assert PHASE.sub("", endings[1].err).splitlines() == [
-        "stopping: the answers received so far are being written",
-        "stopped; the answers received so far are kept: run the same command again to go on",
+        "stopping: the answers so far are being written",
+        "stopped; the answers so far are kept: run the same command again to go on",
     ]
     assert len(endings[0].answered) < len(endings[1].answered) < PAGES
 

@@ -103,12 +103,12 @@ def test_who_follows_may_let_go(story: SimpleNamespace, cluster: RayHead) -> Non
 
 def test_a_run_that_is_stopped_keeps_what_it_has(story: SimpleNamespace) -> None:
     assert (story.stopped.returncode, story.stopped.stdout) == (0, "")
-    assert story.stopped.stderr.startswith(f"{story.run} has ended: STOPPED; the answers received so far are kept")
+    assert story.stopped.stderr.startswith(f"{story.run} has ended: STOPPED; the answers so far are kept")
     assert 0 < len(story.answered) <= PAGES
 
 
 def test_a_run_that_is_stopped_ends_by_itself_and_says_so(story: SimpleNamespace) -> None:
-    assert "\nstopped; the answers received so far are kept: run the same command again to go on\n" in story.attached.stderr
+    assert "\nstopped; the answers so far are kept: run the same command again to go on\n" in story.attached.stderr
     assert json.loads(story.attached.stdout) == {"submission_id": story.run, "exit_code": 143}
     assert story.attached.returncode == 143
 

@@ -23,7 +23,7 @@ from types import TracebackType
 import pyte
 
 PAPER_COLUMNS, PAPER_LINES = 400, 400
-CTRL_C, CTRL_Z = b"\x03", b"\x1a"
+CTRL_C = b"\x03"
 PATIENCE_S = 120.0
 TAKE_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
 """Makes the terminal the controlling one of the new session, so that its Ctrl-C becomes a signal, and starts the command."""
@@ -75,6 +75,7 @@ class Terminal:
         os.close(terminal)
         self.changed = threading.Condition()
         self.closed = False
+        self.pressed_s = self.ended_s = 0.0
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()
 
@@ -133,12 +134,12 @@ class Terminal:
         self.columns = columns
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
-    def press(self, keys: bytes) -> float:
-        """Press keys and return when."""
+    def press(self, keys: bytes) -> None:
+        """Press keys; `pressed_s` is when."""
         os.write(self.master, keys)
-        return self.now_s
+        self.pressed_s = self.now_s
 
-    def wait_for(self, wanted: str | Callable[[TerminalScreen], bool], timeout_s: float = PATIENCE_S) -> TerminalScreen:
+    def wait_for(self, wanted: str | Callable[[TerminalScreen], object], timeout_s: float = PATIENCE_S) -> TerminalScreen:
         """Return the first screen, from now on, that has this text. Raises AssertionError where none comes in time."""
         has = (lambda screen: wanted in screen.text) if isinstance(wanted, str) else wanted
         with self.changed:

@@ -272,8 +272,8 @@ def test_a_run_that_is_interrupted_answers_at_once_and_how_to_go_on(workspace: W
     result = invoke("run", workspace.file, "--json")
     assert (result.exit_code, result.stdout) == (130, "")
     assert result.stderr.splitlines() == [
-        "stopping: the answers received so far are being written",
-        "stopped; the answers received so far are kept: run the same command again to go on",
+        "stopping: the answers so far are being written",
+        "stopped; the answers so far are kept: run the same command again to go on",
     ]
 
 
