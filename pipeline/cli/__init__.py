@@ -28,6 +28,7 @@ from pipeline.cli.console import (
     show_progress,
     show_report,
     show_status,
+    show_waiting,
 )
 from pipeline.cli.exit_codes import Terminated, call_on_signal, convert_to_exit_code
 from pipeline.report import ExitCode
@@ -229,9 +230,11 @@ def preview_command(
         write_preview_png(seen, png)
     if not as_json:
         show_page(file, page, seen.facts, job.system_message, seen.ask)
-    answer = (
-        None if no_answer else ask_preview(job, seen, None if as_json else lambda replaced: print_message(describe_demo_model(replaced)))
-    )
+    answer = None
+    if not no_answer:
+        on_demo = None if as_json else lambda replaced: print_message(describe_demo_model(replaced))
+        with show_waiting("asking the model", quiet=as_json):
+            answer = ask_preview(job, seen, on_demo)
     if as_json:
         click.echo(
             json.dumps({**seen.facts, "prompt": job.system_message, "ask": seen.ask, **(answer or {})}, indent=2, ensure_ascii=False)

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -335,6 +335,11 @@ def format_counts(now: Progress) -> str:
 def format_duration(seconds: float, decimals: int = 1) -> str:
     """Return seconds as `7.5 s` or `1:02:03`."""
     return f"{seconds:.{decimals}f} s" if seconds < 100 else str(timedelta(seconds=round(seconds)))
+
+
+def show_waiting(text: str, quiet: bool) -> AbstractContextManager[object]:
+    """Show on a terminal that something takes its time; messages that are printed meanwhile stand above it."""
+    return nullcontext() if quiet else make_console().status(text)
 
 
 # ---- A job and a page ---------------------------------------------------------------------------------------------
