@@ -16,19 +16,25 @@ from tests.support import s3
 from tests.support.vllm_server import serve_vllm
 from tests.support.workspace import Workspace
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C, and so would all that tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and processes that tests start would, too
 settings.register_profile("tests", derandomize=True, deadline=None)
 settings.load_profile("tests")
 FOLDER = Path(__file__).parent
-MARKERS = ("ray", "engines", "vllm", "processes", "terminal")
+FOLDERS = ("unit", "engines", "processes", "terminal", "ray", "vllm")
+"""In this order: the quick ones first, and Ray, once it has been started, disturbs no others."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test with the name of its folder; what is in none of these folders is a unit test."""
+    """Mark every test with the name of its folder, and sort them by folder; a file directly in `tests/` has unit tests."""
     for item in items:
-        folder = item.path.relative_to(FOLDER).parts[0]
-        item.add_marker(folder if folder in MARKERS else "unit")
+        item.add_marker(get_folder(item))
+    items.sort(key=lambda item: FOLDERS.index(get_folder(item)))
+
+
+def get_folder(item: pytest.Item) -> str:
+    folder = item.path.relative_to(FOLDER).parts[0]
+    return folder if folder in FOLDERS else "unit"
 
 
 @pytest.fixture
@@ -38,9 +44,9 @@ def workspace(tmp_path: Path) -> Workspace:
 
 @pytest.fixture(scope="session")
 def aws_config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Let this process and Ray's workers, whenever they start, look for S3 in a file that says so later, and nowhere else."""
+    """Configure S3 for this process and Ray's workers by a file alone, which is written when a server starts."""
     with pytest.MonkeyPatch.context() as patch:
-        yield s3.isolated(patch, tmp_path_factory.mktemp("aws"))
+        yield s3.isolate_environment(patch, tmp_path_factory.mktemp("aws"))
 
 
 @pytest.fixture(scope="session")
@@ -48,20 +54,20 @@ def bucket(aws_config: Path) -> Iterator[s3.Bucket]:
     """Start an S3 server once."""
     pytest.importorskip("moto")
     pytest.importorskip("s3fs")
-    with s3.serving(aws_config) as made:
+    with s3.serve_bucket(aws_config) as made:
         yield made
 
 
 @pytest.fixture(scope="session")
 def vllm_server() -> Iterator[str]:
-    """Start vLLM's server of the demonstration model once: a minute that each test would have to wait for otherwise."""
+    """Start vLLM's server with the demonstration model once; it takes a minute."""
     with serve_vllm(DEMO_CHECKPOINT) as address:
         yield address
 
 
 @pytest.fixture(scope="session")
 def ray_session(aws_config: Path) -> Iterator[cluster.Resources]:
-    """Start Ray once: seconds that each test would have to wait for otherwise."""
+    """Start Ray once; it takes seconds."""
     import ray
 
     from tests.support.ray_actors import pickle_tests_by_value

@@ -1,4 +1,4 @@
-"""A real S3 server on loopback, moto's, and a way to cut the connection to it."""
+"""S3 server on loopback (moto's), and a proxy that cuts the connection to it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ endpoint_url = {endpoint}
 
 @dataclass(frozen=True)
 class Bucket:
-    """A bucket, looked at and filled past the code that is tested."""
+    """A bucket, read and written without the code under test."""
 
     endpoint: str
     name: str
@@ -55,14 +55,14 @@ class Bucket:
 
     @property
     def backend(self) -> Any:
-        """The server's own memory: it runs in this process."""
+        """The server's memory: it runs in this process."""
         from moto.s3.models import s3_backends
 
         return s3_backends["123456789012"]["aws"]
 
 
-def isolated(patch: pytest.MonkeyPatch, folder: Path) -> Path:
-    """Turn the environment's way to S3 into a file that is not there yet, and return it."""
+def isolate_environment(patch: pytest.MonkeyPatch, folder: Path) -> Path:
+    """Leave one way to configure S3 in the environment, a file that does not exist yet, and return its path."""
     for name in (
         "AWS_PROFILE",
         "AWS_ACCESS_KEY_ID",
@@ -80,8 +80,8 @@ def isolated(patch: pytest.MonkeyPatch, folder: Path) -> Path:
 
 
 @contextmanager
-def serving(config: Path) -> Iterator[Bucket]:
-    """Start a server with a bucket, and say in the file where it is."""
+def serve_bucket(config: Path) -> Iterator[Bucket]:
+    """Start a server with a bucket, and write its address into the file."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -97,26 +97,26 @@ def serving(config: Path) -> Iterator[Bucket]:
 
 
 @contextmanager
-def cut_after(bucket: Bucket, most_bytes: int) -> Iterator[str]:
-    """Give an address at which every connection to the server breaks off when so many bytes have been sent to it."""
+def serve_until_cut(bucket: Bucket, most_bytes: int) -> Iterator[str]:
+    """Yield an address at which every connection to the server breaks off after this many bytes to it."""
     there = bucket.endpoint.removeprefix("http://").split(":")
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=cutting, args=(listener, (there[0], int(there[1])), most_bytes), daemon=True).start()
+        threading.Thread(target=accept_connections, args=(listener, (there[0], int(there[1])), most_bytes), daemon=True).start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         listener.shutdown(socket.SHUT_RDWR)
 
 
-def cutting(listener: socket.socket, there: tuple[str, int], most_bytes: int) -> None:
+def accept_connections(listener: socket.socket, there: tuple[str, int], most_bytes: int) -> None:
     with suppress(OSError):
         while True:
             client, _ = listener.accept()
-            threading.Thread(target=cut, args=(client, there, most_bytes), daemon=True).start()
+            threading.Thread(target=relay_requests, args=(client, there, most_bytes), daemon=True).start()
 
 
-def cut(client: socket.socket, there: tuple[str, int], most_bytes: int) -> None:
-    """Pass on what a client sends until it is too much, and every answer before."""
+def relay_requests(client: socket.socket, there: tuple[str, int], most_bytes: int) -> None:
+    """Relay what a client sends until it is too much, and every answer before that."""
     with client, socket.create_connection(there) as server, suppress(OSError):
-        threading.Thread(target=answers, args=(server, client), daemon=True).start()
+        threading.Thread(target=relay_answers, args=(server, client), daemon=True).start()
         while most_bytes > 0 and (data := client.recv(min(65_536, most_bytes))):
             server.sendall(data)
             most_bytes -= len(data)
@@ -124,7 +124,7 @@ def cut(client: socket.socket, there: tuple[str, int], most_bytes: int) -> None:
             end.shutdown(socket.SHUT_RDWR)
 
 
-def answers(server: socket.socket, client: socket.socket) -> None:
+def relay_answers(server: socket.socket, client: socket.socket) -> None:
     with suppress(OSError):
         while data := server.recv(65_536):
             client.sendall(data)

@@ -134,7 +134,7 @@ def test_more_objects_than_a_page_of_a_listing_are_all_listed(bucket: s3.Bucket,
 
 def test_an_upload_that_is_cut_leaves_the_old_object(bucket: s3.Bucket, tmp_path: Path, s3_environment: pytest.MonkeyPatch) -> None:
     bucket.put(f"{tmp_path.name}/old.parquet", b"old")
-    with s3.cut_after(bucket, 200_000) as endpoint:
+    with s3.serve_until_cut(bucket, 200_000) as endpoint:
         s3_environment.setenv("AWS_ENDPOINT_URL", endpoint)
         for name in ("old.parquet", "new.parquet"):
             with pytest.raises(RunError, match=rf"^cannot write s3://bucket/.*/{name}: .*; fix the cause and run the same command again$"):
@@ -144,7 +144,7 @@ def test_an_upload_that_is_cut_leaves_the_old_object(bucket: s3.Bucket, tmp_path
 
 def test_a_large_upload_that_is_cut_is_taken_back(bucket: s3.Bucket, tmp_path: Path, s3_environment: pytest.MonkeyPatch) -> None:
     """It is a multipart upload, whose parts are billed until it is aborted."""
-    with s3.cut_after(bucket, 1_000_000) as endpoint:
+    with s3.serve_until_cut(bucket, 1_000_000) as endpoint:
         s3_environment.setenv("AWS_ENDPOINT_URL", endpoint)
         with pytest.raises(RunError, match=r"cannot write s3://"):
             store.open_store(bucket.url(tmp_path.name)).put("large.parquet", bytes(101 * 2**20))
