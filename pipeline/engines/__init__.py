@@ -22,7 +22,7 @@ from pipeline.storage.location import is_store_url
 DEMO_CHECKPOINT = Path(__file__).parents[1] / "demo" / "checkpoint"
 """The folder of the demonstration model in this package."""
 ENGINE_PACKAGES = {"openai": "httpx2", "vllm": "vllm"}
-"""What some engines need beside this package; its extras are called as they are."""
+"""The package that each engine needs; this package's extra of the same name installs it."""
 
 
 class Engine(Protocol):

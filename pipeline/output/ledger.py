@@ -134,12 +134,12 @@ def read_requests(output: Output, doc_ids: pa.ChunkedArray) -> pa.Table:
     Reads the row groups whose range of doc_ids overlaps; the tokens stay on the disk.
     """
     low, high = (pc.min_max(doc_ids)[end].as_py() for end in ("min", "max"))
-    place = pc.field("doc_id")
-    wanted = (place >= (low or "")) & (place <= (high or ""))
+    doc_id = pc.field("doc_id")
+    row_filter = (doc_id >= (low or "")) & (doc_id <= (high or ""))
     if doc_ids.null_count:
-        wanted |= place.is_null()
+        row_filter |= doc_id.is_null()
     columns = [name for name in LEDGER_SCHEMA.names if name != "tokens"]
-    return read_shards(output.requests, columns, LEDGER_SCHEMA, wanted)
+    return read_shards(output.requests, columns, LEDGER_SCHEMA, row_filter)
 
 
 class LedgerWriter:

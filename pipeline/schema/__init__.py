@@ -254,8 +254,11 @@ def parse_json(text: str) -> Any:
 
 def parse_decimal(digits: str) -> Decimal:
     """Return a number with a fraction or an exponent. Raises ValueError beyond the range of a 64-bit float."""
-    number = Decimal(digits)
-    if abs(number.adjusted()) > MAX_EXPONENT:
+    try:
+        number = Decimal(digits)
+    except ArithmeticError:  # an exponent of more digits than Decimal takes
+        number = Decimal("Infinity")
+    if not number.is_finite() or abs(number.adjusted()) > MAX_EXPONENT:
         raise ValueError(f"the number {truncate_text(digits, 40)} is beyond the range of a 64-bit float")
     return number
 

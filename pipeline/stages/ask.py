@@ -16,7 +16,7 @@ from pipeline.job import Job
 from pipeline.records import Completion, FailureRow, FinishReason, LedgerRow, Pixels, Request, RequestRow, Stage, Status, TokenRow
 from pipeline.schema.prompt import build_correction, build_messages
 from pipeline.schema.validate import Validator
-from pipeline.stages.requests import make_failed_row
+from pipeline.stages.requests import make_failed_row, make_internal_failure
 
 
 class AskStage:
@@ -62,11 +62,16 @@ class AskStage:
             asks += 1
             prompt_tokens += completion.usage.prompt_tokens
             completion_tokens += completion.usage.completion_tokens
-            errors = self.list_errors(completion, whole=part_of is None)
-            answer = make_answer_row(completion, errors)
+            try:
+                errors = self.list_errors(completion, whole=part_of is None)
+                answer = make_answer_row(completion, errors)
+            except Exception as error:  # any: what an answer makes the parser or the validator raise has no common class
+                answer = {"answer": make_storable(completion.text), "finish_reason": str(completion.finish_reason)}
+                answer |= {"status": str(Status.FAILED), "failure": make_internal_failure(Stage.VALIDATE, error)}
+                break
             if not errors or completion.finish_reason is FinishReason.LENGTH or asks > self.job.sections.extract.re_asks:
                 break
-            messages = build_correction(messages, completion.text, errors)
+            messages = build_correction(messages, make_storable(completion.text), errors)
         spent: LedgerRow = {"asks": asks, "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
         return {**spent, **answer, "started_at": started_at, "elapsed_s": time.monotonic() - started_s}
 
@@ -75,7 +80,7 @@ class AskStage:
         try:
             value = schema.parse_json(completion.text)
         except ValueError as error:
-            return [str(error)]
+            return [make_storable(str(error))]
         return [str(violation) for violation in self.validator.find_violations(value)] if whole else []
 
 
@@ -83,6 +88,11 @@ def decode_pages(row: RequestRow) -> list[Pixels]:
     """Return a request's page images from their bytes; copies, because torch warns of arrays that it cannot write to."""
     shapes = [(page["height_px"], page["width_px"], 3) for page in row["pages"] or []]
     return [np.frombuffer(data, np.uint8).reshape(shape).copy() for data, shape in zip(row["pixels"], shapes, strict=True)]
+
+
+def make_storable(text: str) -> str:
+    """Return text that UTF-8 and so Arrow can hold: a lone surrogate, which a server's JSON can bring, as its escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def make_answer_row(completion: Completion, errors: list[str]) -> LedgerRow:
@@ -94,9 +104,9 @@ def make_answer_row(completion: Completion, errors: list[str]) -> LedgerRow:
             f"the answer was cut after {completion.usage.completion_tokens} tokens; raise sampling.max_tokens or lower pages.per_request"
         )
         failure, status = {"stage": "generate", "kind": "length", "message": limit}, Status.FAILED
-    tokens = [TokenRow(text=token.text, logprob=token.logprob) for token in completion.tokens]
+    tokens = [TokenRow(text=make_storable(token.text), logprob=token.logprob) for token in completion.tokens]
     return {
-        "answer": completion.text,
+        "answer": make_storable(completion.text),
         "finish_reason": str(completion.finish_reason),
         "errors": errors,
         "tokens": tokens,

@@ -12,9 +12,12 @@ A row's journey, for a document of 5 pages and requests of up to 4:
 from __future__ import annotations
 
 import hashlib
+import logging
 
 from pipeline.errors import DocumentError
-from pipeline.records import LedgerRow, SourceRow, Stage, Status
+from pipeline.records import FailureRow, LedgerRow, SourceRow, Stage, Status
+
+LOG = logging.getLogger(__name__)
 
 
 def compute_request_key(identity: str, first_page: int, last_page: int, fingerprint: str) -> str:
@@ -43,3 +46,10 @@ def compute_document_keys(document: SourceRow, per_request: int, fingerprint: st
 def make_failed_row(stage: Stage, error: DocumentError) -> LedgerRow:
     """Return the ledger's columns for a failure."""
     return {"status": str(Status.FAILED), "failure": {"stage": str(stage), "kind": error.kind, "message": error.message}}
+
+
+def make_internal_failure(stage: Stage, error: Exception) -> FailureRow:
+    """Return the failure for an exception that nothing else handles, and log its traceback: one document must not stop a run."""
+    LOG.error("%s/internal", stage, exc_info=error)
+    reason = " ".join(str(error).encode("utf-8", "replace").decode().split())[:300]
+    return {"stage": str(stage), "kind": "internal", "message": f"{type(error).__name__}: {reason}".removesuffix(": ")}

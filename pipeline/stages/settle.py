@@ -21,11 +21,11 @@ from pipeline import schema
 from pipeline.errors import JobError
 from pipeline.job import Job
 from pipeline.output.ledger import FAILURE_TYPE, select_newest_attempt
-from pipeline.records import FailureRow, LedgerRow, SourceRow, Status
+from pipeline.records import FailureRow, LedgerRow, SourceRow, Stage, Status
 from pipeline.schema.arrow import ArrowPlan
 from pipeline.schema.merge import MergeResult, Part, merge_parts
 from pipeline.schema.validate import Validator
-from pipeline.stages.requests import compute_document_keys
+from pipeline.stages.requests import compute_document_keys, make_internal_failure
 
 DISAGREEMENT_TYPE = pa.struct(
     [("path", pa.string()), ("kept", pa.string()), ("kept_page", pa.int32()), ("other", pa.string()), ("other_page", pa.int32())]
@@ -122,7 +122,19 @@ class SettleStage:
             ledger.setdefault(str(request["key"]), []).append(request)
         rows = [row for document in documents for row in self.settle_document(document, ledger)]
         rows.sort(key=lambda row: (row["_source"], row["_page"] or 0))
-        return pa.Table.from_pylist(rows, self.plan.schema)
+        try:
+            return pa.Table.from_pylist(rows, self.plan.schema)
+        except Exception:  # any: Arrow raises several classes; the rows that it does not take are found one by one
+            return pa.concat_tables([pa.Table.from_pylist([self.make_writable(row)], self.plan.schema) for row in rows])
+
+    def make_writable(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return a record row, as a failure without the schema's columns if Arrow does not take it."""
+        try:
+            pa.Table.from_pylist([row], self.plan.schema)
+        except Exception as error:  # any, as in `build_table`
+            kept = {name: row[name] for name in ("_source", "_doc_id", "_page", "_pages", *self.plan.extras)}
+            return {**kept, "_status": str(Status.FAILED), "_failure": make_internal_failure(Stage.VALIDATE, error)}
+        return row
 
     def settle_document(self, document: SourceRow, ledger: dict[str, list[LedgerRow]]) -> Iterator[dict[str, Any]]:
         """Yield a document's records; their columns are those of the plan's schema."""
@@ -145,12 +157,19 @@ class SettleStage:
         if failures := [request for request in requests if request["status"] == Status.FAILED]:
             return {**about, "_status": str(Status.FAILED), "_failure": failures[0]["failure"]}
         try:
+            return {**about, **self.merge_requests(requests)}
+        except Exception as error:  # any: what an answer makes the parser, the merge or a column raise has no common class
+            return {**about, "_status": str(Status.FAILED), "_failure": make_internal_failure(Stage.VALIDATE, error)}
+
+    def merge_requests(self, requests: Sequence[LedgerRow]) -> dict[str, Any]:
+        """Return the columns that come from the answers to a record's requests."""
+        try:
             parts = [Part(request["first_page"], request["last_page"], schema.parse_json(request["answer"] or "")) for request in requests]
         except ValueError:
             wrong = next(request for request in requests if request["errors"])
-            return {**about, **make_invalid_columns(wrong["errors"] or [], wrong["answer"])}
+            return {**make_invalid_columns(wrong["errors"] or [], wrong["answer"])}
         merged = merge_parts(self.plan.job_schema, parts)
-        about |= {"_disagreements": list_disagreements(merged), "_status": str(Status.EXTRACTED)}
+        about: ProvenanceRow = {"_disagreements": list_disagreements(merged), "_status": str(Status.EXTRACTED)}
         errors = [str(violation) for violation in self.plan.validator.find_violations(merged.value)]
         columns: dict[str, Any] = {}
         try:

@@ -221,6 +221,7 @@ def test_a_value_survives_its_text(value: Any) -> None:
         ('[{"a": 1, "b": 2, "b": 3}]', 'the key "b" occurs twice in one object'),
         ("1e999999999", "the number 1e999999999 is beyond the range of a 64-bit float"),
         ("-1e-999999999", "beyond the range"),
+        ("1e99999999999999999999", "the number 1e99999999999999999999 is beyond the range"),
         ("9" * 5000, "beyond the range"),
         ('"\\ud800"', "lone surrogate '\\ud800'"),
         ("[" * 100_000, "nested more than 100 levels deep"),
