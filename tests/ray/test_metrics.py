@@ -34,9 +34,9 @@ class WatchedEngine(ScriptedEngine):
         self.folder = folder
 
     async def complete(self, request: Request) -> Completion:
-        self.asked.append(request)
+        self.requests.append(request)
         deadline = time.monotonic() + PATIENCE_S
-        while len(self.asked) > 4 and not (self.folder / "seen").exists() and time.monotonic() < deadline:
+        while len(self.requests) > 4 and not (self.folder / "seen").exists() and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
         return make_completion()
 
