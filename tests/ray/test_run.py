@@ -145,7 +145,7 @@ def endings(desks: tuple[Workspace, Workspace]) -> list[Ended]:
     workspace, _ = desks
     killed = strike(start(workspace), workspace, signal.SIGKILL)
     terminated = strike(start(workspace), workspace, signal.SIGTERM)
-    return [killed, terminated, strike(start(workspace, "--json"), workspace, signal.SIGKILL, "Asker")]
+    return [killed, terminated, strike(start(workspace, "--json"), workspace, signal.SIGKILL, "EngineActor")]
 
 
 def test_a_killed_run_keeps_what_was_answered(endings: list[Ended]) -> None:
