@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pyarrow.parquet as pq
 import pytest
 
-from tests.support.chat_server import ChatServer, says
+from tests.support.chat_server import ChatServer, reply_text
 from tests.support.engines import VALID
 from tests.support.held_server import HeldAnswer, serve_held
 from tests.support.ray_head import RayHead, start_head
@@ -40,7 +40,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     made = Workspace(tmp_path_factory.mktemp("workspace"))
     for page in range(PAGES):
         made.put(f"{page}.pdf", draw_slip(page))
-    with ChatServer(says(VALID)) as server:
+    with ChatServer(reply_text(VALID)) as server:
         model = f"{{engine: openai, base_url: '{server.base_url}', name: stub-1, server: other, structure: json_schema, logprobs: false}}"
         made.file.write_text(JOB.replace("{name: demo}", model))
         yield made
