@@ -114,7 +114,7 @@ def settle(job: Job, on_progress: OnProgress | None = None) -> Report:
         output.remove_leftovers()
         compact_shards(output)
     documents = read_sources(output)
-    plan = RecordPlan(job, select_extra_columns(documents))
+    plan = RecordPlan(job).with_extras(select_extra_columns(documents))
     settle_output(documents, SettleStage(plan, job.pages_per_request, before["fingerprint"]), output, tracker)
     output.write_report(report.as_dict())
     return report
@@ -139,12 +139,12 @@ def prepare_run(job: Job, tracker: ProgressTracker) -> PreparedRun:
     model, room for its actors. Raises JobError; RunError when Ray does not start.
     """
     render = RenderPlan.of_job(job)
-    RecordPlan(job, pa.schema([]))
+    records = RecordPlan(job)
     engines.check_engine(job)
     tracker.enter_phase(Phase.LISTING)
     listing = list_documents(job)
     tracker.set_documents(listing.num_rows)
-    records = RecordPlan(job, select_extra_columns(listing))
+    records = records.with_extras(select_extra_columns(listing))
     tracker.change_phase(Phase.STARTING_RAY)
     resources = connect_for_job(job)
     resolved = engines.resolve_engine(job, resources.gpus)

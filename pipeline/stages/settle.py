@@ -13,6 +13,7 @@ the pages drawn before it: they stay in the ledger.)
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from typing import Any, TypedDict, cast
 
 import pyarrow as pa
@@ -97,15 +98,22 @@ PENDING_ROW: LedgerRow = {
 class RecordPlan:
     """The columns of a job's records, decided once: the schema's, the manifest's, and the provenance."""
 
-    def __init__(self, job: Job, extras: pa.Schema) -> None:
-        """`extras` are the manifest's own columns. Raises JobError when one of them has the name of another column."""
-        self.job_schema, self.per_page, self.extras = job.schema, job.sections.extract.per == "page", extras.names
+    def __init__(self, job: Job) -> None:
+        """Plan the records of a job whose sources have no manifest with columns of its own."""
+        self.job_schema, self.per_page = job.schema, job.sections.extract.per == "page"
         self.columns, self.validator = ArrowPlan(job.schema), Validator(job.schema)
-        own = [*self.columns.schema.names, *PROVENANCE_COLUMNS]
-        if twice := [name for name in extras.names if name in own]:
-            raise JobError(f"the manifest's column {twice[0]!r} has the name of a column of the records: rename it")
-        about = [(name, kind) for name, (kind, _) in PROVENANCE_COLUMNS.items() if name != "_page" or self.per_page]
-        self.schema = pa.schema([*self.columns.schema, *extras, *about])
+        self.provenance = [(name, kind) for name, (kind, _) in PROVENANCE_COLUMNS.items() if name != "_page" or self.per_page]
+        self.extras: list[str] = []
+        self.schema = pa.schema([*self.columns.schema, *self.provenance])
+
+    def with_extras(self, extras: pa.Schema) -> RecordPlan:
+        """Return the plan with a manifest's own columns. Raises JobError when one of them has the name of another column."""
+        own = {*self.columns.schema.names, *PROVENANCE_COLUMNS}
+        if clashes := [name for name in extras.names if name in own]:
+            raise JobError(f"the manifest's column {clashes[0]!r} has the name of a column of the records: rename it")
+        plan = copy(self)
+        plan.extras, plan.schema = extras.names, pa.schema([*self.columns.schema, *extras, *self.provenance])
+        return plan
 
 
 class SettleStage:
@@ -192,7 +200,7 @@ class RecordColumns(TypedDict):
 
 def list_record_columns(job: Job) -> RecordColumns:
     """Return the columns of a job's records, the manifest's left out."""
-    plan = RecordPlan(job, pa.schema([]))
+    plan = RecordPlan(job)
     return {"columns": {field.name: str(field.type) for field in plan.schema}, "notes": list(plan.columns.notes)}
 
 

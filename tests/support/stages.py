@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 def make_settle_stage(job: Job, extras: pa.Schema) -> SettleStage:
     """Return the stage that settles a job's documents, with these columns of a manifest."""
-    return SettleStage(RecordPlan(job, extras), job.pages_per_request, job.fingerprint)
+    return SettleStage(RecordPlan(job).with_extras(extras), job.pages_per_request, job.fingerprint)
 
 
 def make_render_plan(settings: RenderSettings, root: Path, per_request: int) -> RenderPlan:
