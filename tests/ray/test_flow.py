@@ -515,7 +515,7 @@ def test_a_run_that_fails_wholesale_is_stopped_and_its_failures_are_asked_again(
     [
         ("ray::x()\n  File\npipeline.errors.JobError: no weights\n\nThe above exception was the direct cause\nX: b", "no weights"),
         ("ray::x()\ntorch.OutOfMemoryError: 3 GiB are free\n", "stopped: OutOfMemoryError: 3 GiB are free"),
-        ("The actor died.\n\tclass_name: Asker", "stopped: The actor died."),
+        ("The actor died.\n\tclass_name: EngineActor", "stopped: The actor died."),
     ],
 )
 def test_what_a_worker_raised_is_said_in_a_sentence(text: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Events are lines of JSON, for whoever listens."""
+"""Event log: JSON lines, and records of a logger."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def row(source: str = "a.pdf", pages: tuple[int, int] = (1, 1), of: int = 1, **g
 
 
 def unasked(source: str) -> dict[str, Any]:
-    """A document that asks nothing: all of it is answered, or a twin of the same bytes asks."""
+    """A document that asks nothing: all of it is answered, or another file with the same bytes asks."""
     return {"source": source, "key": None, "first_page": None, "last_page": None, "page_count": 3, "pages": None}
 
 
@@ -138,7 +138,7 @@ def test_time_runs_forward() -> None:
     assert 0 <= seen[0].elapsed_s <= seen[1].elapsed_s
 
 
-# --- the breaker
+# --- the circuit breaker
 
 
 FAILED = row(status="failed", failure={"stage": "generate", "kind": "engine", "message": "no answer"})

@@ -1,4 +1,4 @@
-"""Ray starts, on a busy machine at the second try, or is joined, and leaves the signals to whoever listened before.
+"""Ray is started, on a busy machine at the second attempt, or a cluster is joined; signal handlers stay as they were.
 
 `test_submit.py` joins a real cluster.
 """
@@ -36,8 +36,8 @@ class Starts:
 
 @pytest.fixture(autouse=True)
 def listener() -> Iterator[Any]:
-    before = signal.signal(signal.SIGTERM, heard := lambda *_: None)
-    yield heard
+    before = signal.signal(signal.SIGTERM, handler := lambda *_: None)
+    yield handler
     signal.signal(signal.SIGTERM, before)
 
 
@@ -60,31 +60,31 @@ def test_ray_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch, ou
         cluster.start_ray()
 
 
-def test_who_listened_to_signals_goes_on_to(monkeypatch: pytest.MonkeyPatch, listener: Any) -> None:
+def test_the_signal_handler_stays(monkeypatch: pytest.MonkeyPatch, listener: Any) -> None:
     monkeypatch.setattr(ray, "init", Starts(None))
     cluster.start_ray()
     assert signal.getsignal(signal.SIGTERM) is listener
 
 
 @pytest.fixture
-def door() -> Iterator[str]:
-    """Return the address of somebody who takes a call and says nothing."""
+def listening_address() -> Iterator[str]:
+    """Return the address of a server that accepts connections and sends nothing."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
-def test_a_cluster_is_joined_and_given_this_package(monkeypatch: pytest.MonkeyPatch, door: str) -> None:
+def test_a_cluster_is_joined_and_given_this_package(monkeypatch: pytest.MonkeyPatch, listening_address: str) -> None:
     monkeypatch.setattr(ray, "init", starts := Starts(None))
-    cluster.join_cluster(door)
-    assert starts.calls[0]["address"] == door
+    cluster.join_cluster(listening_address)
+    assert starts.calls[0]["address"] == listening_address
     environment = starts.calls[0]["runtime_env"]
     assert ([Path(module).name for module in environment["py_modules"]], environment["excludes"]) == (["pipeline"], ["__pycache__"])
 
 
-def test_what_a_job_server_started_has_the_package_already(monkeypatch: pytest.MonkeyPatch, door: str) -> None:
+def test_what_a_job_server_started_has_the_package_already(monkeypatch: pytest.MonkeyPatch, listening_address: str) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     monkeypatch.setattr(ray, "init", starts := Starts(None))
-    cluster.join_cluster(door)
+    cluster.join_cluster(listening_address)
     assert starts.calls[0]["runtime_env"] is None
 
 
@@ -136,14 +136,16 @@ def test_an_address_in_the_environment_that_is_none_is_named(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:1", "no-such-host.invalid:6379"])
-def test_where_nobody_listens_is_said_at_once(address: str) -> None:
+def test_an_address_at_which_nothing_listens_is_refused_at_once(address: str) -> None:
     with pytest.raises(JobError, match=f"nothing answers at {address}: "):
         cluster.check_reachable(address)
 
 
 @pytest.mark.parametrize("error", [ConnectionError("no raylet"), RuntimeError("no raylet"), SystemExit(15)])
-def test_a_cluster_that_cannot_be_joined_is_an_error(monkeypatch: pytest.MonkeyPatch, door: str, error: BaseException) -> None:
+def test_a_cluster_that_cannot_be_joined_is_an_error(monkeypatch: pytest.MonkeyPatch, listening_address: str, error: BaseException) -> None:
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.setattr(ray, "init", Starts(error))
-    with pytest.raises(JobError, match=f"no Ray cluster to join at {door}: (no raylet|it does not answer as Ray does); one with a token"):
-        cluster.join_cluster(door)
+    with pytest.raises(
+        JobError, match=f"no Ray cluster to join at {listening_address}: (no raylet|it does not answer as Ray does); one with a token"
+    ):
+        cluster.join_cluster(listening_address)

@@ -1,4 +1,4 @@
-"""Engine actors find room on the machines that there are, and leave some for rendering."""
+"""Capacity: engine actors fit the cluster's machines and leave CPUs for rendering."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_cluster_that_became_too_small_has_as_many_actors_as_fit(
     assert (needed.min_actors, needed.max_actors) == (least, most)
 
 
-def test_who_asks_a_server_needs_no_gpu_and_one_cpu(workspace: Workspace) -> None:
+def test_an_engine_that_asks_a_server_needs_no_gpu_and_one_cpu(workspace: Workspace) -> None:
     job = workspace.job("model={engine: openai, base_url: 'http://127.0.0.1:1/v1', concurrency: 20}")
     assert (capacity.compute_actor_gpus(job, Resources(8, 4)), capacity.compute_actor_cpus(job, Resources(8, 4))) == (0, 1)
     assert ask_pass.compute_requests_per_batch(job) == 3

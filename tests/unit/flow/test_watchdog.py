@@ -1,4 +1,4 @@
-"""A run whose answers do not come looks at the machines: it waits for those that work, and begins anew without those that are gone.
+"""Stall watchdog: a run without answers waits for machines that are alive, and begins again without those that are gone.
 
 `test_nodes.py` does it with machines that are killed.
 """
@@ -20,7 +20,7 @@ from tests.support.workspace import Workspace
 BOTH = Resources(8, 2, ((4, 1), (4, 1)))
 
 
-class There:
+class FakeCluster:
     """A cluster, as Ray would describe it: its machines, and those that have gone; and a clock."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
@@ -36,8 +36,8 @@ class There:
 
 
 @pytest.fixture
-def there(monkeypatch: pytest.MonkeyPatch) -> There:
-    return There(monkeypatch)
+def there(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
+    return FakeCluster(monkeypatch)
 
 
 def looking(workspace: Workspace, *settings: str, homes: tuple[str, ...] = ("a", "b")) -> StallWatchdog:
@@ -45,12 +45,12 @@ def looking(workspace: Workspace, *settings: str, homes: tuple[str, ...] = ("a",
     return StallWatchdog(job, compute_reservations(job, BOTH), lambda: list(homes))
 
 
-def test_a_long_answer_is_waited_for_while_all_machines_are_there(workspace: Workspace, there: There) -> None:
+def test_a_long_answer_is_waited_for_while_all_machines_are_there(workspace: Workspace, there: FakeCluster) -> None:
     seen, there.time_s = looking(workspace), 100_000.0
     seen.check()
 
 
-def test_answers_that_still_come_are_not_disturbed(workspace: Workspace, there: There) -> None:
+def test_answers_that_still_come_are_not_disturbed(workspace: Workspace, there: FakeCluster) -> None:
     seen = looking(workspace)
     there.lose((4, 1))
     there.time_s = watchdog.SILENT_S
@@ -62,20 +62,20 @@ def test_answers_that_still_come_are_not_disturbed(workspace: Workspace, there: 
         seen.check()
 
 
-def test_an_engine_that_finds_another_machine_is_waited_for(workspace: Workspace, there: There) -> None:
+def test_an_engine_that_finds_another_machine_is_waited_for(workspace: Workspace, there: FakeCluster) -> None:
     seen, there.time_s = looking(workspace, homes=("a", "c")), 100.0
     there.lose((4, 1), (4, 1))
     seen.check()
 
 
-def test_engines_that_leave_no_room_for_rendering_are_stranded(workspace: Workspace, there: There) -> None:
+def test_engines_that_leave_no_room_for_rendering_are_stranded(workspace: Workspace, there: FakeCluster) -> None:
     seen, there.time_s = looking(workspace, "ray.cpus_per_actor=2", "ray.gpus_per_actor=0.5", homes=("a", "a")), 100.0
     there.lose((4, 1))
     with pytest.raises(ClusterShrunk):
         seen.check()
 
 
-def test_without_room_for_any_engine_a_machine_is_waited_for_but_not_for_ever(workspace: Workspace, there: There) -> None:
+def test_without_room_for_any_engine_a_machine_is_waited_for_but_not_for_ever(workspace: Workspace, there: FakeCluster) -> None:
     seen, there.time_s = looking(workspace), 100.0
     there.lose((64, 0))  # CPUs alone: the model that ran on GPUs is not tried on them
     seen.check()

@@ -304,7 +304,7 @@ def test_requests_of_a_batch_are_under_way_together(workspace: Workspace) -> Non
     waiting: list[Request] = []
 
     class Patient(ScriptedEngine):
-        """Answers nobody before all three have asked: it would wait for ever for requests that come one by one."""
+        """Answers when all three requests have come: it would wait for ever for requests that come one by one."""
 
         async def complete(self, request: Request) -> Any:
             waiting.append(request)
