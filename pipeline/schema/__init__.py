@@ -27,6 +27,7 @@ from jsonschema.exceptions import FormatError, best_match
 from jsonschema.protocols import Validator
 
 from pipeline.errors import JobError
+from pipeline.schema.iri import is_iri, is_iri_reference
 
 Schema = dict[str, Any]
 
@@ -34,7 +35,7 @@ Schema = dict[str, Any]
 class LenientFormatChecker(FormatChecker):
     """Format checker with the formats of 2020-12 in both drafts; a text on which the check of a format raises is invalid."""
 
-    checkers = Draft202012Validator.FORMAT_CHECKER.checkers
+    checkers = Draft202012Validator.FORMAT_CHECKER.checkers | {"iri": (is_iri, ()), "iri-reference": (is_iri_reference, ())}
 
     def check(self, instance: object, format: str) -> None:
         try:

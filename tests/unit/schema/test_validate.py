@@ -124,6 +124,8 @@ def test_odd_alternatives_are_judged_without_a_crash(alternatives: list[Any]) ->
         ("ipv4", "10.0.0.1", "10.0.0"),
         ("ipv6", "::1", "1"),
         ("uri", "https://a.de/b", "a b"),
+        ("iri", "https://ä.de/ß?ö", "ä.de/ß"),
+        ("iri-reference", "ä.de/ß", "a b"),
         ("uuid", "123e4567-e89b-12d3-a456-426614174000", "123"),
         ("json-pointer", "/a", "a"),
         ("regex", "a+", "a{99999999999}"),
