@@ -60,7 +60,8 @@ class Progress:
 
     @property
     def pages_per_s(self) -> float:
-        return self.pages_done / self.elapsed_s if self.elapsed_s > 0 else 0.0
+        """0 in the first second: the first answers may come before the phase has begun."""
+        return self.pages_done / self.elapsed_s if self.elapsed_s >= 1 else 0.0
 
 
 @dataclass

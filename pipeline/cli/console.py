@@ -277,8 +277,11 @@ class PhaseBar(PhaseLines):
             def render(self, task: Task) -> Text:
                 left_s = task.time_remaining
                 clock = format_duration(task.elapsed or 0.0, 0) if left_s is None else f"{format_duration(left_s, 0)} left"
-                return Text(f"{task.description}, {clock}")
+                text = Text(f"{task.description}, {clock}")
+                text.truncate(max(20, console.width - BAR_COLUMNS - 5), overflow="ellipsis")  # with the spinner; two columns are for "^C"
+                return text
 
+        console = self.console
         self.bar = Bar(
             SpinnerColumn(), BarColumn(BAR_COLUMNS), PhaseColumn(Column(no_wrap=True)),
             console=self.console, transient=True, refresh_per_second=DRAWS_PER_S,

@@ -64,7 +64,7 @@ class RayHead:
 def start_head(cpus: int = 2) -> Iterator[RayHead]:
     """Start a head, and end all its processes at the end."""
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets in it have paths of at most 107 bytes
-    gcs, jobs = find_free_ports(2)
+    gcs, jobs, client = find_free_ports(3)
     own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     own |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0"}
     own["RAY_worker_niceness"] = "0"  # Ray's default is 15
@@ -72,7 +72,7 @@ def start_head(cpus: int = 2) -> Iterator[RayHead]:
     options = {
         "temp-dir": folder, "port": gcs, "dashboard-host": "127.0.0.1", "dashboard-port": jobs, "dashboard-agent-listen-port": 0,
         "num-cpus": cpus, "num-gpus": 0, "object-store-memory": 200_000_000,
-        "ray-client-server-port": 0, "include-log-monitor": False,  # neither is used here
+        "ray-client-server-port": client, "include-log-monitor": False,  # neither is used here
     }  # fmt: skip
     command = ["ray", "start", "--head", "--block", *(f"--{name}={value}" for name, value in options.items())]
     process = start_process(command, own)
