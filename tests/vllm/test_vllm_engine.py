@@ -348,10 +348,9 @@ def judge_answer(one: samples.DrawnDocument, row: dict[str, Any]) -> evaluate.Ve
 
 
 class Killer:
-    """Kills the core process of an engine once, after a few requests are done. Spares those that run already, such as a server's."""
+    """Kills the core process of an engine once, after a few requests are done."""
 
     def __init__(self) -> None:
-        self.spared = {child.pid for child in psutil.Process().children(recursive=True)}
         self.killed: list[int] = []
 
     def __call__(self, progress: Progress) -> None:
@@ -359,7 +358,7 @@ class Killer:
             return
         for child in psutil.Process().children(recursive=True):
             with suppress(psutil.NoSuchProcess):
-                if child.pid not in self.spared and "EngineCore" in " ".join(child.cmdline()):
+                if "EngineCore" in " ".join(child.cmdline()):
                     child.kill()
                     self.killed.append(child.pid)
 
