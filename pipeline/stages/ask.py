@@ -16,7 +16,7 @@ from pipeline.job import Job
 from pipeline.records import Completion, FailureRow, FinishReason, LedgerRow, Pixels, Request, RequestRow, Stage, Status, TokenRow
 from pipeline.schema.prompt import build_correction, build_messages
 from pipeline.schema.validate import Validator
-from pipeline.stages.requests import make_failed_row, make_internal_failure
+from pipeline.stages.requests import make_failed_row
 
 
 class AskStage:
@@ -67,7 +67,7 @@ class AskStage:
                 answer = make_answer_row(completion, errors)
             except Exception as error:  # any: what an answer makes the parser or the validator raise has no common class
                 answer = {"answer": make_storable(completion.text), "finish_reason": str(completion.finish_reason)}
-                answer |= {"status": str(Status.FAILED), "failure": make_internal_failure(Stage.VALIDATE, error)}
+                answer |= make_failed_row(Stage.VALIDATE, error)
                 break
             if not errors or completion.finish_reason is FinishReason.LENGTH or asks > self.job.sections.extract.re_asks:
                 break

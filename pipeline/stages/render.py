@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import cast
 
 from pipeline.budget import RenderSettings
-from pipeline.errors import DocumentError, JobError, PipelineError
+from pipeline.errors import JobError
 from pipeline.job import Job
-from pipeline.records import Document, LedgerRow, Page, PageRow, RequestRow, SourceRow, Stage, Status
+from pipeline.records import Document, LedgerRow, Page, PageRow, RequestRow, SourceRow, Stage
 from pipeline.render.sandbox import Sandbox
 from pipeline.sources import read_document
 from pipeline.sources.http import DownloadPolicy
-from pipeline.stages.requests import compute_document_keys, make_failed_row, make_internal_failure
+from pipeline.stages.requests import compute_document_keys, make_failed_row
 
 ClaimRequests = Callable[[SourceRow, list[str]], dict[str, int]]
 """(document, keys) -> the keys that this document shall ask, each with the number of its attempt, from 1: not those that are done, nor
@@ -81,13 +81,8 @@ class RenderStage:
             data = read_document(listed, self.plan.root, self.plan.settings.max_file_bytes, self.plan.policy)
             row["doc_id"] = hashlib.sha256(data).hexdigest()
             row["page_count"] = self.sandbox.open(data)
-        except DocumentError as error:
-            failure = make_failed_row(Stage.RENDER if row["doc_id"] else Stage.SOURCE, error)
-        except PipelineError:
-            raise
         except Exception as error:  # any: what a document's bytes make a library raise has no common class
-            stage = Stage.RENDER if row["doc_id"] else Stage.SOURCE
-            failure = {"status": str(Status.FAILED), "failure": make_internal_failure(stage, error)}
+            failure = make_failed_row(Stage.RENDER if row["doc_id"] else Stage.SOURCE, error)
         keys = compute_document_keys(row, self.plan.per_request, self.plan.fingerprint)
         for key, attempt in self.claim(row, list(keys)).items():
             first_page, last_page = keys[key]
@@ -100,12 +95,8 @@ class RenderStage:
         """Return the page images of one request, or why there are none."""
         try:
             pages = list(self.sandbox.draw_pages(first_page, last_page))
-        except DocumentError as error:
-            return cast(RequestRow, make_failed_row(Stage.RENDER, error))
-        except PipelineError:
-            raise
         except Exception as error:  # any, as above
-            return {"status": str(Status.FAILED), "failure": make_internal_failure(Stage.RENDER, error)}
+            return cast(RequestRow, make_failed_row(Stage.RENDER, error))
         return {"pages": [describe_page(page) for page in pages], "pixels": [page.pixels.tobytes() for page in pages]}
 
     def close(self) -> None:

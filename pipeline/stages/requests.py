@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 
-from pipeline.errors import DocumentError
+from pipeline.errors import DocumentError, PipelineError
 from pipeline.records import FailureRow, LedgerRow, SourceRow, Stage, Status
 
 LOG = logging.getLogger(__name__)
@@ -43,13 +43,18 @@ def compute_document_keys(document: SourceRow, per_request: int, fingerprint: st
     return {compute_request_key(str(doc_id), *pages, fingerprint): pages for pages in split_pages(page_count, per_request)}
 
 
-def make_failed_row(stage: Stage, error: DocumentError) -> LedgerRow:
-    """Return the ledger's columns for a failure."""
-    return {"status": str(Status.FAILED), "failure": {"stage": str(stage), "kind": error.kind, "message": error.message}}
+def make_failed_row(stage: Stage, error: Exception) -> LedgerRow:
+    """Return the ledger's columns for an exception that costs one document or request.
 
-
-def make_internal_failure(stage: Stage, error: Exception) -> FailureRow:
-    """Return the failure for an exception that nothing else handles, and log its traceback: one document must not stop a run."""
-    LOG.error("%s/internal", stage, exc_info=error)
-    reason = " ".join(str(error).encode("utf-8", "replace").decode().split())[:300]
-    return {"stage": str(stage), "kind": "internal", "message": f"{type(error).__name__}: {reason}".removesuffix(": ")}
+    A DocumentError says what failed. Any other exception is the kind `internal`, with its traceback in the log: one document must not stop
+    a run. This package's errors that do stop a run (JobError, RunError) are raised again.
+    """
+    if isinstance(error, DocumentError):
+        failure: FailureRow = {"stage": str(stage), "kind": error.kind, "message": error.message}
+    elif isinstance(error, PipelineError):
+        raise error
+    else:
+        LOG.error("%s/internal", stage, exc_info=error)
+        reason = " ".join(str(error).encode("utf-8", "replace").decode().split())[:300]
+        failure = {"stage": str(stage), "kind": "internal", "message": f"{type(error).__name__}: {reason}".removesuffix(": ")}
+    return {"status": str(Status.FAILED), "failure": failure}

@@ -26,7 +26,7 @@ from pipeline.records import FailureRow, LedgerRow, SourceRow, Stage, Status
 from pipeline.schema.arrow import ArrowPlan
 from pipeline.schema.merge import MergeResult, Part, merge_parts
 from pipeline.schema.validate import Validator
-from pipeline.stages.requests import compute_document_keys, make_internal_failure
+from pipeline.stages.requests import compute_document_keys, make_failed_row
 
 DISAGREEMENT_TYPE = pa.struct(
     [("path", pa.string()), ("kept", pa.string()), ("kept_page", pa.int32()), ("other", pa.string()), ("other_page", pa.int32())]
@@ -141,7 +141,7 @@ class SettleStage:
             pa.Table.from_pylist([row], self.plan.schema)
         except Exception as error:  # any, as in `build_table`
             kept = {name: row[name] for name in ("_source", "_doc_id", "_page", "_pages", *self.plan.extras)}
-            return {**kept, "_status": str(Status.FAILED), "_failure": make_internal_failure(Stage.VALIDATE, error)}
+            return {**kept, "_status": str(Status.FAILED), "_failure": make_failed_row(Stage.VALIDATE, error)["failure"]}
         return row
 
     def settle_document(self, document: SourceRow, ledger: dict[str, list[LedgerRow]]) -> Iterator[dict[str, Any]]:
@@ -167,7 +167,7 @@ class SettleStage:
         try:
             return {**about, **self.merge_requests(requests)}
         except Exception as error:  # any: what an answer makes the parser, the merge or a column raise has no common class
-            return {**about, "_status": str(Status.FAILED), "_failure": make_internal_failure(Stage.VALIDATE, error)}
+            return {**about, "_status": str(Status.FAILED), "_failure": make_failed_row(Stage.VALIDATE, error)["failure"]}
 
     def merge_requests(self, requests: Sequence[LedgerRow]) -> dict[str, Any]:
         """Return the columns that come from the answers to a record's requests."""
