@@ -82,8 +82,8 @@ def run(
     begin_output(prepared.job, output)
     with Lease(output.root) as lease:
         output.remove_leftovers()
-        output.write_job(describe_run(prepared.job))
-        emit_event("run_started", **describe_run(prepared.job))
+        output.write_job(described := describe_run(prepared.job))
+        emit_event("run_started", **described)
         report.damaged = set_aside_damaged_shards(output)
         if limit is not None:
             prepared = replace(prepared, listing=limit_documents(prepared.listing, limit, output))

@@ -67,8 +67,8 @@ def test_a_lease_of_this_machine_without_its_lock_is_over(folder: Store) -> None
     if not lease.read_machine_id():
         pytest.skip("machines are told apart by /proc")
     leave_lease(folder, machine=lease.read_machine_id())
-    with Lease(folder):
-        pass
+    with Lease(folder) as mine:
+        assert mine.read_holder() == mine.mine
 
 
 def test_settling_beside_a_run_of_this_machine_sees_its_lease(folder: Store) -> None:
