@@ -10,7 +10,7 @@ from enum import IntEnum, StrEnum
 from typing import Any
 
 from pipeline.errors import RunError
-from pipeline.records import AnsweredRow
+from pipeline.records import AnsweredRow, Stage
 
 
 class ExitCode(IntEnum):
@@ -78,6 +78,8 @@ class Report:
     statuses: dict[str, int] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
     """Records without a valid result, by `stage/kind`."""
+    disagreements: int = 0
+    """Records whose requests read different values."""
     missing: list[str] = field(default_factory=list)
     """Sources without a record: always a defect of this package."""
     damaged: list[str] = field(default_factory=list)
@@ -208,9 +210,9 @@ class CircuitBreaker:
         """Count a request. Raises RunError when more of the latest ones failed than allowed."""
         if row["key"] is None:
             return
-        failure = row.get("failure") if row.get("status") == "failed" else None
-        self.kinds.append(f"{failure['stage']}/{failure['kind']}: {failure['message']}" if failure else None)
-        if failure is None or len(self.kinds) < self.min_requests:
+        has_failed = row.get("status") == "failed" and not is_demo_refusal(row)
+        self.kinds.append(describe_failure(row) if has_failed else None)
+        if not has_failed or len(self.kinds) < self.min_requests:
             return
         failed = [kind for kind in self.kinds if kind]
         if len(failed) > self.max_ratio * len(self.kinds):
@@ -218,3 +220,46 @@ class CircuitBreaker:
                 f"the run stopped: {len(failed)} of the last {len(self.kinds)} requests failed, `limits.max_failure_ratio` allows "
                 f"{self.max_ratio:g}; the last said {failed[-1]}. The same command resumes; --retry failed asks the failed ones again"
             )
+
+
+class Canary:
+    """Judges the first documents of a run on a new output: a wrong schema or prompt fails nearly all of them."""
+
+    def __init__(self, max_ratio: float) -> None:
+        self.max_ratio = max_ratio
+        self.outcomes: dict[str, str | None] = {}
+        """What is wrong with each document that reached a model; None where nothing is."""
+
+    def add(self, row: AnsweredRow) -> None:
+        """Count a request. Files that cannot be read, and those that the demonstration model refuses, did not reach a model."""
+        if row["key"] is None or is_demo_refusal(row):
+            return
+        failure = row.get("failure")
+        if failure is None:
+            self.outcomes.setdefault(row["source"])
+        elif failure["stage"] not in (Stage.SOURCE, Stage.RENDER):
+            self.outcomes[row["source"]] = describe_failure(row)
+
+    def check(self, output: str) -> None:
+        """Raise RunError when more of the documents failed or are invalid than allowed."""
+        bad = [wrong for wrong in self.outcomes.values() if wrong]
+        if len(bad) <= self.max_ratio * len(self.outcomes):
+            return
+        raise RunError(
+            f"the run stopped after its first documents: {len(bad)} of the {len(self.outcomes)} that reached the model failed or are "
+            f"invalid, `limits.canary_failures` allows {self.max_ratio:g}; {Counter(bad).most_common(1)[0][0]}. Their answers are kept in "
+            f"{output} (`pipeline settle` writes their records). Correct the job and choose another output with --output, or run the same "
+            "command again: it goes on with all documents"
+        )
+
+
+def is_demo_refusal(row: AnsweredRow) -> bool:
+    """Say whether the demonstration model was not asked about a document, because it is none of its samples."""
+    failure = row.get("failure")
+    return failure is not None and (failure["stage"], failure["kind"]) == (Stage.GENERATE, "demo")
+
+
+def describe_failure(row: AnsweredRow) -> str:
+    """Return a row's failure as `stage/kind: message`; "" if it has none."""
+    failure = row.get("failure")
+    return f"{failure['stage']}/{failure['kind']}: {failure['message']}" if failure else ""

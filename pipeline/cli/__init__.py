@@ -192,6 +192,7 @@ def check_command(job_file: Path, settings: tuple[str, ...], as_json: bool) -> N
     """Show the resolved job, its prompt and the columns of its records. Starts nothing."""
     job = load_job(job_file, settings)
     from pipeline import engines
+    from pipeline.schema.request_schema import list_required_leaves
     from pipeline.stages.settle import list_record_columns
 
     notes = engines.check_engine(job)
@@ -202,6 +203,7 @@ def check_command(job_file: Path, settings: tuple[str, ...], as_json: bool) -> N
         "prompt": job.system_message,
         **described,
         "not_in_grammar": list(notes),
+        "not_nullable": list_required_leaves(job.schema),
     }
     if as_json:
         click.echo(json.dumps(found, indent=2, ensure_ascii=False))

@@ -357,8 +357,13 @@ def show_job(found: dict[str, Any]) -> None:
     click.echo(f"prompt:\n{indent(found['prompt'], '  ')}\n\ncolumns:")
     for name, kind in found["columns"].items():
         click.echo(f"  {name}: {kind}")
-    narrowed, left = found["notes"], found["not_in_grammar"]
-    for title, notes in (("kept as JSON text or narrowed", narrowed), ("left to the validator by the grammar", left)):
+    narrowed, left, required = found["notes"], found["not_in_grammar"], found["not_nullable"]
+    cost = "makes up a value" if found["job"]["extract"]["absent"] == "forbid" else "is invalid"
+    for title, notes in (
+        ("kept as JSON text or narrowed", narrowed),
+        ("left to the validator by the grammar", left),
+        (f"warning: may not be null, so that a document that does not show it {cost}", required),
+    ):
         if notes:
             click.echo(f"\n{title}:\n" + "\n".join(f"  {line}" for line in notes))
 
@@ -392,6 +397,8 @@ def show_report(ended: Report, console: Console | None = None) -> None:
     table = Table(title=f"{ended.job}: {ended.documents} documents, {ended.records} records", title_justify="left", show_header=False)
     for name, number in {**ended.statuses, **{f"  {kind}": n for kind, n in ended.failures.items()}}.items():
         table.add_row(name, str(number))
+    if ended.disagreements:
+        table.add_row("with disagreements", str(ended.disagreements))
     table.add_row("requests asked", str(ended.requests_asked))
     table.add_row("pages asked", f"{ended.pages_asked} ({ended.pages_per_s:.1f} pages/s, start-up included)")
     table.add_row("tokens read, written", f"{ended.prompt_tokens}, {ended.completion_tokens}")
@@ -425,6 +432,7 @@ def show_status(found: RunStatus, place: str) -> None:
         "request failures": found["request_failures"],
         "records": found["records"],
         "record failures": found["record_failures"],
+        "records with": {"disagreements": found["disagreements"]} if found["disagreements"] else {},
     }
     for name, numbers in counts.items():
         for inner, number in numbers.items():

@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.errors import JobError
 from pipeline.job import Job
+from pipeline.schema import dump_json
 from pipeline.sources.local import make_absolute
 from pipeline.storage.location import has_secret, parse_scheme, redact_url
 
@@ -23,8 +24,7 @@ def write_bundle(job: Job, folder: Path) -> str:
     """Write what a run of the job needs into an empty folder, and return the name of the job file there. Raises JobError."""
     text = json.dumps(make_portable(job), indent=2, ensure_ascii=False)  # which is YAML, too
     (folder / JOB_FILE).write_text(text, encoding="utf-8")
-    schema = job.file.parent / job.sections.extract.schema_file.expanduser()
-    (folder / SCHEMA_FILE).write_bytes(schema.read_bytes())
+    (folder / SCHEMA_FILE).write_text(dump_json(job.schema), encoding="utf-8")
     return JOB_FILE
 
 

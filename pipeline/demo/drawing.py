@@ -14,14 +14,16 @@ import pymupdf
 from PIL import Image, ImageFilter
 
 from pipeline.demo.sheets import DPI, HEIGHT_PX, WIDTH_PX, Sheet
+from pipeline.job import DEMO_MARK
 from pipeline.records import Pixels
 
 PT_PER_PX = 72 / DPI
 
 
 def draw_pdf(sheets: Sequence[Sheet]) -> bytes:
-    """Return a PDF with one page per sheet; the same sheets give the same bytes."""
+    """Return a PDF with one page per sheet and the mark of a sample; the same sheets give the same bytes."""
     document = open_sheets(sheets)
+    document.set_metadata({"subject": DEMO_MARK.decode()})
     return bytes(document.tobytes(garbage=3, deflate=True, no_new_id=True))
 
 
@@ -74,5 +76,5 @@ def simulate_scan(page: Pixels, rng: random.Random) -> tuple[Pixels, float]:
 
 def encode_scan_jpeg(page: Pixels, quality: int) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(page).save(buffer, "JPEG", quality=quality, dpi=(DPI, DPI))
+    Image.fromarray(page).save(buffer, "JPEG", quality=quality, dpi=(DPI, DPI), comment=DEMO_MARK)
     return buffer.getvalue()

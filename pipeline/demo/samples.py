@@ -21,12 +21,14 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo
 
 from pipeline.demo import documents, drawing
 from pipeline.demo.documents import HELD_OUT, Form
 from pipeline.demo.sheets import DPI, Sheet
 from pipeline.demo.truth import format_answer
+from pipeline.job import DEMO_MARK
 from pipeline.records import Pixels
 
 SAMPLES_SEED = HELD_OUT + 1575
@@ -83,12 +85,14 @@ def encode_sheets(sheets: tuple[Sheet, ...], ending: str, rng: random.Random) ->
         return drawing.draw_pdf(sheets)
     pages = [drawing.rasterize_sheet(sheet) for sheet in sheets]
     if ending == "png":
-        return encode_lossless(pages, "PNG")
+        comment = PngInfo()
+        comment.add_text("Comment", DEMO_MARK.decode())
+        return encode_lossless(pages, "PNG", pnginfo=comment)
     scans = [drawing.simulate_scan(page, rng)[0] for page in pages]
     return (
         drawing.encode_scan_jpeg(scans[0], SCAN_JPEG_QUALITY)
         if ending == "jpg"
-        else encode_lossless(scans, "TIFF", compression="tiff_adobe_deflate")
+        else encode_lossless(scans, "TIFF", compression="tiff_adobe_deflate", tiffinfo={ExifTags.Base.ImageDescription: DEMO_MARK.decode()})
     )
 
 

@@ -7,16 +7,17 @@ load_engine      the engine of a resolved job
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-from pipeline import schema
 from pipeline.engines import checkpoint_files, model_cache
 from pipeline.errors import JobError, PipelineError, RunError
 from pipeline.job import Job
 from pipeline.records import Completion, Request
 from pipeline.schema import grammar
+from pipeline.schema.request_schema import list_unforced_keywords
 from pipeline.storage.location import is_store_url
 
 DEMO_CHECKPOINT = Path(__file__).parents[1] / "demo" / "checkpoint"
@@ -53,8 +54,8 @@ def resolve_engine(job: Job, gpus: float) -> Job:
     """Return the job with the model that runs here, and with all that is `auto` decided. `load_engine` takes such a job.
 
     A server is asked which model it has and how it keeps to the schema. Without a GPU, `model.without_gpu` decides. A model in an object
-    store gets its revision, the demonstration model this package's version. Raises JobError when there is no GPU for the model, when a
-    hub id is not known, or not in the cache where the hub cannot be reached.
+    store or on the hub gets its revision, the demonstration model this package's version. Raises JobError when there is no GPU for the
+    model, when a hub id is not known, or not in the cache where the hub cannot be reached.
     """
     model = job.sections.model
     check_package(job)
@@ -71,18 +72,19 @@ def resolve_engine(job: Job, gpus: float) -> Job:
         )
     if is_store_url(model.name):
         return job.with_model(revision=model_cache.resolve_store_revision(model.name, model.revision))
-    if not job.is_local_path(model.name):
-        check_hub_model(job)
-    return job
+    return job if job.is_local_path(model.name) else job.with_model(revision=resolve_hub_revision(job))
 
 
-def check_hub_model(job: Job) -> None:
-    """Raise JobError when a hub id is not known, or not in the cache where the hub cannot be reached."""
+def resolve_hub_revision(job: Job) -> str:
+    """Return the commit that the job's revision of a hub's repository means now, so that all machines load the same weights.
+
+    Raises JobError when a hub id is not known, or not in the cache where the hub cannot be reached.
+    """
     from huggingface_hub import hf_hub_download
 
     model = job.sections.model
     try:
-        hf_hub_download(model.name, "config.json", revision=model.revision)
+        return Path(hf_hub_download(model.name, "config.json", revision=model.revision)).parent.name  # …/snapshots/COMMIT/config.json
     except (OSError, ValueError) as error:  # the hub's errors are OSErrors, a malformed id is a ValueError
         reason = " ".join(str(error).split())[:300]
         raise JobError(f"{job.file}: model.name is {model.name!r}, neither a folder nor known to the hub: {reason}") from None
@@ -130,7 +132,9 @@ def check_engine(job: Job) -> tuple[str, ...]:
         if not (job.resolve_local_path(lora) / "adapter_model.safetensors").is_file():
             raise JobError(f"{job.file}: model.lora is {lora!r}, but {job.resolve_local_path(lora)} holds no adapter_model.safetensors")
         checkpoint_files.read_safetensors_header(job.resolve_local_path(lora) / "adapter_model.safetensors")
-    return grammar.check_grammar(schema.dump_compact_schema(job.schema))
+    notes = grammar.check_grammar(job.request_schema)
+    unforced = list_unforced_keywords(job.schema) if job.sections.extract.absent == "allow" else []
+    return (*notes, *(f"{grammar.NOT_ENFORCED} {pointer}" for pointer in unforced))
 
 
 def find_model_folder(job: Job) -> Path:
@@ -138,12 +142,15 @@ def find_model_folder(job: Job) -> Path:
     return DEMO_CHECKPOINT if job.uses_demo else job.resolve_local_path(job.sections.model.name)
 
 
-def load_engine(job: Job, threads: int | None = None) -> Engine:
+def load_engine(job: Job, threads: int | None = None, on_gpu: bool = False) -> Engine:
     """Load the engine of a job that `resolve_engine` returned; minutes for a large model.
 
-    Raises JobError for a checkpoint that cannot be used, RunError when it does not load for any other reason.
+    `on_gpu` says that a GPU is reserved for it. Raises JobError for a checkpoint that cannot be used, RunError when it does not load for
+    any other reason, a GPU that torch cannot use among them.
     """
     check_package(job)
+    if on_gpu:
+        check_cuda()
     model = job.sections.model
     if model.engine == "openai":
         from pipeline.engines import openai
@@ -159,6 +166,28 @@ def load_engine(job: Job, threads: int | None = None) -> Engine:
         raise RunError(f"the model {model.name} does not load: {reason}") from error
     engine.model = model.name
     return engine
+
+
+def check_cuda() -> None:
+    """Raise RunError when torch cannot use a GPU: the model would run on the CPU, minutes per page, beside an idle GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    raise RunError(
+        f"Ray reserves a GPU for the model, but torch {torch.__version__}, built {built}, cannot use it; the NVIDIA driver is "
+        f"{read_driver_version() or 'not installed'}: install a driver for this torch, or a torch for this driver"
+    )
+
+
+def read_driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """Return the version of the NVIDIA driver of this machine; "" if there is none."""
+    try:
+        found = re.search(r"Kernel Module\D*(\d+(?:\.\d+)+)", file.read_text())
+    except OSError:
+        return ""
+    return found[1] if found else ""
 
 
 def load_transformers_engine(job: Job, threads: int | None) -> Engine:

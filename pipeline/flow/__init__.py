@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -41,7 +41,7 @@ from pipeline.output.ledger import (
 )
 from pipeline.output.shards import set_aside_shard
 from pipeline.output.sources import read_sources, replace_sources, select_extra_columns
-from pipeline.report import CircuitBreaker, OnProgress, Phase, ProgressTracker, Report
+from pipeline.report import Canary, CircuitBreaker, OnProgress, Phase, ProgressTracker, Report
 from pipeline.stages.render import RenderPlan
 from pipeline.stages.settle import RecordPlan, SettleStage
 
@@ -104,7 +104,7 @@ def settle(job: Job, on_progress: OnProgress | None = None) -> Report:
     if before is None:
         raise JobError(f"there is nothing to settle in {job.output}: run the job first")
     job = job.with_resolved_model(before["job"]["model"])
-    if set(changed := find_differences(before["asked"], job.decisive_keys)) - {"extract.schema", "prompt"}:
+    if set(changed := find_differences(before["asked"], job.decisive_keys)) - {"extract.absent", "extract.schema", "prompt"}:
         raise JobError(f"{job.file} has changed since {job.output} was asked: {', '.join(changed)}")
     report.model, report.demonstration = job.sections.model.name, job.uses_demo
     output.create()
@@ -150,7 +150,8 @@ def prepare_run(job: Job, tracker: ProgressTracker) -> PreparedRun:
     resolved = engines.resolve_engine(job, resources.gpus)
     reservations = compute_reservations(resolved, resources)
     check_capacity(resolved, resources, reservations)
-    return PreparedRun(resolved, listing, replace(render, fingerprint=resolved.fingerprint), records, reservations)
+    render = replace(render, fingerprint=resolved.fingerprint, only_samples=resolved.uses_demo and not job.uses_demo)
+    return PreparedRun(resolved, listing, render, records, reservations)
 
 
 @dataclass
@@ -199,10 +200,10 @@ class Run:
         """Ask what of these documents is unanswered. Whatever ends this early, the answers that have come are in the ledger."""
         job, limits = self.prepared.job, self.prepared.job.sections.limits
         self.tracker.enter_phase(Phase.LOADING_MODEL, documents.num_rows)
-        breaker = CircuitBreaker(limits.max_failure_ratio, limits.min_requests)
+        breaker, canary = CircuitBreaker(limits.max_failure_ratio, limits.min_requests), Canary(limits.canary_failures)
         ask_pass = AskPass(job, self.prepared.render, self.prepared.reservations, self.notice_loaded)
-        for start in range(0, documents.num_rows, DOCUMENTS_PER_DATASET):
-            some = documents.slice(start, DOCUMENTS_PER_DATASET)
+        is_new = not state.done and not state.attempts
+        for some in split_documents(documents, limits.canary if is_new else 0):
             with closing(ask_documents(ask_pass, some, state)) as rows, LedgerWriter(self.output) as ledger:
                 for row in filter(ledger.add, rows):
                     self.notice_loaded()
@@ -210,12 +211,24 @@ class Run:
                     emit_answer_event(row)
                     self.tracker.add(row)
                     breaker.add(row)
+                    canary.add(row)
+            if is_new and some.num_rows == limits.canary < documents.num_rows:
+                canary.check(str(self.output.root))
             state = state.with_done(ledger.seen)
 
     def notice_loaded(self) -> None:
         """Report that an engine has loaded its model."""
         if self.tracker.phase is Phase.LOADING_MODEL:
             self.tracker.change_phase(Phase.ASKING)
+
+
+def split_documents(documents: pa.Table, canary: int) -> Iterator[pa.Table]:
+    """Yield the documents of one Dataset after another: the first `canary`, if there are more, then `DOCUMENTS_PER_DATASET` at a time."""
+    start = canary if canary < documents.num_rows else 0
+    if start:
+        yield documents.slice(0, start)
+    for first in range(start, documents.num_rows, DOCUMENTS_PER_DATASET):
+        yield documents.slice(first, DOCUMENTS_PER_DATASET)
 
 
 def connect_for_job(job: Job, address: str | None = None) -> cluster.Resources:

@@ -176,7 +176,7 @@ class EngineActor:
         registry.record_loaded.remote()
 
     def load(self, job: Job, threads: int) -> engines.Engine:
-        return engines.load_engine(job, threads)
+        return engines.load_engine(job, threads, on_gpu=bool(ray.get_runtime_context().get_accelerator_ids().get("GPU")))
 
     def check_replacements(self, most: int) -> None:
         """Raise RunError, with which Ray gives up, when engines have died more often than the job allows."""

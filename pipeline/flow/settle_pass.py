@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, TypedDict, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
 from ray.exceptions import RayError
 
@@ -25,6 +26,7 @@ SETTLED_SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("file", "damaged", "why")),
         *((name, pa.list_(pa.string())) for name in ("sources", "statuses", "failures")),
+        ("disagreements", pa.int64()),
     ]
 )
 
@@ -39,6 +41,8 @@ class SettledRow(TypedDict):
     statuses: list[str] | None
     failures: list[str] | None
     """`stage/kind` of each record without a valid result."""
+    disagreements: int | None
+    """Records whose requests read different values."""
 
 
 def settle_output(documents: pa.Table, stage: SettleStage, output: Output, tracker: ProgressTracker) -> None:
@@ -66,6 +70,7 @@ def settle_output(documents: pa.Table, stage: SettleStage, output: Output, track
     output.remove_other_records({row["file"] for row in rows if row["file"]})
     report = tracker.report
     report.count_records([s for row in rows for s in row["statuses"] or []], [f for row in rows for f in row["failures"] or []])
+    report.disagreements = sum(row["disagreements"] or 0 for row in rows)
     report.documents = documents.num_rows
     report.missing = sorted({*documents["source"].to_pylist()} - {name for row in rows for name in row["sources"] or []})
 
@@ -73,12 +78,21 @@ def settle_output(documents: pa.Table, stage: SettleStage, output: Output, track
 def settle_shard(documents: pa.Table, stage: SettleStage, output: Output) -> pa.Table:
     """Settle task: the documents of one range -> one shard of records."""
     try:
-        requests = read_requests(output, documents["doc_id"])
+        longest = pc.max(documents["page_count"]).as_py() or 0
+        requests = read_requests(output, documents["doc_id"], not stage.plan.per_page and longest > stage.per_request)
     except DamagedShard as damage:
         return pa.Table.from_pylist([{"damaged": damage.file, "why": damage.reason}], SETTLED_SCHEMA)
     records = stage.build_table(documents.to_pylist(), requests.to_pylist())
     sources = records["_source"].to_pylist()
     file = write_shard(output.records, records, [f"{name}/{row}" for row, name in enumerate(sources)])
     failures = [f"{f['stage']}/{f['kind']}" for f in records["_failure"].to_pylist() if f]
-    row = {"file": file, "sources": sources, "statuses": records["_status"].to_pylist(), "failures": failures}
+    row: SettledRow = {
+        "file": file,
+        "damaged": None,
+        "why": None,
+        "sources": sources,
+        "statuses": records["_status"].to_pylist(),
+        "failures": failures,
+        "disagreements": sum(1 for disagreements in records["_disagreements"].to_pylist() if disagreements),
+    }
     return pa.Table.from_pylist([row], SETTLED_SCHEMA)

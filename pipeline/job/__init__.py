@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -26,10 +27,15 @@ from pipeline.job.sections import JobSections
 from pipeline.job.yaml_file import apply_setting, explain_errors, read_yaml
 from pipeline.records import Sampling
 from pipeline.schema import prompt
+from pipeline.schema.pydantic_model import is_model_name, load_model_schema
+from pipeline.schema.request_schema import build_request_schema
 from pipeline.storage.location import Location, is_store_url, parse_location
 from pipeline.version import __version__
 
 DEMO_MODEL = "demo"
+DEMO_MARK = b"sample of pipeline's demonstration model"
+"""What the sample documents carry: in a PDF's metadata, in an image's comment. Where the demonstration model answers in place of the
+job's own, it reads no document without it."""
 TRANSFORMERS_KEYS = {"name", "revision", "dtype", "rope_scaling", "lora"}
 VLLM_KEYS = TRANSFORMERS_KEYS | {"engine", "quantization", "kv_cache_dtype", "engine_args"}
 SERVER_KEYS = {"engine", "name", "server", "structure", "image_format", "extra_body"}
@@ -64,7 +70,7 @@ class Job:
         target = parse_location(str(output) if output else sections.output.path)
         if isinstance(target, Path):
             target = target.absolute() if output else (path.parent / target.expanduser()).resolve()
-        job = cls(path, sections, schema.load_schema(path.parent / sections.extract.schema_file.expanduser()), target)
+        job = cls(path, sections, find_schema(sections.extract.schema_file, path.parent), target)
         try:
             _ = job.system_message  # raises for instructions or a schema that hold a control token
         except JobError as error:
@@ -75,6 +81,16 @@ class Job:
     def system_message(self) -> str:
         """The system message that all requests share."""
         return prompt.build_system_message(self.schema, self.sections.extract.instructions)
+
+    @cached_property
+    def request_schema(self) -> str:
+        """The JSON text of the schema by which an engine decodes an answer about a whole document or page."""
+        return build_request_schema(self.schema, absent=self.sections.extract.absent == "allow")
+
+    @cached_property
+    def part_schema(self) -> str:
+        """The same for the pages of one of several requests: the others may have what these lack."""
+        return build_request_schema(self.schema, absent=True)
 
     @property
     def sampling(self) -> Sampling:
@@ -100,14 +116,15 @@ class Job:
     def with_resolved_model(self, model: Mapping[str, Any]) -> Job:
         """Return the job with the model that an earlier run resolved, given the section `model` of that run's `job.yaml`.
 
-        The demonstration model and the revision of a model in an object store are taken over; of a server, each key that is `auto`.
+        The demonstration model and the revision of a model in an object store or on the hub are taken over, unless the job names one; of a
+        server, each key that is `auto`.
         """
         own = self.sections.model
         if own.engine != "openai":
             if model["name"] == DEMO_MODEL:
                 return self.with_demo()
-            unpinned = is_store_url(own.name) and model["name"] == own.name and own.revision is None
-            return self.with_model(revision=model["revision"] if unpinned else own.revision)
+            pinned = own.revision is not None and (is_store_url(own.name) or is_commit(own.revision))
+            return self if pinned or model["name"] != own.name else self.with_model(revision=model["revision"])
         return self.with_model(**{key: model.get(key, "auto") for key in ("name", "server", "structure") if getattr(own, key) == "auto"})
 
     def resolve_local_path(self, name: str) -> Path:
@@ -124,6 +141,7 @@ class Job:
         sections = self.sections
         return {
             "extract": {
+                "absent": sections.extract.absent,
                 "per": sections.extract.per,
                 "re_asks": sections.extract.re_asks,
                 "schema": json.loads(schema.dump_compact_schema(self.schema)),
@@ -143,6 +161,17 @@ class Job:
     def dump_keys(self) -> dict[str, Any]:
         """Return every key with its value, as `pipeline check` prints it and `job.yaml` records it."""
         return self.sections.model_dump(mode="json", by_alias=True)
+
+
+def is_commit(revision: str) -> bool:
+    """Say whether a revision of a hub's repository is a commit, which never changes, rather than a branch or a tag."""
+    return bool(re.fullmatch(r"[0-9a-f]{40}", revision))
+
+
+def find_schema(name: str, folder: Path) -> schema.Schema:
+    """Return the schema in a file, or of a pydantic model. Raises JobError."""
+    file = folder / os.path.expanduser(name)
+    return load_model_schema(name, folder) if is_model_name(name) and not file.exists() else schema.load_schema(file)
 
 
 def find_differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -70,11 +70,19 @@ class PagesSection(Section):
 
 
 class ExtractSection(Section):
-    schema_file: Path = Field(
-        alias="schema", description="The JSON Schema (Draft 2020-12 or draft-07) of one record, relative to the job file."
+    schema_file: str = Field(
+        alias="schema",
+        min_length=1,
+        description="The JSON Schema (Draft 2020-12 or draft-07) of one record, relative to the job file; or a pydantic model, "
+        "`mypackage.models:Invoice`, imported with the job file's folder on the module search path.",
     )
     per: Literal["document", "page"] = Field(
         "document", description="One record per document, or one per page (then every page is a request)."
+    )
+    absent: Literal["allow", "forbid"] = Field(
+        "allow",
+        description="`allow` lets the model write null for every value; a record that lacks a required one is `invalid` and says which. "
+        "`forbid` keeps a document of one request to the schema: where a page shows no value, the model must make one up.",
     )
     instructions: str = Field("", description="Added to the prompt; the schema's titles and descriptions are in it already.")
     re_asks: int = Field(
@@ -129,6 +137,25 @@ class LimitsSection(Section):
         "saves a night when a disk or an engine fails, but also stops for a folder of broken files.",
     )
     min_requests: int = Field(20, ge=1, description="Requests that must have finished before `max_failure_ratio` applies.")
+
+    disagreements: Literal["keep", "invalid"] = Field(
+        "keep",
+        description="What becomes of a record whose requests read different values: it keeps one and lists the others in "
+        "`_disagreements`, or it is `invalid`, too.",
+    )
+    canary: int = Field(
+        20,
+        ge=0,
+        description="Documents that a run on a new output asks first, where there are more. 0 asks all at once. While these are answered, "
+        "the others wait.",
+    )
+    canary_failures: float = Field(
+        0.8,
+        ge=0,
+        le=1,
+        description="Share of those documents that may fail or be invalid before the run stops (exit code 3), so that a wrong schema does "
+        "not cost a night. Files that cannot be read do not count. 1 never stops it.",
+    )
 
 
 class OutputSection(Section):

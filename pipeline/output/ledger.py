@@ -21,6 +21,10 @@ from pipeline.output.sources import SOURCE_SCHEMA, write_sources
 from pipeline.records import LedgerRow, Status
 
 FAILURE_TYPE = pa.struct([("stage", pa.string()), ("kind", pa.string()), ("message", pa.string())])
+DISAGREEMENT_TYPE = pa.struct(
+    [("path", pa.string()), ("kept", pa.string()), ("kept_page", pa.int32()), ("other", pa.string()), ("other_page", pa.int32())]
+)
+"""Where two requests of one document read different values, in the records."""
 PAGE_TYPE = pa.struct(
     [
         ("page_no", pa.int32()),
@@ -128,18 +132,24 @@ def read_outcomes(output: Output) -> Iterator[LedgerRow]:
         yield from batch.to_pylist()
 
 
-def read_requests(output: Output, doc_ids: pa.ChunkedArray) -> pa.Table:
+def read_requests(output: Output, doc_ids: pa.ChunkedArray, with_part_tokens: bool = False) -> pa.Table:
     """Return the ledger's rows of these documents, and of those that have no doc_id if one of these has none.
 
-    Reads the row groups whose range of doc_ids overlaps; the tokens stay on the disk.
+    Reads the row groups whose range of doc_ids overlaps. The tokens stay on the disk, but for requests about a part of a document
+    `with_part_tokens`: a merge keeps the values whose tokens are the likeliest.
     """
     low, high = (pc.min_max(doc_ids)[end].as_py() for end in ("min", "max"))
     doc_id = pc.field("doc_id")
-    row_filter = (doc_id >= (low or "")) & (doc_id <= (high or ""))
+    wanted = (doc_id >= (low or "")) & (doc_id <= (high or ""))
     if doc_ids.null_count:
-        row_filter |= doc_id.is_null()
+        wanted |= doc_id.is_null()
     columns = [name for name in LEDGER_SCHEMA.names if name != "tokens"]
-    return read_shards(output.requests, columns, LEDGER_SCHEMA, row_filter)
+    if not with_part_tokens:
+        return read_shards(output.requests, columns, LEDGER_SCHEMA, wanted)
+    is_part = pc.coalesce((pc.field("first_page") > 1) | (pc.field("last_page") < pc.field("page_count")), pc.scalar(False))
+    wholes = read_shards(output.requests, columns, LEDGER_SCHEMA, wanted & ~is_part)
+    parts = read_shards(output.requests, LEDGER_SCHEMA.names, LEDGER_SCHEMA, wanted & is_part)
+    return pa.concat_tables([wholes, parts], promote_options="default")
 
 
 class LedgerWriter:

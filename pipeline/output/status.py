@@ -12,13 +12,15 @@ import pyarrow as pa
 
 from pipeline.errors import DamagedShard, JobError
 from pipeline.output import Output
-from pipeline.output.ledger import FAILURE_TYPE, LEDGER_SCHEMA, OUTCOME_COLUMNS
+from pipeline.output.ledger import DISAGREEMENT_TYPE, FAILURE_TYPE, LEDGER_SCHEMA, OUTCOME_COLUMNS
 from pipeline.output.shards import read_each_shard
 from pipeline.output.sources import SOURCE_SCHEMA, complete_sources
 from pipeline.records import Status
 from pipeline.storage.store import Store
 
-RECORD_STATUS_SCHEMA = pa.schema([("_source", pa.string()), ("_status", pa.string()), ("_failure", FAILURE_TYPE)])
+RECORD_STATUS_SCHEMA = pa.schema(
+    [("_source", pa.string()), ("_status", pa.string()), ("_failure", FAILURE_TYPE), ("_disagreements", pa.list_(DISAGREEMENT_TYPE))]
+)
 MAX_WORST_DOCUMENTS = 20
 
 
@@ -44,6 +46,8 @@ class RunStatus(TypedDict):
     request_failures: dict[str, int]
     records: dict[str, int]
     record_failures: dict[str, int]
+    disagreements: int
+    """Records whose requests read different values."""
     worst: list[WorstRow]
     damaged: list[str]
     """Paths of damaged shards."""
@@ -85,6 +89,7 @@ def read_status(output: Output) -> RunStatus:
         "request_failures": count_values(requests["kind"]),
         "records": count_values(records["_status"]),
         "record_failures": count_values(records["kind"]),
+        "disagreements": sum(1 for found in records["_disagreements"] if found is not None and len(found)),
         "worst": find_worst_documents(requests)[:MAX_WORST_DOCUMENTS],
         "damaged": reader.damaged,
     }

@@ -188,7 +188,7 @@ def draw_pdf_page(pdf: Any, page_no: int, settings: RenderSettings, collector: W
     inner = fit_content(width_pt, height_pt, canvas)
     drawing = mupdf.fz_new_display_list_from_page(page)
     pixels = pad_with_white(paint_page(drawing, box, inner), canvas)
-    words, notes = read_text(drawing, box)
+    words, notes = read_text(drawing, box) if settings.text_layer else ((), ())
     warnings, memory_line = collector.take()
     if memory_line:
         # MuPDF skips what it has no memory for and goes on: a scanned page would silently be blank.

@@ -16,6 +16,7 @@ import copy
 import json
 import re
 from collections.abc import Collection, Iterator
+from datetime import datetime
 from decimal import Decimal
 from difflib import get_close_matches
 from pathlib import Path
@@ -30,12 +31,29 @@ from pipeline.errors import JobError
 from pipeline.schema.iri import is_iri, is_iri_reference
 
 Schema = dict[str, Any]
+LOCAL_DATE_TIME = "x-local-date-time"
+"""This package's format of a date and time as documents print it: 2024-05-31T14:05:00, without an offset from UTC."""
+LOCAL_DATE_TIME_PATTERN = r"^[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,6})?$"
+
+
+def is_local_date_time(text: object) -> bool:
+    """Say whether a text, or any other value, is a date and time of the format `LOCAL_DATE_TIME`."""
+    if not isinstance(text, str):
+        return True
+    try:
+        return bool(re.fullmatch(LOCAL_DATE_TIME_PATTERN, text) and datetime.fromisoformat(text))
+    except ValueError:  # the 30th of February
+        return False
 
 
 class LenientFormatChecker(FormatChecker):
     """Format checker with the formats of 2020-12 in both drafts; a text on which the check of a format raises is invalid."""
 
-    checkers = Draft202012Validator.FORMAT_CHECKER.checkers | {"iri": (is_iri, ()), "iri-reference": (is_iri_reference, ())}
+    checkers = Draft202012Validator.FORMAT_CHECKER.checkers | {
+        "iri": (is_iri, ()),
+        "iri-reference": (is_iri_reference, ()),
+        LOCAL_DATE_TIME: (is_local_date_time, ()),
+    }
 
     def check(self, instance: object, format: str) -> None:
         try:
@@ -47,11 +65,20 @@ class LenientFormatChecker(FormatChecker):
 LATEST_DRAFT = "json-schema.org/draft/2020-12/schema"
 DRAFTS: dict[str, type[Validator]] = {LATEST_DRAFT: Draft202012Validator, "json-schema.org/draft-07/schema": Draft7Validator}
 FORMATS = LenientFormatChecker()
-ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"}
+UNCHECKED_FORMATS = set(
+    "base64url binary byte color decimal directory-path double email-name file-path float int32 int64 ipv4interface ipv4network "
+    "ipv6interface ipv6network ipvanyaddress ipvanyinterface ipvanynetwork json-string multi-host-uri name-email password path phone "
+    "uuid1 uuid3 uuid4 uuid5 uuid6 uuid7 uuid8".split()
+)
+"""Formats that pydantic and OpenAPI write and JSON Schema does not define: they restrict nothing here."""
+ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "discriminator"}
 PASSIVE = {*ANNOTATIONS, "$schema", "$id", "$anchor", "$defs", "definitions", "then", "else", "contentEncoding", "contentMediaType"}
 """Keywords that are known but have no rule of their own in a validator."""
 OMITTED = ("$schema", "$id", "$comment")
-"""Keywords that have no effect in a schema that passed `check_schema`; `dump_compact_schema` omits them."""
+"""Keywords that have no effect in a schema that passed `check_schema`; `dump_compact_schema` omits them and those that begin with x-."""
+MERGE_RULE = "x-merge"
+MERGE_RULES = {"first": {"any"}, "last": {"any"}, "concat": {"string", "array"}, "longest": {"string", "array"}}
+"""How the values that the parts of a long document have for a property become one, and the types that each rule can join."""
 KEYWORDS: dict[type[Validator], set[str]] = {
     Draft7Validator: {*PASSIVE, *Draft7Validator.VALIDATORS},
     Draft202012Validator: {*PASSIVE, *Draft202012Validator.VALIDATORS, "minContains", "maxContains", "contentSchema"},
@@ -64,6 +91,8 @@ NESTED |= {"oneOf", "prefixItems", "propertyNames", "then", "unevaluatedItems", 
 IN_PLACE = ("allOf", "anyOf", "oneOf", "if", "then", "else", "dependentSchemas")
 """Keywords whose schemas apply to the same value as the schema that contains them."""
 
+DECIMAL_DIGITS = 18
+"""Precision of a decimal column: cents up to 10^16, in 8 bytes."""
 MAX_DEPTH = 100
 """Most levels of nesting in a JSON text: more than documents have, few enough for a recursion over the value."""
 MAX_EXPONENT = 308
@@ -93,6 +122,7 @@ def check_schema(schema: Any) -> Schema:
     check_draft(schema, draft)
     check_keywords(schema, draft)
     check_references(schema, draft)
+    check_merge_rules(schema)
     root, _ = resolve_reference(schema, schema)
     check_root(root)
     return root
@@ -123,7 +153,7 @@ def check_keywords(schema: Schema, draft: type[Validator]) -> None:
                 guess = suggest_word(key, KEYWORDS[draft])
                 raise ValueError(f"{pointer}: '{key}' is not a keyword of its draft{guess}; your own keywords must begin with 'x-'")
         name = part.get("format", "date")
-        if name not in FORMATS.checkers:
+        if name not in FORMATS.checkers and name not in UNCHECKED_FORMATS:
             allowed = ", ".join(sorted(FORMATS.checkers))
             raise ValueError(f"{pointer}/format is '{name}'{suggest_word(name, FORMATS.checkers)}; allowed are {allowed}")
 
@@ -146,6 +176,42 @@ def check_references(schema: Schema, draft: type[Validator]) -> None:
         beside = [key for key in part if key not in PASSIVE | {"$ref"} and not key.startswith("x-")]
         if beside and draft is Draft7Validator:
             raise ValueError(f"{pointer}: draft-07 ignores '{beside[0]}' beside '$ref'; move it, or use draft 2020-12")
+
+
+def check_merge_rules(schema: Schema) -> None:
+    """Raise ValueError for an unknown `x-merge`, and for one that cannot join values of the type beside it."""
+    for pointer, part in walk_schema(schema):
+        rule = part.get(MERGE_RULE, "first")
+        if not isinstance(rule, str) or rule not in MERGE_RULES:
+            guess = suggest_word(str(rule), MERGE_RULES)
+            raise ValueError(f"{pointer}/{MERGE_RULE} is {format_value(rule)}{guess}; allowed are {', '.join(MERGE_RULES)}")
+        types = {name for inner in walk_in_place(part, schema) for name in list_types(inner)} - {"null"}
+        if types and "any" not in MERGE_RULES[rule] and not types <= MERGE_RULES[rule]:
+            joins = " or ".join(sorted(MERGE_RULES[rule]))
+            found = " or ".join(sorted(types))
+            raise ValueError(f"{pointer}/{MERGE_RULE} is '{rule}', which joins values of type {joins}; the type here is {found}")
+
+
+def list_types(part: Schema) -> list[str]:
+    """Return the types that the keyword `type` of a schema names."""
+    given = part.get("type", [])
+    return [given] if isinstance(given, str) else list(given)
+
+
+def find_decimal_number(part: Schema) -> Schema | None:
+    """Return the schema of the number in pydantic's form of a `Decimal`, `anyOf` of a number and of the same number as a string.
+
+    None for any other schema. Some versions of pydantic give the string a pattern, none gives it another keyword; an optional Decimal
+    has null as a third alternative.
+    """
+    options = part.get("anyOf")
+    if not isinstance(options, list) or "type" in part or not all(isinstance(option, dict) for option in options):
+        return None
+    kinds = [option.get("type") for option in options]
+    if kinds not in (["number", "string"], ["number", "string", "null"]) or options[1].keys() - {"type", "pattern"}:
+        return None
+    pattern = options[1].get("pattern")
+    return options[0] if pattern is None or ("[+-]?0*" in pattern and "\\d" in pattern) else None
 
 
 def check_root(root: Schema) -> None:
@@ -222,14 +288,14 @@ def walk_in_place(schema: Any, root: Schema, seen: tuple[str, ...] = ()) -> Iter
 
 
 def dump_compact_schema(schema: Schema) -> str:
-    """Return the schema as compact JSON without keywords that have no effect.
+    """Return the schema as compact JSON without keywords that have no effect on an answer.
 
     The keys keep the order of the file, in which the model generates them.
     """
     plain = copy.deepcopy(schema)
     for _, part in walk_schema(plain):
-        for key in OMITTED:
-            part.pop(key, None)
+        for key in [key for key in part if key in OMITTED or key.startswith("x-")]:
+            part.pop(key)
     return dump_json(plain)
 
 

@@ -2,12 +2,13 @@
 
     {"type": ["number", "null"], "multipleOf": 0.01}           -> decimal128(18, 2)
     {"type": "string", "format": "date"}                       -> date32
+    pydantic's Decimal, {"anyOf": [number, string]}            -> decimal128(38, 9)
     {"enum": ["EUR", "USD", null]}                             -> dictionary<int32, string>
     {"type": "array", "items": {"type": "object", …}}          -> list<struct<…>>
     {"type": ["string", "number"]}, a free-form object, …      -> string that holds JSON; `ArrowPlan.notes` says why
 
-Nothing is dropped, rounded or changed silently: `build_row` raises ValueError for a value that its column (`arrow_values.py`)
-cannot hold exactly.
+Nothing is dropped, rounded or changed silently: a value that its column (`arrow_values.py`) cannot hold exactly is null in the row, and
+`build_row` says why.
 """
 
 from __future__ import annotations
@@ -18,15 +19,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.schema import Schema, arrow_values, join_path, resolve_reference, walk_in_place
+from pipeline.schema import DECIMAL_DIGITS, Schema, arrow_values, find_decimal_number, join_path, resolve_reference, walk_in_place
 from pipeline.schema.arrow_values import Column
 
-DECIMAL_DIGITS = 18
-"""Precision of a decimal column: cents up to 10^16, in 8 bytes."""
 TYPE_KEYWORDS = {"type", "format", "enum", "const", "multipleOf", "items", "prefixItems", "anyOf", "oneOf", "additionalProperties"}
 TYPE_KEYWORDS |= {"patternProperties", "unevaluatedProperties"}
 """Keywords that decide the type of a column; two different values of one cannot be combined."""
-OPEN_KEYWORDS = 'undeclared properties have no column and make a row invalid; the schema should say "additionalProperties": false'
+UNDECLARED = "undeclared properties have no column: decoding forbids them, and where a server writes one, the record is invalid"
 
 
 class UntypedError(Exception):
@@ -41,18 +40,16 @@ class ArrowPlan:
             self.root = build_struct_column(*flatten_part(schema, schema, ()), schema)
         except UntypedError as why:
             own = {name: build_column(part, (), schema) for name, part in schema["properties"].items()}
-            self.root = make_struct_column(own, f"{why}; {OPEN_KEYWORDS}")
+            self.root = make_struct_column(own, f"{why}; {UNDECLARED}")
         self.schema = pa.schema(list(self.root.type))
         self.notes = list(list_notes(self.root, "$"))
         """A sentence for each property that is stored as JSON in a string, or whose column holds less than the schema allows."""
 
-    def build_row(self, value: Any) -> dict[str, Any]:
-        """Return a value as one row of `schema`, with every column.
-
-        Raises ValueError with the path of a value that its column cannot hold exactly.
-        """
-        row: dict[str, Any] = arrow_values.convert_struct(self.root, value, "$")
-        return row
+    def build_row(self, value: Any) -> tuple[dict[str, Any], list[str]]:
+        """Return a value as one row of `schema`, with every column, and a sentence for each value that its column cannot hold."""
+        misfits: list[str] = []
+        row = arrow_values.convert_value(self.root, {} if value is None else value, "$", misfits)
+        return row or dict.fromkeys(self.schema.names), misfits or ["$ is null, which is not an object"] * (value is None)
 
 
 def list_notes(part: Column, path: str) -> Iterator[str]:
@@ -103,6 +100,8 @@ def build_typed_column(part: Schema, seen: tuple[str, ...], root: Schema) -> Col
     """Return the column of a flattened part. Raises UntypedError if it has no single type."""
     if "enum" in part or "const" in part:
         return build_enum_column(part["enum"] if "enum" in part else [part["const"]])
+    if number := find_decimal_number(part):
+        return build_number_column(number) if "multipleOf" in number else arrow_values.DECIMAL
     given = part.get("type")
     if not given and ("anyOf" in part or "oneOf" in part):
         return build_union_column(part.get("anyOf") or part["oneOf"], seen, root)
@@ -171,7 +170,7 @@ def build_array_column(part: Schema, seen: tuple[str, ...], root: Schema) -> Col
     if "prefixItems" in part or not isinstance(part.get("items"), dict):
         raise UntypedError("its items are not of one declared type")
     item = build_column(part["items"], seen, root)
-    return Column(pa.list_(item.type), arrow_values.convert_list, {"": item})
+    return Column(pa.list_(item.type), fields={"": item})
 
 
 def build_struct_column(part: Schema, seen: tuple[str, ...], root: Schema) -> Column:
@@ -184,11 +183,8 @@ def build_struct_column(part: Schema, seen: tuple[str, ...], root: Schema) -> Co
             raise UntypedError(f"it is an object with '{key}'")
     if any(inner.get("properties", {}).keys() - properties.keys() for inner in walk_in_place(part, root, seen)):
         raise UntypedError("its alternatives have properties of their own")
-    closed = "additionalProperties" in part or "unevaluatedProperties" in part
-    return make_struct_column(
-        {name: build_column(given, seen, root) for name, given in properties.items()}, "" if closed else OPEN_KEYWORDS
-    )
+    return make_struct_column({name: build_column(given, seen, root) for name, given in properties.items()})
 
 
-def make_struct_column(fields: dict[str, Column], note: str) -> Column:
-    return Column(pa.struct([(name, part.type) for name, part in fields.items()]), arrow_values.convert_struct, fields, note)
+def make_struct_column(fields: dict[str, Column], note: str = "") -> Column:
+    return Column(pa.struct([(name, part.type) for name, part in fields.items()]), fields=fields, note=note)

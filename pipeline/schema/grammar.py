@@ -6,8 +6,9 @@
     -> {"total":12.34}      nothing more fits: the answer is complete
 
 The grammar allows compact JSON only, with no space or newline between tokens: a weak model that may write whitespace repeats it
-until `max_tokens`. llguidance refuses schemas that it cannot express. Keywords that only forbid (`not`, `uniqueItems`, …) are then
-removed from the grammar, which widens it, and the validator checks them afterwards; `Grammar.notes` lists what was removed.
+until `max_tokens`. It bounds numbers and dates to what their columns hold (`bound_values`). llguidance refuses schemas that it cannot
+express. Keywords that only forbid (`not`, `uniqueItems`, …) are then removed from the grammar, which widens it, and the validator checks
+them afterwards; `Grammar.notes` lists what was removed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,7 @@ from llguidance import numpy as bitmasks
 from numpy.typing import NDArray
 
 from pipeline.errors import DocumentError, JobError
-from pipeline.schema import Schema, dump_json, parse_json, walk_schema
+from pipeline.schema import DECIMAL_DIGITS, Schema, dump_json, list_types, parse_json, walk_schema
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -45,6 +47,18 @@ CHECKED_LATER = {
     "dependencies", "dependentRequired", "dependentSchemas", "unevaluatedItems", "unevaluatedProperties", "contentSchema",
 }  # fmt: skip
 """Keywords that only forbid: without them the grammar allows more answers, and the validator still rejects them."""
+
+MAX_INTEGER = 2**63 - 1024
+"""Bound of whole numbers: the largest below that of an int64 column that is a 64-bit float, as which llguidance reads a bound."""
+MAX_NUMBER = 10**15
+NUMBER_STEP = Decimal("1e-9")
+"""Bound and step of numbers whose schema has no `multipleOf`: a 64-bit float always keeps 15 digits. A number is written out, without an
+exponent: exact arithmetic computes for hours with 1e999999999, and a weak model repeats digits until `max_tokens`."""
+YEAR_PATTERN = "^([1-9]|0[1-9]|00[1-9]|000[1-9])"
+"""Python's and Arrow's years begin at 1."""
+INSTANT_PATTERN = YEAR_PATTERN + r".*[Tt]..:..:[0-5].(\.[0-9]{1,6})?([Zz]|[+-]..:..)$"
+"""No leap second, and no fraction finer than a microsecond."""
+BOUNDED_FORMATS = {"date": YEAR_PATTERN, "date-time": INSTANT_PATTERN}
 
 NOT_ENFORCED = "not enforced while decoding:"
 REFUSED = "schema: decoding cannot be constrained by it:"
@@ -81,7 +95,7 @@ def compile_schema(schema_text: str) -> Grammar:
     The keywords are taken from llguidance's own error messages, so a version that supports more of them enforces more of them.
     Raises JobError if the schema cannot be compiled.
     """
-    schema, one_of_as_any_of = parse_schema_object(schema_text), False
+    schema, one_of_as_any_of = bound_values(parse_schema_object(schema_text)), False
     notes: list[str] = []
     for _ in range(MAX_RELAXATIONS):
         try:
@@ -98,6 +112,37 @@ def compile_schema(schema_text: str) -> Grammar:
             schema, dropped = relax_schema(schema, reasons[0])
             notes += dropped
     raise JobError(f"{REFUSED} {extract_first_line(reasons[0])}")
+
+
+def bound_values(schema: Schema) -> Schema:
+    """Return a copy of the schema that allows no number, date or instant that its column cannot hold (`arrow.py`)."""
+    bounded = copy.deepcopy(schema)
+    for _, part in walk_schema(bounded, "", skip=CHECKED_LATER):
+        types = set(list_types(part)) - {"null"}
+        if part.keys() & {"enum", "const"}:
+            continue
+        if types and types <= {"integer", "number"}:
+            bound_number(part, "number" in types)
+        elif types == {"string"} and part.get("format") in BOUNDED_FORMATS:
+            part.setdefault("pattern", BOUNDED_FORMATS[part["format"]])
+    return bounded
+
+
+def bound_number(part: Schema, is_fraction: bool) -> None:
+    """Add the bounds of a number's column where the schema has no narrower ones."""
+    step = Decimal(str(part.get("multipleOf", NUMBER_STEP if is_fraction else 1)))
+    decimals = -int(step.normalize().as_tuple().exponent)
+    if "multipleOf" not in part and is_fraction:
+        part["multipleOf"], most = step, MAX_NUMBER
+    elif 0 < decimals < DECIMAL_DIGITS:
+        most = 10 ** (DECIMAL_DIGITS - decimals)
+    else:
+        most = MAX_INTEGER if decimals <= 0 else MAX_NUMBER
+    for inclusive, exclusive, sign in (("minimum", "exclusiveMinimum", -1), ("maximum", "exclusiveMaximum", 1)):
+        wide = [key for key in (inclusive, exclusive) if key in part and sign * part[key] >= most]
+        if wide or not part.keys() & {inclusive, exclusive}:
+            part.update({exclusive: sign * most})
+            part.pop(inclusive, None)
 
 
 def parse_schema_object(schema_text: str) -> Schema:

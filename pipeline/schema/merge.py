@@ -1,23 +1,26 @@
 """Merging of a long document: takes the answers to its requests (`Part`) and returns one value and what the parts disagree on.
 
-A document of six pages, in requests of four pages, has two parts. A scalar comes from the first part that has it, lists
-are joined in page order, and contradicting scalars are returned beside the value:
+A document of six pages, in requests of four pages, has two parts. Lists are joined in page order. A scalar comes from the part that has
+it; where parts have different values, the one with the most certain tokens is kept (the first, if the engine gave no log-probabilities),
+and the others are returned beside the value:
 
     pages 1-4  {"number": "A-7", "total": null,  "line_items": [tea]}
     pages 5-6  {"number": "A-1", "total": 19.99, "line_items": [milk]}
             -> {"number": "A-7", "total": 19.99, "line_items": [tea, milk]}, Disagreement("$.number", "A-7", 1, "A-1", 5)
+
+Values that say nothing (null, "", an empty list, an object of such values) never replace one that does. The schema can choose another
+rule for a property: `"x-merge": "first" | "last" | "concat" | "longest"`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.schema import Schema, join_path, walk_in_place
-
-ValueClaim = tuple[int, Any]
-"""(first page of the part, the value it has at one path)."""
+from pipeline.schema import MERGE_RULE, Schema, join_path, walk_in_place
+from pipeline.schema.request_schema import is_fixed_array
+from pipeline.schema.validate import is_blank
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,30 @@ class Part:
     first_page: int
     last_page: int
     value: Any
+    certainty: Mapping[str, float] = field(default_factory=dict)
+    """Mean log-probability of each scalar's tokens by its path (`certainty.score_values`), where the engine gives log-probabilities."""
+
+
+@dataclass(frozen=True)
+class ValueClaim:
+    """The value of one part at one path."""
+
+    page: int
+    """First page of the part."""
+    value: Any
+    path: str
+    """In the part's own value: an item of a list has another index there than in the merged one."""
+    part: Part
+
+    def enter(self, step: str | int) -> ValueClaim:
+        """Return the claim of this part one step further."""
+        return ValueClaim(self.page, self.value[step], join_path(self.path, step), self.part)
+
+    def compute_certainty(self) -> float | None:
+        """Return the mean certainty of the scalars in the value; None if it is not known."""
+        inside = (f"{self.path}.", f"{self.path}[")
+        scores = [score for path, score in self.part.certainty.items() if path == self.path or path.startswith(inside)]
+        return sum(scores) / len(scores) if scores else None
 
 
 @dataclass(frozen=True)
@@ -50,8 +77,11 @@ class MergeResult:
 
 def merge_parts(schema: Schema, parts: Sequence[Part]) -> MergeResult:
     """Return one value for all parts, which are in page order. A single part is returned unchanged."""
+    if len(parts) == 1:
+        return MergeResult(parts[0].value)
     disagreements: list[Disagreement] = []
-    value = join_claims([(part.first_page, part.value) for part in parts], "$", [schema], schema, disagreements)
+    claims = [ValueClaim(part.first_page, part.value, "$", part) for part in parts]
+    value = join_claims(claims, "$", [schema], schema, disagreements)
     return MergeResult(value, tuple(disagreements))
 
 
@@ -60,28 +90,46 @@ def join_claims(claims: list[ValueClaim], path: str, here: list[Schema], root: S
 
     Differences are appended to `disagreements`.
     """
-    claims = [(page, value) for page, value in claims if value is not None]
+    claims = [claim for claim in claims if claim.value is not None]
     if not claims:
         return None
-    page, first = claims[0]
     rules = [rule for schema in here for rule in walk_in_place(schema, root)]
-    if all(isinstance(value, dict) for _, value in claims):
-        merged = {}
-        for name in dict.fromkeys(name for _, value in claims for name in value):
-            members = [(part_page, value[name]) for part_page, value in claims if name in value]
-            schemas = [rule["properties"][name] for rule in rules if name in rule.get("properties", {})]
-            merged[name] = join_claims(members, join_path(path, name), schemas, root, disagreements)
-        return merged
-    if all(isinstance(value, list) for _, value in claims) and not any(is_tuple(rule) for rule in rules):
-        return [item for _, value in claims for item in value]
-    others = [(other_page, other) for other_page, other in claims[1:] if is_different(first, other)]
-    disagreements += [Disagreement(path, first, page, other, other_page) for other_page, other in others]
-    return first
+    chosen = next((rule[MERGE_RULE] for rule in rules if MERGE_RULE in rule), None)
+    meaningful = [claim for claim in claims if not is_blank(claim.value)] or claims[:1]
+    values = [claim.value for claim in meaningful]
+    if chosen in ("first", "last"):
+        return values[0 if chosen == "first" else -1]
+    if all(isinstance(claim.value, dict) for claim in claims):
+        return join_objects(claims, path, rules, root, disagreements)
+    are_lists = all(isinstance(value, list) for value in values)
+    are_texts = all(isinstance(value, str) for value in values)
+    if chosen == "longest" and (are_lists or are_texts):
+        return max(values, key=len)
+    if are_lists and not any(is_fixed_array(rule) for rule in rules):
+        return [item for value in values for item in value if not is_blank(item)]
+    if chosen == "concat" and are_texts:
+        return "\n".join(values)
+    kept = choose_claim(meaningful)
+    others = [claim for claim in meaningful if is_different(kept.value, claim.value)]
+    disagreements += [Disagreement(path, kept.value, kept.page, claim.value, claim.page) for claim in others]
+    return kept.value
 
 
-def is_tuple(rule: Schema) -> bool:
-    """Return whether the positions of a list have a meaning, as in a box of four numbers, so that two must not be joined."""
-    return "prefixItems" in rule or isinstance(rule.get("items"), list) or rule.get("minItems", -1) == rule.get("maxItems")
+def join_objects(claims: list[ValueClaim], path: str, rules: list[Schema], root: Schema, disagreements: list[Disagreement]) -> Any:
+    """Return one object, property by property, for those that parts have at `path`."""
+    merged = {}
+    for name in dict.fromkeys(name for claim in claims for name in claim.value):
+        members = [claim.enter(name) for claim in claims if name in claim.value]
+        schemas = [rule["properties"][name] for rule in rules if name in rule.get("properties", {})]
+        merged[name] = join_claims(members, join_path(path, name), schemas, root, disagreements)
+    return merged
+
+
+def choose_claim(claims: list[ValueClaim]) -> ValueClaim:
+    """Return the claim with the highest certainty; the first of equals, and where one is not known."""
+    scores = [claim.compute_certainty() for claim in claims]
+    known = [score for score in scores if score is not None]
+    return claims[scores.index(max(known))] if len(known) == len(claims) else claims[0]
 
 
 def is_different(one: Any, other: Any) -> bool:

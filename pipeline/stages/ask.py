@@ -14,6 +14,7 @@ from pipeline.engines import Engine
 from pipeline.errors import DocumentError
 from pipeline.job import Job
 from pipeline.records import Completion, FailureRow, FinishReason, LedgerRow, Pixels, Request, RequestRow, Stage, Status, TokenRow
+from pipeline.schema.arrow import ArrowPlan
 from pipeline.schema.prompt import build_correction, build_messages
 from pipeline.schema.validate import Validator
 from pipeline.stages.requests import make_failed_row
@@ -24,8 +25,8 @@ class AskStage:
 
     def __init__(self, job: Job, engine: Engine) -> None:
         self.job, self.engine = job, engine
-        self.schema_text = schema.dump_compact_schema(job.schema)
-        self.validator = Validator(job.schema)
+        self.columns, self.validator = ArrowPlan(job.schema), Validator(job.schema)
+        self.part_validator = Validator(schema.parse_json(job.part_schema))
 
     async def __call__(self, rows: Sequence[RequestRow]) -> AsyncIterator[LedgerRow]:
         """Yield each row answered, in the order of the rows."""
@@ -45,16 +46,17 @@ class AskStage:
     async def ask_pages(self, key: str, pages: Sequence[Pixels], first_page: int, part_of: int | None) -> LedgerRow:
         """Ask about these pages, check the answer, and ask again with its errors as often as the job allows.
 
-        `part_of` is the page count of a document of which these are a part: its answer is not checked against the whole schema, because
-        other parts may have what it lacks. Returns the ledger's columns from `status` to `elapsed_s`.
+        `part_of` is the page count of a document of which these are a part: its answer follows a schema of its own, because other parts
+        may have what it lacks. Returns the ledger's columns from `status` to `elapsed_s`.
         """
+        schema_text = self.job.request_schema if part_of is None else self.job.part_schema
         started_at, started_s = datetime.now(UTC), time.monotonic()
         messages = build_messages(self.job.system_message, pages, first_page, part_of)
         asks = prompt_tokens = completion_tokens = 0
         answer: LedgerRow | None = None
         while True:
             try:
-                completion = await self.engine.complete(Request(key, messages, self.schema_text, self.job.sampling))
+                completion = await self.engine.complete(Request(key, messages, schema_text, self.job.sampling))
             except DocumentError as error:
                 if answer is None or error.kind != "too_long":  # too long with the errors in it: the answer stays as it was
                     answer = make_failed_row(Stage.GENERATE, error)
@@ -76,12 +78,14 @@ class AskStage:
         return {**spent, **answer, "started_at": started_at, "elapsed_s": time.monotonic() - started_s}
 
     def list_errors(self, completion: Completion, whole: bool) -> list[str]:
-        """Return why an answer is not a valid record; nothing if it is."""
+        """Return why an answer is not a valid record, or part of one; nothing if it is."""
         try:
             value = schema.parse_json(completion.text)
         except ValueError as error:
             return [make_storable(str(error))]
-        return [str(violation) for violation in self.validator.find_violations(value)] if whole else []
+        violations = self.validator.find_violations(value) if whole else self.part_validator.find_violations(value)
+        errors = [str(violation) for violation in violations if whole or violation.keyword != "required"]
+        return errors or self.columns.build_row(value)[1]
 
 
 def decode_pages(row: RequestRow) -> list[Pixels]:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
 
 from pipeline import engines, sources
 from pipeline.errors import DocumentError, JobError
-from pipeline.job import Job
+from pipeline.job import DEMO_MARK, Job
 from pipeline.records import Document, FailureRow, Page, PageRow
 from pipeline.render.images import encode_page_png
 from pipeline.render.sandbox import Sandbox
 from pipeline.schema import prompt
 from pipeline.stages.ask import AskStage
-from pipeline.stages.render import RenderPlan, describe_page
+from pipeline.stages.render import DEMO_REFUSAL, RenderPlan, describe_page
 from pipeline.storage.location import is_url
 
 
@@ -37,6 +37,8 @@ class PreviewPage:
     facts: PreviewFacts
     ask: str
     """The line after the page image."""
+    is_sample: bool
+    """Whether the file carries the mark of the documents that the demonstration model reads."""
 
 
 def render_preview(job: Job, file: Path | str, page_no: int) -> PreviewPage:
@@ -46,13 +48,14 @@ def render_preview(job: Job, file: Path | str, page_no: int) -> PreviewPage:
     """
     plan = RenderPlan.of_job(job)
     data = read_preview_bytes(plan, file)
-    with Sandbox(plan.settings) as sandbox:
+    with Sandbox(replace(plan.settings, text_layer=True)) as sandbox:
         page_count = sandbox.open(data)
         if page_no > page_count:
             raise JobError(f"{file} has {page_count} pages, there is no page {page_no}")
         page = next(iter(sandbox.draw_pages(page_no, page_no)))
     facts: PreviewFacts = {**describe_page(page), "file": str(file), "page_count": page_count, "words": len(page.words)}
-    return PreviewPage(page, facts, str(prompt.build_messages(job.system_message, [page.pixels])[-1].parts[-1]))
+    ask = str(prompt.build_messages(job.system_message, [page.pixels])[-1].parts[-1])
+    return PreviewPage(page, facts, ask, DEMO_MARK in data)
 
 
 def read_preview_bytes(plan: RenderPlan, file: Path | str) -> bytes:
@@ -94,8 +97,11 @@ class PreviewAnswer(TypedDict):
 def ask_preview(job: Job, preview: PreviewPage, on_demo: Callable[[str], None] | None = None) -> PreviewAnswer:
     """Return what the model answers about this page alone. Raises DocumentError when there is no answer, JobError, RunError."""
     resolved = engines.resolve_engine(job, engines.count_gpus())
-    if resolved.uses_demo and not job.uses_demo and on_demo:
-        on_demo(job.sections.model.name)
+    if resolved.uses_demo and not job.uses_demo:
+        if on_demo:
+            on_demo(job.sections.model.name)
+        if not preview.is_sample:
+            raise DocumentError("demo", DEMO_REFUSAL)
     engines.check_engine(resolved)
     engine = engines.load_engine(resolved)
     try:

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import cast
 
 from pipeline.budget import RenderSettings
-from pipeline.errors import JobError
-from pipeline.job import Job
+from pipeline.errors import DocumentError, JobError
+from pipeline.job import DEMO_MARK, Job
 from pipeline.records import Document, LedgerRow, Page, PageRow, RequestRow, SourceRow, Stage
 from pipeline.render.sandbox import Sandbox
 from pipeline.sources import read_document
 from pipeline.sources.http import DownloadPolicy
 from pipeline.stages.requests import compute_document_keys, make_failed_row
 
+DEMO_REFUSAL = "the demonstration model reads only its own samples; a GPU, model.engine: openai or model.without_gpu: cpu reads this"
 ClaimRequests = Callable[[SourceRow, list[str]], dict[str, int]]
 """(document, keys) -> the keys that this document shall ask, each with the number of its attempt, from 1: not those that are done, nor
 those that another file with the same bytes has claimed."""
@@ -36,6 +37,8 @@ class RenderPlan:
     fingerprint: str
     job: str
     """The job's name."""
+    only_samples: bool = False
+    """Whether the demonstration model answers in place of the job's own: it is asked about its samples alone."""
 
     @classmethod
     def of_job(cls, job: Job) -> RenderPlan:
@@ -81,6 +84,8 @@ class RenderStage:
             data = read_document(listed, self.plan.root, self.plan.settings.max_file_bytes, self.plan.policy)
             row["doc_id"] = hashlib.sha256(data).hexdigest()
             row["page_count"] = self.sandbox.open(data)
+            if self.plan.only_samples and DEMO_MARK not in data:
+                failure = make_failed_row(Stage.GENERATE, DocumentError("demo", DEMO_REFUSAL))
         except Exception as error:  # any: what a document's bytes make a library raise has no common class
             failure = make_failed_row(Stage.RENDER if row["doc_id"] else Stage.SOURCE, error)
         keys = compute_document_keys(row, self.plan.per_request, self.plan.fingerprint)

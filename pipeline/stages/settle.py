@@ -3,7 +3,8 @@
 For each document that was listed there is one row, or one for each of its pages, whatever became of it:
 
     extracted   every request was answered, and the merged record satisfies the schema: all columns filled
-    invalid     answered, but the record breaks the schema or its columns: filled as far as they can hold it, `_errors` says why
+    invalid     answered, but a value breaks the schema, or no column holds it: this cell is null or as it was read, all others are
+                filled, `_errors` says why
     failed      not read, not drawn, not answered or not asked yet: `_failure` says where and why, the schema's columns are null
 
 A record holds no time and nothing else that differs between two runs over the same answers. (MuPDF's warnings about a page depend on
@@ -21,16 +22,14 @@ import pyarrow as pa
 from pipeline import schema
 from pipeline.errors import JobError
 from pipeline.job import Job
-from pipeline.output.ledger import FAILURE_TYPE, select_newest_attempt
+from pipeline.output.ledger import DISAGREEMENT_TYPE, FAILURE_TYPE, select_newest_attempt
 from pipeline.records import FailureRow, LedgerRow, SourceRow, Stage, Status
 from pipeline.schema.arrow import ArrowPlan
+from pipeline.schema.certainty import score_values
 from pipeline.schema.merge import MergeResult, Part, merge_parts
 from pipeline.schema.validate import Validator
 from pipeline.stages.requests import compute_document_keys, make_failed_row
 
-DISAGREEMENT_TYPE = pa.struct(
-    [("path", pa.string()), ("kept", pa.string()), ("kept_page", pa.int32()), ("other", pa.string()), ("other_page", pa.int32())]
-)
 PROVENANCE_COLUMNS = {
     "_source": (pa.string(), "The file, as listed."),
     "_doc_id": (pa.string(), "sha256 of its bytes; null if it could not be read."),
@@ -43,7 +42,8 @@ PROVENANCE_COLUMNS = {
     "_errors": (pa.list_(pa.string()), "What breaks the schema, each with its path."),
     "_disagreements": (
         pa.list_(DISAGREEMENT_TYPE),
-        "Where two requests of one document read different values: the one kept, the other, their pages.",
+        "Where two requests of one document read different values: the one kept, which is the one with the likeliest tokens, the other, "
+        "their pages.",
     ),
     "_answer": (pa.string(), "The merged answer as JSON, where it is invalid."),
     "_pages": (pa.int32(), "Pages of the document."),
@@ -103,6 +103,7 @@ class RecordPlan:
         self.job_schema, self.per_page = job.schema, job.sections.extract.per == "page"
         self.columns, self.validator = ArrowPlan(job.schema), Validator(job.schema)
         self.provenance = [(name, kind) for name, (kind, _) in PROVENANCE_COLUMNS.items() if name != "_page" or self.per_page]
+        self.refuses_disagreements = job.sections.limits.disagreements == "invalid"
         self.extras: list[str] = []
         self.schema = pa.schema([*self.columns.schema, *self.provenance])
 
@@ -172,20 +173,18 @@ class SettleStage:
     def merge_requests(self, requests: Sequence[LedgerRow]) -> dict[str, Any]:
         """Return the columns that come from the answers to a record's requests."""
         try:
-            parts = [Part(request["first_page"], request["last_page"], schema.parse_json(request["answer"] or "")) for request in requests]
+            parts = [make_part(request) for request in requests]
         except ValueError:
             wrong = next(request for request in requests if request["errors"])
-            return {**make_invalid_columns(wrong["errors"] or [], wrong["answer"])}
+            errors = wrong["errors"] or []
+            return {**make_invalid_columns("invalid", errors[0], errors, wrong["answer"])}
         merged = merge_parts(self.plan.job_schema, parts)
+        columns, misfits = self.plan.columns.build_row(merged.value)
         about: ProvenanceRow = {"_disagreements": list_disagreements(merged), "_status": str(Status.EXTRACTED)}
-        errors = [str(violation) for violation in self.plan.validator.find_violations(merged.value)]
-        columns: dict[str, Any] = {}
-        try:
-            columns = self.plan.columns.build_row(merged.value)
-        except ValueError as error:
-            errors = errors or [str(error)]
-        if errors:
-            about |= make_invalid_columns(errors, schema.dump_json(merged.value))
+        if errors := [*map(str, self.plan.validator.find_violations(merged.value)), *misfits]:
+            about |= make_invalid_columns("invalid", errors[0], errors, schema.dump_json(merged.value))
+        elif merged.disagreements and self.plan.refuses_disagreements:
+            about |= make_invalid_columns("disagreement", describe_disagreement(merged), [], schema.dump_json(merged.value))
         return {**columns, **about}
 
 
@@ -204,9 +203,24 @@ def list_record_columns(job: Job) -> RecordColumns:
     return {"columns": {field.name: str(field.type) for field in plan.schema}, "notes": list(plan.columns.notes)}
 
 
-def make_invalid_columns(errors: list[str], answer: str | None) -> ProvenanceRow:
-    """Return the columns of a record that breaks the schema."""
-    failure: FailureRow = {"stage": "validate", "kind": "invalid", "message": errors[0]}
+def make_part(request: LedgerRow) -> Part:
+    """Return a request's answer as a part of its document. Raises ValueError for an answer that is not JSON."""
+    answer, tokens = request["answer"] or "", request.get("tokens") or []
+    value = schema.parse_json(answer)
+    return Part(request["first_page"], request["last_page"], value, score_values(answer, tokens) if tokens else {})
+
+
+def describe_disagreement(merged: MergeResult) -> str:
+    """Return the first disagreement as a sentence."""
+    first, count = merged.disagreements[0], len(merged.disagreements)
+    kept, other = schema.format_value(first.kept), schema.format_value(first.other)
+    more = f"; {count - 1} more in _disagreements" if count > 1 else ""
+    return f"{first.path} is {kept} from page {first.kept_page} on and {other} from page {first.other_page} on{more}"
+
+
+def make_invalid_columns(kind: str, message: str, errors: list[str], answer: str | None) -> ProvenanceRow:
+    """Return the columns of a record that breaks the schema, or whose parts disagree."""
+    failure: FailureRow = {"stage": "validate", "kind": kind, "message": message}
     return {"_status": str(Status.INVALID), "_failure": failure, "_errors": errors, "_answer": answer}
 
 

@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from pipeline import schema
 from pipeline.budget import CELL_AREA
 from pipeline.engines.event_loop import EventLoopThread
 from pipeline.engines.openai import probe
@@ -94,7 +93,7 @@ async def survey_server(job: Job, engine: OpenAIEngine) -> Job:
     name = select_only_model(probe.list_models(cards)) if model.name == "auto" else model.name
     server = model.server if model.server != "auto" else "vllm" if probe.is_vllm_server(cards) else "other"
     named = job.with_model(name=name, server=server)
-    subject = probe.ProbeSubject(job.system_message, schema.dump_compact_schema(job.schema), job.sampling)
+    subject = probe.ProbeSubject(job.system_message, job.request_schema, job.sampling)
     wanted = None if model.structure == "auto" else model.structure
     found = await probe.probe_server(engine.send, subject, build_server_profile(named), wanted, model.logprobs)
     if found.vllm:

@@ -105,7 +105,7 @@ def find_stored_shape(name: str, wanted: dict[str, tuple[int, ...]], group_size:
 def choose_dtype(wanted: str, config: Any, device: torch.device, quantized: bool, keep_int4: bool) -> torch.dtype:
     """Return the type of the weights: by default float32 on a CPU, else the checkpoint's own. Raises JobError.
 
-    AWQ folders store float16, in whose range these models were not trained: their weights become bfloat16 where the GPU supports it.
+    AWQ folders store float16, in whose range these models were not trained: their weights become bfloat16 on GPUs that have it (sm_80).
     """
     if keep_int4 and (not quantized or device.type != "cuda" or wanted not in ("auto", "float16")):
         raise JobError(f"model: int4 weights need an AWQ checkpoint, an NVIDIA GPU and float16; found {device.type}, dtype {wanted}")
@@ -116,7 +116,7 @@ def choose_dtype(wanted: str, config: Any, device: torch.device, quantized: bool
     if device.type == "cpu":
         return torch.float32
     if quantized:
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
 
 

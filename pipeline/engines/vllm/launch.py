@@ -104,6 +104,8 @@ def build_engine_arguments(folder: Path, config: Any, stretched: bool, lora: Pat
         longest = max(text.max_position_embeddings, checkpoint.count_context_tokens(config))  # vLLM expects the stretched length here
         overrides = {"text_config": {"rope_parameters": text.rope_parameters, "max_position_embeddings": longest}}
         arguments["hf_overrides"] = {**overrides, **given.get("hf_overrides", {})}
+    if arguments.get("dtype", "auto") == "auto" and is_awq_config(config) and current_platform.has_device_capability(80):
+        arguments["dtype"] = "bfloat16"  # the folder says float16, in which these models overflow (vllm#13817)
     if current_platform.is_cpu() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ and "gpu_memory_utilization" not in given:
         arguments.setdefault("kv_cache_memory_bytes", CPU_CACHE_BYTES)
     if lora:
@@ -111,6 +113,12 @@ def build_engine_arguments(folder: Path, config: Any, stretched: bool, lora: Pat
     structure = StructuredOutputsConfig(backend="guidance", disable_any_whitespace=True)
     fixed = {"model": str(folder), "load_format": "safetensors", "logprobs_mode": "raw_logprobs", "structured_outputs_config": structure}
     return AsyncEngineArgs(**arguments, **fixed)
+
+
+def is_awq_config(config: Any) -> bool:
+    """Say whether a checkpoint's config is that of AWQ weights."""
+    given = getattr(config, "quantization_config", None) or {}
+    return (given if isinstance(given, dict) else given.to_dict()).get("quant_method") == "awq"
 
 
 def find_lora_rank(folder: Path) -> int:

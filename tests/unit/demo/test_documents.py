@@ -124,7 +124,7 @@ def test_leaves_are_all_values_with_their_paths() -> None:
 @pytest.mark.parametrize(("form", "count"), KINDS)
 def test_a_pdf_s_text_layer_holds_what_is_printed(form: Form, count: int) -> None:
     sample = documents.draw_sample(SEEDS[0], form, count)
-    found = [[word.text for word in page.words] for page in render_pages(drawing.draw_pdf(sample.sheets), RenderSettings())]
+    found = [[word.text for word in page.words] for page in render_pages(drawing.draw_pdf(sample.sheets), RenderSettings(text_layer=True))]
     assert [sorted(words) for words in found] == [sorted(" ".join(run.text for run in sheet.runs).split()) for sheet in sample.sheets]
 
 

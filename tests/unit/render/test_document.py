@@ -23,7 +23,7 @@ from pipeline.render.pdf import WarningCollector
 from tests.support.pdfs import draw_corners, encode_image, make_page_pdf, make_pages_pdf, make_pdf, make_stream
 
 CORPORA = Path(__file__).parents[4] / "shared/corpora"
-SETTINGS = RenderSettings()
+SETTINGS = RenderSettings(text_layer=True)
 BUDGET = SETTINGS.budget
 
 

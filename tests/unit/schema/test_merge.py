@@ -66,9 +66,9 @@ def test_lists_are_joined_in_page_order_and_lose_nothing(values: list[Any]) -> N
 
 
 @given(st.lists(VALUES, min_size=1, max_size=4))
-def test_a_scalar_is_the_first_one_given(values: list[Any]) -> None:
+def test_a_scalar_is_the_first_that_says_something(values: list[Any]) -> None:
     given_ones = [value["number"] for value in values if value.get("number") is not None]
-    assert merge_values(*values).get("number") == (given_ones[0] if given_ones else None)
+    assert merge_values(*values).get("number") == next((one for one in given_ones if one), given_ones[0] if given_ones else None)
 
 
 @given(st.lists(VALUES, min_size=1, max_size=4))
@@ -135,3 +135,69 @@ def test_a_recursive_schema_is_followed_as_deep_as_the_values_go() -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer"}, "next": {"$ref": "#"}}}
     one, two = {"n": 1, "next": {"next": {"n": 3}}}, {"next": {"n": 2, "next": {"n": 3}}}
     assert merge_parts(schema, make_parts(one, two)).value == {"n": 1, "next": {"next": {"n": 3}, "n": 2}}
+
+
+# --- values that say nothing
+
+
+@pytest.mark.parametrize("blank", ["", None])
+def test_a_value_that_says_nothing_never_replaces_one_that_does(blank: Any) -> None:
+    result = merge_parts(SCHEMA, make_parts({"number": blank}, {"number": "A-7"}, {"number": blank}))
+    assert (result.value, result.disagreements) == ({"number": "A-7"}, ())
+
+
+def test_items_that_say_nothing_are_dropped_where_parts_are_joined() -> None:
+    blank = {"n": None, "text": "", "more": []}
+    assert merge_values({"items": [blank, {"n": 1}]}, {"items": [blank]}) == {"items": [{"n": 1}]}
+    assert merge_values({"items": [blank]}) == {"items": [blank]}
+
+
+# --- certainty
+
+
+def test_the_most_certain_part_is_kept_and_the_disagreement_says_so() -> None:
+    parts = [Part(1, 4, {"total": 0}, {"$.total": -2.5}), Part(5, 8, {"total": 7}, {"$.total": -0.1})]
+    result = merge_parts(SCHEMA, parts)
+    assert (result.value, result.disagreements) == ({"total": 7}, (Disagreement("$.total", 7, 5, 0, 1),))
+
+
+def test_the_first_part_is_kept_where_the_certainty_of_one_is_not_known() -> None:
+    parts = [Part(1, 4, {"total": 0}), Part(5, 8, {"total": 7}, {"$.total": -0.1})]
+    assert merge_parts(SCHEMA, parts).value == {"total": 0}
+
+
+def test_a_list_with_fixed_places_is_as_certain_as_its_numbers() -> None:
+    parts = [
+        Part(1, 4, {"box": [0, 0]}, {"$.box[0]": -1.0, "$.box[1]": -1.0}),
+        Part(5, 8, {"box": [2, 2]}, {"$.box[0]": -1.5, "$.box[1]": 0}),
+    ]
+    assert merge_parts(SCHEMA, parts).value == {"box": [2, 2]}
+
+
+# --- rules of the schema
+
+
+@pytest.mark.parametrize(
+    ("rule", "part", "values", "merged"),
+    [
+        ("first", {"type": "number"}, [None, 1, 2], 1),
+        ("last", {"type": ["number", "null"]}, [1, 2, None], 2),
+        ("longest", {"type": "string"}, ["a", "abc", "ab"], "abc"),
+        ("concat", {"type": "string"}, ["a", "", "b"], "a\nb"),
+        ("first", {"type": "array", "items": {}}, [[], [1], [2]], [1]),
+        ("last", {"type": "array", "items": {}}, [[1], [2], []], [2]),
+        ("longest", {"type": "array", "items": {}}, [[1], [2, 3]], [2, 3]),
+        ("concat", {"type": "array", "items": {}}, [[1], [2, 3]], [1, 2, 3]),
+        ("last", {"type": "object"}, [{"a": 1}, {"b": 2}], {"b": 2}),
+    ],
+)
+def test_the_schema_chooses_how_a_property_is_merged(rule: str, part: dict[str, Any], values: list[Any], merged: Any) -> None:
+    schema = {"type": "object", "properties": {"x": {**part, "x-merge": rule}}}
+    result = merge_parts(schema, make_parts(*({"x": value} for value in values)))
+    assert (result.value, result.disagreements) == ({"x": merged}, ())
+
+
+def test_a_rule_applies_inside_of_objects_and_through_references() -> None:
+    total = {"type": "number", "x-merge": "last"}
+    schema = {"type": "object", "properties": {"sum": {"$ref": "#/$defs/sum"}}, "$defs": {"sum": {"properties": {"total": total}}}}
+    assert merge_parts(schema, make_parts({"sum": {"total": 1}}, {"sum": {"total": 2}})).value == {"sum": {"total": 2}}

@@ -81,7 +81,8 @@ def list_scalars(value: Any, path: str = "$") -> Iterator[tuple[str, str]]:
 def test_merging_loses_no_value_and_invents_none(values: list[Any]) -> None:
     merged = merge_parts(test_merge.SCHEMA, test_merge.make_parts(*values))
     found = [*list_scalars(merged.value), *((d.path, dump_json(d.other)) for d in merged.disagreements)]
-    assert set(found) == {scalar for value in values for scalar in list_scalars(value)}
+    given = {scalar for value in values for scalar in list_scalars(value)}
+    assert {scalar for scalar in given if scalar[1] != '""'} <= set(found) <= given  # an empty string says nothing
     listed = [Counter(scalar for scalar in group if "[]" in scalar[0]) for group in (found, (s for v in values for s in list_scalars(v)))]
     assert listed[0] == listed[1]
 
@@ -94,7 +95,7 @@ def test_merging_loses_no_value_and_invents_none(values: list[Any]) -> None:
 def test_shards_full_half_empty_and_of_nothing_have_one_schema(data: st.DataObject) -> None:
     part, values = data.draw(test_arrow.PARTS)
     columns = ArrowPlan({"type": "object", "additionalProperties": False, "properties": {"x": part, "y": {"type": "string"}}})
-    full = [columns.build_row({"x": value}) for value in data.draw(st.lists(values, min_size=1, max_size=3))]
+    full = [test_arrow.build_whole_row(columns, {"x": value}) for value in data.draw(st.lists(values, min_size=1, max_size=3))]
     shards = [test_arrow.write_and_read(columns, rows) for rows in ([], [{}], full, [*full, {}])]
     assert all(shard.schema == columns.schema for shard in shards)
     assert len({str(shard.schema) for shard in shards}) == 1

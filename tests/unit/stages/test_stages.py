@@ -185,7 +185,7 @@ def test_the_request_says_what_the_job_says(workspace: Workspace) -> None:
     _, engine = ask(workspace, settings=("sampling.temperature=0.5",))
     (request,) = engine.requests
     job = workspace.job("sampling.temperature=0.5")
-    assert (request.key, request.schema, request.sampling) == ("k", schema.dump_compact_schema(job.schema), job.sampling)
+    assert (request.key, request.schema, request.sampling) == ("k", job.request_schema, job.sampling)
     assert list_texts(request) == [job.system_message, "Return the JSON object for this document."]
 
 

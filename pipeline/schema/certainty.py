@@ -1,0 +1,79 @@
+"""Certainty of values: takes an answer's JSON text and its tokens, and returns the mean log-probability of each value's tokens.
+
+    '{"total":19.99}'  and  ('{"', 0.0) ('total', 0.0) ('":', 0.0) ('19', -0.2) ('.99', -0.1) ('}', 0.0)   ->   {"$.total": -0.15}
+
+Values are scalars, and the empty list and object. A token that is partly outside of a value counts for it, too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from json.decoder import scanstring  # type: ignore[attr-defined]  # public in its module, not in its stub
+
+from pipeline.records import TokenRow
+from pipeline.schema import join_path
+
+PUNCTUATION = " \t\n\r,:]}"
+
+
+def score_values(answer: str, tokens: Sequence[TokenRow]) -> dict[str, float]:
+    """Return the mean log-probability (nats) of each value by its path; nothing where the tokens are not those of the answer.
+
+    `answer` must be a JSON text that `parse_json` reads.
+    """
+    if "".join(token["text"] for token in tokens) != answer:
+        return {}
+    ends, scores = [0], list[float]()
+    for token in tokens:
+        ends.append(ends[-1] + len(token["text"]))
+        scores.append(token["logprob"])
+    found: dict[str, float] = {}
+    first = 0
+    for path, start, end in find_values(answer):
+        while ends[first + 1] <= start:
+            first += 1
+        last = first
+        while ends[last + 1] < end:
+            last += 1
+        found[path] = sum(scores[first : last + 1]) / (last + 1 - first)
+    return found
+
+
+def find_values(text: str) -> Iterator[tuple[str, int, int]]:
+    """Yield the path of each value in a JSON text, where it starts, and the position after it."""
+    yield from walk_values(text, skip_space(text, 0), "$", [0])
+
+
+def walk_values(text: str, start: int, path: str, position: list[int]) -> Iterator[tuple[str, int, int]]:
+    """Yield the values inside the one that begins at `start`; afterwards `position[0]` is the position after it."""
+    if text[start] not in "[{":
+        position[0] = find_scalar_end(text, start)
+        yield path, start, position[0]
+        return
+    here, closing, count = skip_space(text, start + 1), {"[": "]", "{": "}"}[text[start]], 0
+    if text[here] == closing:
+        yield path, start, here + 1
+    while text[here] != closing:
+        step: str | int = count
+        if closing == "}":
+            step, here = scanstring(text, here + 1)
+            here = skip_space(text, text.index(":", here) + 1)
+        yield from walk_values(text, here, join_path(path, step), position)
+        here, count = skip_space(text, position[0]), count + 1
+        if text[here] == ",":
+            here = skip_space(text, here + 1)
+    position[0] = here + 1
+
+
+def find_scalar_end(text: str, start: int) -> int:
+    """Return the position after the string, number or literal that begins at `start`."""
+    if text[start] == '"':
+        return int(scanstring(text, start + 1)[1])
+    return next((index for index in range(start, len(text)) if text[index] in PUNCTUATION), len(text))
+
+
+def skip_space(text: str, start: int) -> int:
+    """Return the position of the next character that is no whitespace of JSON."""
+    match = json.decoder.WHITESPACE.match(text, start)  # type: ignore[attr-defined]  # as above
+    return int(match.end())
