@@ -95,8 +95,9 @@ DECIMAL_DIGITS = 18
 """Precision of a decimal column: cents up to 10^16, in 8 bytes."""
 MAX_DEPTH = 100
 """Most levels of nesting in a JSON text: more than documents have, few enough for a recursion over the value."""
-MAX_EXPONENT = 308
-"""Largest power of ten in a JSON number: that of a 64-bit float. Exact arithmetic on 1e999999999 would fill the memory."""
+MAX_EXPONENT = 1100
+"""Largest power of ten in a JSON number, and least one: a little more than those of a 64-bit float, so that a number which no column
+holds costs its own cell alone. Exact arithmetic on 1e999999999 would fill the memory."""
 
 
 def load_schema(path: str | Path) -> Schema:
@@ -303,7 +304,7 @@ def parse_json(text: str) -> Any:
     """Return the value of a JSON text, with exact numbers.
 
     Raises ValueError with a sentence for anything that JSON parsers read differently: a duplicate key, NaN, a number
-    beyond the range of a 64-bit float, a lone surrogate, more than `MAX_DEPTH` levels of nesting.
+    with an exponent beyond `MAX_EXPONENT`, a lone surrogate, more than `MAX_DEPTH` levels of nesting.
     """
     try:
         value = json.loads(
@@ -320,20 +321,20 @@ def parse_json(text: str) -> Any:
 
 
 def parse_decimal(digits: str) -> Decimal:
-    """Return a number with a fraction or an exponent. Raises ValueError beyond the range of a 64-bit float."""
+    """Return a number with a fraction or an exponent. Raises ValueError for an exponent beyond `MAX_EXPONENT`."""
     try:
         number = Decimal(digits)
     except ArithmeticError:  # an exponent of more digits than Decimal takes
         number = Decimal("Infinity")
     if not number.is_finite() or abs(number.adjusted()) > MAX_EXPONENT:
-        raise ValueError(f"the number {truncate_text(digits, 40)} is beyond the range of a 64-bit float")
+        raise ValueError(f"the number {truncate_text(digits, 40)} has more than {MAX_EXPONENT:,} digits before or after the point")
     return number
 
 
 def parse_integer(digits: str) -> int:
     """Return a whole number. Raises ValueError if it has more than `MAX_EXPONENT` digits."""
     if len(digits) > MAX_EXPONENT:
-        raise ValueError(f"the number {truncate_text(digits, 40)} is beyond the range of a 64-bit float")
+        raise ValueError(f"the number {truncate_text(digits, 40)} has more than {MAX_EXPONENT:,} digits before or after the point")
     return int(digits)
 
 

@@ -5,7 +5,8 @@
         total: Annotated[Decimal, Field(decimal_places=2)]        ->  {"properties": {"number": {"type": "string"}, "total":
                                                                       {"type": "number", "multipleOf": 0.01}}, …}
 
-The schema is pydantic's own (`model_json_schema`) but for decimals with a number of places, of which pydantic's says nothing.
+The schema is pydantic's own (`model_json_schema`) but for decimals with a number of places and `NaiveDatetime`, of which pydantic's says
+nothing.
 """
 
 from __future__ import annotations
@@ -21,20 +22,24 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema
 
 from pipeline.errors import JobError
-from pipeline.schema import Schema, check_schema, parse_json
+from pipeline.schema import LOCAL_DATE_TIME, Schema, check_schema, parse_json
 
 MODEL_NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*")
 BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
 
 class DecimalJsonSchema(GenerateJsonSchema):
-    """Pydantic's generator, which writes a `Decimal` with a number of places as a number with a step."""
+    """Pydantic's generator, which writes a `Decimal` with a number of places as a number with a step, and a `NaiveDatetime` as local."""
 
     def decimal_schema(self, schema: Any) -> dict[str, Any]:
         places = schema.get("decimal_places")
         if places is None:
             return super().decimal_schema(schema)
         return {"type": "number", "multipleOf": 10.0**-places, **{BOUNDS[key]: float(schema[key]) for key in BOUNDS if key in schema}}
+
+    def datetime_schema(self, schema: Any) -> dict[str, Any]:
+        found = super().datetime_schema(schema)
+        return found | {"format": LOCAL_DATE_TIME} if schema.get("tz_constraint") == "naive" else found
 
 
 def is_model_name(name: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import RunError
-from pipeline.report import CircuitBreaker, ExitCode, Phase, Progress, ProgressTracker, Report
+from pipeline.report import Canary, CircuitBreaker, ExitCode, Phase, Progress, ProgressTracker, Report
 
 
 def report(**given: Any) -> Report:
@@ -222,3 +222,46 @@ def test_each_phase_is_reported_with_its_documents_as_soon_as_they_are_known() -
     phases = [(now.phase, now.documents, now.documents_done) for now in seen]
     assert phases[:4] == [(Phase.LISTING, None, 0), (Phase.LISTING, 2, 0), (Phase.STARTING_RAY, 2, 0), (Phase.LOADING_MODEL, 1, 0)]
     assert phases[4:] == [(Phase.ASKING, 1, 0), (Phase.ASKING, 1, 1), (Phase.SETTLING, 2, 0), (Phase.SETTLING, 2, 2)]
+
+
+def test_documents_that_the_demonstration_model_refuses_are_no_failures_of_a_run() -> None:
+    breaker = CircuitBreaker(max_ratio=0.0, min_requests=1)
+    breaker.add(row(**failed("generate", "demo")))
+
+
+# --- the canary
+
+
+def failed(stage: str, kind: str, status: str = "failed") -> dict[str, Any]:
+    return {"status": status, "failure": {"stage": stage, "kind": kind, "message": "of some reason"}}
+
+
+def judge(max_ratio: float, *rows: dict[str, Any]) -> None:
+    canary = Canary(max_ratio)
+    for one in rows:
+        canary.add(one)
+    canary.check("out")
+
+
+def test_too_many_invalid_documents_stop_the_run_with_the_most_frequent_failure() -> None:
+    bad = [row(f"{n}.pdf", **failed("validate", "invalid", "invalid")) for n in range(4)]
+    with pytest.raises(RunError, match=r"4 of the 5 that reached the model .* allows 0\.7; validate/invalid: of some reason.* --output"):
+        judge(0.7, *bad, row("good.pdf"))
+    judge(0.8, *bad, row("good.pdf"))
+
+
+def test_documents_that_did_not_reach_a_model_do_not_count() -> None:
+    unread = [
+        row("a.pdf", **failed("source", "missing")),
+        row("b.pdf", **failed("render", "broken")),
+        row("c.pdf", **failed("generate", "demo")),
+    ]
+    judge(0.0, *unread, unasked("d.pdf"), row("e.pdf"))
+    judge(0.0, *unread)
+
+
+def test_a_document_with_one_bad_request_is_bad_once() -> None:
+    parts = [row("a.pdf", (1, 4), 8), row("a.pdf", (5, 8), 8, **failed("generate", "length"))]
+    with pytest.raises(RunError, match="1 of the 1 that"):
+        judge(0.5, *parts)
+    judge(0.5, *reversed(parts), row("b.pdf"))

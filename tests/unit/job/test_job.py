@@ -163,6 +163,9 @@ def test_a_job_survives_pickling_between_processes(tmp_path: Path) -> None:
         ("[in]", "[]", "job.yaml:2: source.paths: "),
         ("[in]", "[in", "is not valid YAML"),
         ("total.json", "gone.json", "gone.json cannot be read: No such file or directory"),
+        ("total.json", "tests.support.models:Nothing", "schema tests.support.models:Nothing: tests.support.models has no Nothing"),
+        ("total.json", "tests.support.models:NOT_A_MODEL", "it is of type dict; allowed are subclasses of pydantic.BaseModel"),
+        ("total.json", "nowhere.models:Invoice", "nowhere.models does not import: ModuleNotFoundError: No module named 'nowhere'"),
     ],
 )
 def test_an_error_names_file_line_and_key(tmp_path: Path, found: str, replacement: str, message: str) -> None:
@@ -313,3 +316,45 @@ def test_the_resolved_job_loads_again_as_the_same_job(tmp_path: Path) -> None:
     resolved: dict[str, Any] = job.dump_keys()
     job.file.write_text(json.dumps(resolved))
     assert Job.load(job.file) == job
+
+
+# --- pydantic models
+
+
+def test_a_job_may_name_a_pydantic_model(tmp_path: Path) -> None:
+    job = Job.load(write_job(tmp_path, MINIMAL.replace("total.json", "tests.support.models:Invoice")))
+    assert job.schema["title"] == "Invoice"
+    types = {field.name: str(field.type) for field in ArrowPlan(job.schema).schema}
+    assert (types["issued"], types["total"], types["paid"]) == ("date32[day]", "decimal128(18, 2)", "decimal128(38, 9)")
+    assert types["currency"] == "dictionary<values=string, indices=int32, ordered=0>"
+    assert "- total (number): Total." in job.system_message
+
+
+def test_a_model_beside_the_job_file_is_found(tmp_path: Path) -> None:
+    (tmp_path / "slip_models.py").write_text(
+        "from pydantic import BaseModel\n\nclass Slip(BaseModel):\n    class Part(BaseModel):\n        n: int\n"
+    )
+    job = Job.load(write_job(tmp_path, MINIMAL.replace("total.json", "slip_models:Slip.Part")))
+    assert list(job.schema["properties"]) == ["n"]
+
+
+# --- what an engine decodes by
+
+
+def test_a_whole_document_may_lack_values_unless_the_job_forbids_it(tmp_path: Path) -> None:
+    file = write_job(tmp_path)
+    (tmp_path / "total.json").write_text(json.dumps({"type": "object", "properties": {"total": {"type": "number"}}, "required": ["total"]}))
+    allowed, forbidden = Job.load(file), Job.load(file, ["extract.absent=forbid"])
+    assert json.loads(allowed.request_schema)["properties"]["total"]["type"] == ["number", "null"]
+    assert json.loads(forbidden.request_schema)["properties"]["total"]["type"] == "number"
+    assert forbidden.part_schema == allowed.part_schema == allowed.request_schema
+    assert allowed.fingerprint != forbidden.fingerprint
+
+
+def test_how_parts_are_merged_is_no_other_job(tmp_path: Path) -> None:
+    file = write_job(tmp_path)
+    before = Job.load(file)
+    rules = json.loads((tmp_path / "total.json").read_text())
+    rules["properties"]["total"]["x-merge"] = "last"
+    (tmp_path / "total.json").write_text(json.dumps(rules))
+    assert Job.load(file).fingerprint == before.fingerprint

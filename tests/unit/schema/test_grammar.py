@@ -71,6 +71,33 @@ def test_dates_are_dates(vocabulary: Vocabulary) -> None:
     assert {day: is_accepted(vocabulary, '{"type": "string", "format": "date"}', f'"{day}"') for day in days} == days
 
 
+BOUNDED = {"type": "object", "required": ["x"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("part", "allowed", "forbidden"),
+    [
+        ({"type": "integer"}, ["9223372036854774783", "-7"], ["9223372036854775807", "-9223372036854775809", "1e3"]),
+        ({"type": "integer", "maximum": 9223372036854775807}, ["5"], ["9223372036854775808"]),
+        ({"type": "integer", "minimum": 3}, ["3"], ["2", "9223372036854775808"]),
+        ({"type": "number"}, ["0.000000001", "999999999999999.9"], ["1e400", "1e-5", "1000000000000000", "0.0000000001"]),
+        ({"type": ["number", "null"], "multipleOf": 0.01}, ["9999999999999999.99", "null"], ["10000000000000000", "0.001", "1e2"]),
+        ({"type": "number", "minimum": 0, "maximum": 5}, ["0.5"], ["-1", "6"]),
+        ({"type": "string", "format": "date"}, ['"0001-01-01"', '"2024-02-29"'], ['"0000-01-01"']),
+        (
+            {"type": "string", "format": "date-time"},
+            ['"2024-02-29T10:00:59.123456Z"'],
+            ['"2024-02-29T10:00:60Z"', '"2024-02-29T10:00:59.1234567Z"'],
+        ),
+    ],
+)
+def test_nothing_can_be_written_that_its_column_cannot_hold(part: dict[str, object], allowed: list[str], forbidden: list[str]) -> None:
+    vocabulary = Vocabulary(WORDS.to_str(), size=VOCABULARY, eos_ids=[END])
+    schema = json.dumps({**BOUNDED, "properties": {"x": part}})
+    assert [text for text in allowed if not is_accepted(vocabulary, schema, f'{{"x":{text}}}')] == []
+    assert [text for text in forbidden if is_accepted(vocabulary, schema, f'{{"x":{text}}}')] == []
+
+
 def test_forced_text_is_known_without_a_model_and_uses_the_longest_tokens(vocabulary: Vocabulary) -> None:
     schema = '{"type": "object", "properties": {"invoice_number": {"type": "string"}}, "required": ["invoice_number"]}'
     assert [WORDS.id_to_token(token) for token in vocabulary.start_constraint(schema).take_forced_tokens()] == ['{"invoice_number":', '"']

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pipeline.schema import (
     dump_compact_schema,
     dump_json,
     format_value,
+    is_local_date_time,
     join_path,
     load_schema,
     parse_json,
@@ -219,10 +221,10 @@ def test_a_value_survives_its_text(value: Any) -> None:
         ("NaN", "NaN is not a number"),
         ("[-Infinity]", "-Infinity is not a number"),
         ('[{"a": 1, "b": 2, "b": 3}]', 'the key "b" occurs twice in one object'),
-        ("1e999999999", "the number 1e999999999 is beyond the range of a 64-bit float"),
-        ("-1e-999999999", "beyond the range"),
-        ("1e99999999999999999999", "the number 1e99999999999999999999 is beyond the range"),
-        ("9" * 5000, "beyond the range"),
+        ("1e999999999", "the number 1e999999999 has more than 1,100 digits before or after the point"),
+        ("-1e-999999999", "digits before or after the point"),
+        ("1e99999999999999999999", "the number 1e99999999999999999999 has more than 1,100 digits"),
+        ("9" * 5000, "digits before or after the point"),
         ('"\\ud800"', "lone surrogate '\\ud800'"),
         ("[" * 100_000, "nested more than 100 levels deep"),
         ("[" * (MAX_DEPTH + 1) + "1" + "]" * (MAX_DEPTH + 1), "nested more than 100 levels deep"),
@@ -245,3 +247,59 @@ def test_a_path_quotes_names_that_need_it() -> None:
 
 def test_a_long_value_is_shown_cut() -> None:
     assert format_value(["x" * 100]) == '["' + "x" * 77 + "…"
+
+
+# --- how parts are merged
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (
+            {"type": "number", "x-merge": "lsat"},
+            "#/properties/x/x-merge is \"lsat\"; did you mean 'last'?; allowed are first, last, concat, longest",
+        ),
+        ({"x-merge": True}, "#/properties/x/x-merge is true; allowed are first"),
+        (
+            {"type": ["number", "null"], "x-merge": "concat"},
+            "'concat', which joins values of type array or string; the type here is number",
+        ),
+        ({"$ref": "#/$defs/n", "x-merge": "longest"}, "'longest', which joins values of type array or string; the type here is object"),
+    ],
+)
+def test_a_rule_that_cannot_merge_is_refused(part: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_schema({"type": "object", "properties": {"x": part}, "$defs": {"n": {"type": "object"}}})
+
+
+@pytest.mark.parametrize("part", [{"type": "string", "x-merge": "concat"}, {"type": "number", "x-merge": "last"}, {"x-merge": "longest"}])
+def test_a_rule_that_can_merge_is_kept_and_not_sent(part: dict[str, Any]) -> None:
+    schema = check_schema({"type": "object", "properties": {"x": part}})
+    assert schema["properties"]["x"] == part
+    assert "x-merge" not in dump_compact_schema(schema)
+
+
+def test_formats_of_pydantic_and_openapi_are_known_and_misspelt_ones_are_not() -> None:
+    check_schema({"type": "object", "properties": {"x": {"type": "string", "format": "binary"}}})
+    with pytest.raises(ValueError, match="format is 'dat'; did you mean 'date'"):
+        check_schema({"type": "object", "properties": {"x": {"type": "string", "format": "dat"}}})
+
+
+@pytest.mark.parametrize("text", ["2024-05-31T14:05:00", "2024-05-31T14:05:00.5", 5])
+def test_a_local_date_and_time_is_valid(text: Any) -> None:
+    assert is_local_date_time(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2024-05-31T14:05:00Z",
+        "2024-05-31 14:05:00",
+        "2024-02-30T14:05:00",
+        "2024-05-31T14:05:60",
+        "0000-01-01T00:00:00",
+        "2024-05-31T14:05:00\n",
+    ],
+)
+def test_what_is_no_local_date_and_time_is_not(text: str) -> None:
+    assert not is_local_date_time(text)

@@ -146,3 +146,12 @@ def test_a_preview_leaves_no_output_folder(workspace: Workspace, loaded: Any) ->
     loaded()
     preview.ask_preview(workspace.job(), preview.render_preview(workspace.job(), workspace.put("a.pdf"), 1))
     assert not Path(workspace.job().output).exists()
+
+
+def test_the_stand_in_refuses_what_is_no_sample_of_its_own(workspace: Workspace) -> None:
+    job = workspace.job("model.name=Qwen/Qwen2.5-VL-7B-Instruct-AWQ", "model.without_gpu=demo")
+    seen = preview.render_preview(job, workspace.put("strange.pdf", make_page_pdf()), 1)
+    with pytest.raises(
+        DocumentError, match=r"reads only its own samples; a GPU, model\.engine: openai or model\.without_gpu: cpu reads this"
+    ):
+        preview.ask_preview(job, seen)

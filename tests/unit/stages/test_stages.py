@@ -6,12 +6,12 @@ import asyncio
 import hashlib
 import os
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from pipeline import schema
 from pipeline.budget import RenderSettings
 from pipeline.errors import DocumentError, EngineDead, JobError
 from pipeline.records import Request
@@ -20,6 +20,7 @@ from pipeline.stages.ask import AskStage, decode_pages
 from pipeline.stages.render import RenderStage, make_render_settings
 from pipeline.stages.requests import compute_document_keys, compute_request_key, split_pages
 from tests.support.engines import CUT, INVALID, VALID, Reply, ScriptedEngine, list_texts, make_completion
+from tests.support.pdfs import make_page_pdf
 from tests.support.stages import Row, claim_all, make_render_plan
 from tests.support.workspace import Workspace, draw_slip, make_listing_row
 
@@ -345,3 +346,21 @@ def test_a_dead_engine_is_no_row(workspace: Workspace) -> None:
 def test_the_stage_keeps_no_pixels_of_what_it_could_not_draw(workspace: Workspace, stage: RenderStage) -> None:
     row = one(stage(make_listing_row(workspace.put("a.pdf", b""), workspace.folder)))
     assert "pixels" not in row
+
+
+# --- the stand-in reads its own samples
+
+
+def test_a_document_that_is_no_sample_is_not_drawn_for_the_stand_in(workspace: Workspace, sandbox: Sandbox) -> None:
+    rows = {}
+    for name, data in (("sample.pdf", None), ("strange.pdf", make_page_pdf()), ("broken.pdf", b"%PDF-1.4 nothing")):
+        listed = make_listing_row(workspace.put(name, data), workspace.folder)
+        stage = RenderStage(replace(make_render_plan(sandbox.settings, workspace.folder, 4), only_samples=True), claim_all)
+        stage.sandbox = sandbox
+        (rows[name],) = stage(cast(Any, listed))
+    assert [row.get("failure") and (row["failure"]["stage"], row["failure"]["kind"]) for row in rows.values()] == [
+        None,
+        ("generate", "demo"),
+        ("render", "broken"),
+    ]
+    assert (rows["strange.pdf"]["page_count"], "pixels" in rows["strange.pdf"], "pixels" in rows["sample.pdf"]) == (1, False, True)
