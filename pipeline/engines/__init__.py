@@ -184,7 +184,7 @@ def check_cuda() -> None:
 def read_driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str:
     """Return the version of the NVIDIA driver of this machine; "" if there is none."""
     try:
-        found = re.search(r"Kernel Module\D*(\d+(?:\.\d+)+)", file.read_text())
+        found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)", file.read_text())
     except OSError:
         return ""
     return found[1] if found else ""

@@ -31,6 +31,7 @@ from pipeline.output.sources import read_sources
 from pipeline.records import Completion, Request
 from pipeline.report import ExitCode, Phase, Progress, Report
 from tests.support.engines import InkEngine
+from tests.support.pdfs import make_page_pdf
 from tests.support.ray_actors import InkActor
 from tests.support.stages import make_settle_stage
 from tests.support.workspace import SCHEMA, Workspace, draw_slip
@@ -508,6 +509,53 @@ def test_a_run_that_fails_wholesale_is_stopped_and_its_failures_are_asked_again(
     (workspace.folder / "well").touch()
     report = flow.run(job, retry="failed:engine")
     assert (report.requests_asked, report.statuses) == (12, {"extracted": 12})
+
+
+# --- the first documents of a run
+
+
+def test_a_run_whose_first_documents_fail_stops_and_the_same_command_goes_on(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    for page in range(7):
+        workspace.put(f"{page}.pdf", draw_slip(page))
+    workspace.put("0-is-first-and-broken.pdf", b"nothing")
+    monkeypatch.setattr(ask_pass, "EngineActor", FailingActor)
+    job = workspace.job("limits.canary=4")
+    with pytest.raises(
+        RunError, match=r"3 of the 3 that reached the model failed or are invalid, .* allows 0\.8; generate/engine: the kernel"
+    ):
+        flow.run(job)
+    assert [(row["source"], row["status"]) for row in read_ledger(workspace)] == [
+        (f"in/{name}.pdf", "failed") for name in ("0-is-first-and-broken", "0", "1", "2")
+    ]
+    (workspace.folder / "well").touch()
+    report = flow.run(job, retry="failed")
+    assert (report.requests_asked, report.statuses) == (7, {"extracted": 7, "failed": 1})
+
+
+def test_a_run_whose_first_documents_are_good_asks_them_once(workspace: Workspace) -> None:
+    for page in range(5):
+        workspace.put(f"{page}.pdf", draw_slip(page))
+    report = flow.run(workspace.job("limits.canary=2"))
+    assert (report.requests_asked, report.statuses) == (5, {"extracted": 5})
+
+
+# --- the demonstration model in place of another
+
+
+def test_the_stand_in_makes_a_failure_of_every_document_that_is_not_its_own(workspace: Workspace) -> None:
+    workspace.put("sample.pdf")
+    for name in ("a", "b"):
+        workspace.put(f"{name}.pdf", make_page_pdf(content=f"BT /F 20 Tf 60 60 Td ({name}) Tj ET".encode()))
+    report = flow.run(workspace.job("model.name=Qwen/Qwen2.5-VL-7B-Instruct-AWQ", "model.without_gpu=demo", "limits.max_failure_ratio=0.1"))
+    assert (report.exit_code, report.failures, report.demonstration) == (ExitCode.DOCUMENTS_FAILED, {"generate/demo": 2}, True)
+    assert {name: row["_status"] for name, row in read_records(workspace).items()} == {
+        "sample.pdf": "extracted",
+        "a.pdf": "failed",
+        "b.pdf": "failed",
+    }
+    assert report.requests_asked == 1
+    named = flow.run(Job.load(workspace.file, output=workspace.folder / "named"))
+    assert (named.statuses, named.requests_asked) == ({"extracted": 3}, 3)
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ class RayHead:
 
 
 @contextmanager
-def start_head(cpus: int = 2) -> Iterator[RayHead]:
+def start_head(cpus: int = 2, gpus: int = 0) -> Iterator[RayHead]:
     """Start a head, and end all its processes at the end."""
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets in it have paths of at most 107 bytes
     gcs, jobs, client = find_free_ports(3)
@@ -71,7 +71,7 @@ def start_head(cpus: int = 2) -> Iterator[RayHead]:
     own["PATH"] = f"{Path(sys.executable).parent}:{own['PATH']}"
     options = {
         "temp-dir": folder, "port": gcs, "dashboard-host": "127.0.0.1", "dashboard-port": jobs, "dashboard-agent-listen-port": 0,
-        "num-cpus": cpus, "num-gpus": 0, "object-store-memory": 200_000_000,
+        "num-cpus": cpus, "num-gpus": gpus, "object-store-memory": 200_000_000,
         "ray-client-server-port": client, "include-log-monitor": False,  # neither is used here
     }  # fmt: skip
     command = ["ray", "start", "--head", "--block", *(f"--{name}={value}" for name, value in options.items())]

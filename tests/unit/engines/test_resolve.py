@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline import engines
 from pipeline.engines import DEMO_CHECKPOINT
-from pipeline.errors import JobError
+from pipeline.errors import JobError, RunError
 from pipeline.version import __version__
 from tests.support.workspace import SCHEMA, Workspace
 
@@ -58,6 +59,46 @@ def test_the_choice_changes_nothing_else(workspace: Workspace) -> None:
 def test_the_demonstration_model_has_one_fingerprint(workspace: Workspace) -> None:
     named, fallen_back = workspace.job(), workspace.job(HUB, "model.without_gpu=demo")
     assert engines.resolve_engine(named, 0.0).fingerprint == engines.resolve_engine(fallen_back, 0.0).fingerprint
+
+
+COMMIT = "5b1f2d8c9e7a64300f1e2d3c4b5a69788796a5b4"
+
+
+def test_a_revision_of_the_hub_is_resolved_to_its_commit(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--Qwen--Qwen2.5-VL-7B-Instruct-AWQ"
+    (cached / "snapshots" / COMMIT).mkdir(parents=True)
+    (cached / "snapshots" / COMMIT / "config.json").write_text("{}")
+    (cached / "refs").mkdir()
+    for branch in ("main", "v2"):
+        (cached / "refs" / branch).write_text(COMMIT)
+    newest, named = workspace.job(HUB), workspace.job(HUB, "model.revision=v2")
+    resolved = [engines.resolve_engine(job, 1.0) for job in (newest, named)]
+    assert [job.sections.model.revision for job in resolved] == [COMMIT, COMMIT]
+    assert newest.fingerprint != resolved[0].fingerprint == resolved[1].fingerprint
+    for job in (newest, named):  # `settle` takes over what the run found
+        assert job.with_resolved_model(resolved[0].dump_keys()["model"]).fingerprint == resolved[0].fingerprint
+
+
+# --- A GPU that cannot be used
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use a GPU here")
+def test_an_engine_for_a_gpu_is_not_loaded_where_torch_cannot_use_one(workspace: Workspace) -> None:
+    with pytest.raises(
+        RunError,
+        match=r"^Ray reserves a GPU for the model, but torch .*, built (for CUDA|without CUDA).*, cannot use it; the NVIDIA driver is ",
+    ):
+        engines.load_engine(workspace.job(), on_gpu=True)
+
+
+def test_the_drivers_version_is_read_from_the_kernel(tmp_path: Path) -> None:
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\nGCC version:\n"
+    )
+    (tmp_path / "open").write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n")
+    assert [engines.read_driver_version(tmp_path / name) for name in ("version", "open", "gone")] == ["535.104.05", "580.65.06", ""]
 
 
 # --- What is refused
