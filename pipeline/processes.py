@@ -5,8 +5,9 @@
     OrphanKiller            a second process that kills processes of other programs when this one ends
     adopt_orphans           grandchildren whose parents end become children of this process …
     kill_children           … which kills them
+    hide_process            other processes of the same user cannot look into this one
 
-All of them hold when a process ends by SIGKILL, which runs no handler. Standard library only.
+All of them but the last hold when a process ends by SIGKILL, which runs no handler. Standard library only.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import fcntl
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-PARENT_DEATH_SIGNAL, CHILD_SUBREAPER = 1, 36
-"""PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of prctl(2)."""
+PARENT_DEATH_SIGNAL, DUMPABLE, CHILD_SUBREAPER = 1, 4, 36
+"""PR_SET_PDEATHSIG, PR_SET_DUMPABLE and PR_SET_CHILD_SUBREAPER of prctl(2)."""
 KILL_AT_END_OF_INPUT = "while read -r line; do processes=$line; done; kill -9 $processes"
 KILL_TIMEOUT_S = 10.0
 """How long to wait for killed processes to end: one may hang in a device driver."""
@@ -32,6 +34,15 @@ REAP_PERIOD_S = 0.01
 def set_process_option(option: int, value: int) -> None:
     """Call prctl(2). What the kernel refuses stays as it was."""
     ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def hide_process() -> None:
+    """Keep other processes of the same user from this one's environment, memory and open files in /proc, and from ptrace.
+
+    It holds in forked children and ends with an execve. Root is not kept out. It costs the core dumps, and debuggers and py-spy need root.
+    """
+    if sys.platform == "linux":
+        set_process_option(DUMPABLE, 0)
 
 
 def die_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> None:

@@ -31,6 +31,7 @@ from pipeline.cli.console import (
     show_waiting,
 )
 from pipeline.cli.exit_codes import Terminated, call_on_signal, convert_to_exit_code
+from pipeline.processes import hide_process
 from pipeline.report import ExitCode
 from pipeline.version import __version__
 
@@ -189,9 +190,10 @@ def follow_submission(server: JobServer, run: str, log: TextIO | None, as_json: 
 @JSON
 @convert_to_exit_code
 def check_command(job_file: Path, settings: tuple[str, ...], as_json: bool) -> None:
-    """Show the resolved job, its prompt and the columns of its records. Starts nothing."""
+    """Show the resolved job, its prompt, the columns of its records, and what this machine cannot keep renderers from. Starts no run."""
     job = load_job(job_file, settings)
     from pipeline import engines
+    from pipeline.render.sandbox import describe_confinement
     from pipeline.schema.request_schema import list_required_leaves
     from pipeline.stages.settle import list_record_columns
 
@@ -204,6 +206,7 @@ def check_command(job_file: Path, settings: tuple[str, ...], as_json: bool) -> N
         **described,
         "not_in_grammar": list(notes),
         "not_nullable": list_required_leaves(job.schema),
+        "not_confined": list(describe_confinement()),
     }
     if as_json:
         click.echo(json.dumps(found, indent=2, ensure_ascii=False))
@@ -286,6 +289,7 @@ def show_run(work: Callable[[ProgressDisplay], Report], stopping: str, as_json: 
 
 def start_program() -> None:
     """The program `pipeline`. What starts Ray runs supervised, so that every way in which it can end has an exit code."""
+    hide_process()  # its environment has keys and passwords; the supervised processes are forked and hidden, too
     if sys.argv[1:2] not in (["run"], ["settle"]):
         main()
         return

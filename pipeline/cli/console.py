@@ -349,7 +349,7 @@ def show_waiting(text: str, quiet: bool) -> AbstractContextManager[object]:
 
 
 def show_job(found: dict[str, Any]) -> None:
-    """Print a job with all its keys, its prompt, and the columns of its records."""
+    """Print a job with all its keys, its prompt, the columns of its records, and what is left out of the grammar and the confinement."""
     import yaml
 
     columns = measure_terminal(sys.stdout)[0] or LOG_WIDTH
@@ -357,13 +357,14 @@ def show_job(found: dict[str, Any]) -> None:
     click.echo(f"prompt:\n{indent(found['prompt'], '  ')}\n\ncolumns:")
     for name, kind in found["columns"].items():
         click.echo(f"  {name}: {kind}")
-    narrowed, left, required = found["notes"], found["not_in_grammar"], found["not_nullable"]
     cost = "makes up a value" if found["job"]["extract"]["absent"] == "forbid" else "is invalid"
-    for title, notes in (
-        ("kept as JSON text or narrowed", narrowed),
-        ("left to the validator by the grammar", left),
-        (f"warning: may not be null, so that a document that does not show it {cost}", required),
-    ):
+    sections = {
+        "kept as JSON text or narrowed": found["notes"],
+        "left to the validator by the grammar": found["not_in_grammar"],
+        f"warning: may not be null, so that a document that does not show it {cost}": found["not_nullable"],
+        "what this machine cannot keep renderers from": found["not_confined"],
+    }
+    for title, notes in sections.items():
         if notes:
             click.echo(f"\n{title}:\n" + "\n".join(f"  {line}" for line in notes))
 

@@ -1,8 +1,15 @@
-"""Confinement of the render process: takes away network, child processes, large files and memory beyond a limit.
+"""Confinement of the render process: takes away files, network, other processes, privileges, and memory beyond a limit.
 
-A restriction that the kernel or the system does not support is skipped, so what matters is restricted twice where that is
-cheap: the network by an empty network namespace (which many containers do not grant) and by a seccomp filter of system
-calls (which every Linux on x86-64 or ARM64 has).
+What matters is restricted twice, because a system may not grant one of the two:
+
+    files       Landlock: reads the folders of the interpreter and the libraries, writes nothing (`landlock.py`)
+                system-call filter: opens nothing for writing, changes nothing; without Landlock, opens nothing (`syscall_filter.py`)
+    network     an empty network namespace, which many containers do not grant; system-call filter
+    processes   system-call filter: starts none, signals none but itself; Landlock from ABI 6 on (signals)
+    secrets     PR_SET_DUMPABLE 0 in the parent, which has them (`sandbox.py`), and here; a user id of its own where the parent is root
+
+A renderer opens no file after its confinement: `document.py` imports whatever it will need. That Landlock leaves the libraries readable
+is for a library of another version that imports something late.
 
 Memory: a process cannot have more bytes resident than mapped, and `RLIMIT_AS` limits the mapped bytes to those of an idle
 renderer plus `memory_bytes`. So a document uses at most `memory_bytes` of real memory, plus 0.25 % for page tables.
@@ -11,86 +18,129 @@ renderer plus `memory_bytes`. So a document uses at most `memory_bytes` of real 
 from __future__ import annotations
 
 import ctypes
-import platform
+import os
 import resource
 import signal
 import struct
 import sys
+import sysconfig
 from contextlib import suppress
+from pathlib import Path
 
-from pipeline.processes import die_when_pipe_closes, set_process_option
+from pipeline.processes import die_when_pipe_closes, hide_process, set_process_option
+from pipeline.render.landlock import ADDED_BY_ABI, restrict_files
+from pipeline.render.syscall_filter import install_syscall_filter
 
-PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
+PR_SET_NO_NEW_PRIVS = 38
 CLONE_NEWNET, CLONE_NEWUSER = 0x40000000, 0x10000000
-AUDIT_ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-"""Machine -> the number of its architecture in linux/audit.h."""
-FORBIDDEN_CALLS = {
-    "x86_64": {
-        "socket": 41, "connect": 42, "bind": 49, "listen": 50, "socketpair": 53,
-        "clone": 56, "fork": 57, "vfork": 58, "execve": 59, "execveat": 322, "clone3": 435,
-        "ptrace": 101, "process_vm_writev": 311, "io_uring_setup": 425,
-    },
-    "aarch64": {
-        "socket": 198, "socketpair": 199, "bind": 200, "listen": 201, "connect": 203,
-        "clone": 220, "execve": 221, "execveat": 281, "clone3": 435,
-        "ptrace": 117, "process_vm_writev": 271, "io_uring_setup": 425,
-    },
-}  # fmt: skip
-"""Machine -> system calls that fail with EPERM, with their numbers in asm/unistd_64.h and asm-generic/unistd.h."""
-X32_CALLS = 0x40000000
-"""On x86-64 a second set of numbers for the same system calls (the x32 ABI) begins here."""
-LOAD, EQUAL, AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
-ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050001, 0x80000000
-"""Results of the filter: SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO with EPERM, SECCOMP_RET_KILL_PROCESS."""
+CAP_KILL, CAP_SETGID, CAP_SETUID = 5, 6, 7
+CAPABILITY_VERSION = 0x20080522
+UNUSED_USERS = 1_900_000_000
+"""User ids from here on are nobody's (https://systemd.io/UIDS-GIDS); a renderer takes the one that its process id leads to."""
+NOBODY = 65534
+"""The id in a user namespace that has no such high ones."""
+SYSTEM_FOLDERS = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/local/lib64", "/etc/ld.so.cache")
 
 
-def confine_process(memory_bytes: int) -> None:
-    """Drop what a renderer does not need, and limit the memory of this process to `memory_bytes` more than it has now."""
+def confine_process(memory_bytes: int) -> list[str]:
+    """Drop what a renderer does not need, and limit the memory of this process to `memory_bytes` more than it has now.
+
+    Returns a sentence for each restriction that the system does not grant.
+    """
+    # 1) limits that every system has
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for limit, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 2**20), (resource.RLIMIT_NOFILE, 64)):
         set_resource_limit(limit, most)
     if sys.platform != "linux":
-        return
-    with suppress(OSError):
-        die_when_pipe_closes(sys.stdin.fileno())
+        return ["this system is not Linux: a renderer can read and write files, use the network and start programs"]
+    # 2) what takes files or privileges that are about to go
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # if the machine runs out of memory, the kernel kills this process first
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc = ctypes.CDLL(None)
     set_process_option(PR_SET_NO_NEW_PRIVS, 1)
-    if libc.unshare(CLONE_NEWNET) != 0:
-        libc.unshare(CLONE_NEWNET | CLONE_NEWUSER)
-    install_syscall_filter(libc)
-    with open("/proc/self/statm") as file:
-        idle_bytes = int(file.read().split()[0]) * resource.getpagesize()
+    has_own_network = libc.unshare(CLONE_NEWNET) == 0
+    with open("/proc/self/statm") as memory_file:
+        # 3) files, user, namespace of a user without privileges, capabilities
+        abi = restrict_files(list_library_folders())
+        has_own_user = take_own_user(libc)
+        has_own_network = has_own_network or libc.unshare(CLONE_NEWNET | CLONE_NEWUSER) == 0
+        drop_capabilities(libc)
+        hide_process()
+        with suppress(OSError):
+            die_when_pipe_closes(sys.stdin.fileno())  # after the change of user: the kernel checks who asked for the signal
+        # 4) system calls, and last the memory
+        has_filter = install_syscall_filter(may_read=abi > 0)
+        idle_bytes = int(memory_file.read().split()[0]) * resource.getpagesize()
     set_resource_limit(resource.RLIMIT_AS, idle_bytes + memory_bytes)
+    return describe_gaps(abi, has_filter, has_own_network, has_own_user)
 
 
-def install_syscall_filter(libc: ctypes.CDLL) -> None:
-    """Install a seccomp filter that refuses the forbidden system calls, also after an execve.
+def list_library_folders() -> list[str]:
+    """Return what a renderer may read: the folders of the standard library, of installed packages and of shared libraries.
 
-    The filter is a BPF program of (code, jump if true, jump if false, operand): it loads the architecture (offset 4 of
-    `struct seccomp_data`), then the number of the call (offset 0), and compares that with each forbidden number.
+    No folder of which the rest may be a project or somebody's home: not `sys.prefix`, nor all of `sys.path`.
     """
-    if platform.machine() not in FORBIDDEN_CALLS:
-        return
-    architecture, calls = AUDIT_ARCHITECTURES[platform.machine()], FORBIDDEN_CALLS[platform.machine()].values()
-    to_refuse = len(calls) + 1
-    program = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL)]
-    program += [(LOAD, 0, 0, 0), (AT_LEAST, to_refuse, 0, X32_CALLS)]
-    program += [(EQUAL, to_refuse - index, 0, call) for index, call in enumerate(calls, 1)]
-    program += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, REFUSE)]
-    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *instruction) for instruction in program))
-    sock_fprog = struct.pack("@HP", len(program), ctypes.addressof(code))
-    libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, sock_fprog, 0, 0)
+    paths = sysconfig.get_paths()
+    installed = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    shared = [os.path.dirname(paths["stdlib"])]  # the libraries of an interpreter that brings its own
+    elsewhere = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    packages = [folder for name, module in sys.modules.items() if "." not in name for folder in getattr(module, "__path__", ())]
+    return [*dict.fromkeys((*installed, *shared, *elsewhere, *packages, *SYSTEM_FOLDERS))]
+
+
+def take_own_user(libc: ctypes.CDLL) -> bool:
+    """Become a user that nobody else is, if this process is root, and return False if root lacks the capabilities for it.
+
+    CAP_KILL among them: the parent has to be able to kill this process afterwards.
+    """
+    if os.geteuid() != 0:
+        return True
+    sets = ctypes.create_string_buffer(24)  # effective, permitted and inheritable ones below 32, then those above
+    libc.capget(struct.pack("=Ii", CAPABILITY_VERSION, 0), sets)
+    if not all(struct.unpack_from("=I", sets)[0] >> needed & 1 for needed in (CAP_KILL, CAP_SETGID, CAP_SETUID)):
+        return False
+    for user in (UNUSED_USERS + os.getpid(), NOBODY):
+        with suppress(OSError):
+            os.setgroups([])
+            os.setresgid(user, user, user)
+            os.setresuid(user, user, user)
+            return True
+    return False
+
+
+def drop_capabilities(libc: ctypes.CDLL) -> None:
+    """Give up all capabilities: root's, if it stayed root, and those that a new user namespace gives."""
+    libc.capset(struct.pack("=Ii", CAPABILITY_VERSION, 0), bytes(24))
+
+
+def describe_gaps(abi: int, has_filter: bool, has_own_network: bool, has_own_user: bool) -> list[str]:
+    """Return a sentence for each restriction that is missing, given the version of Landlock (0 for none) and what was granted."""
+    gaps = []
+    if not has_filter and not abi:
+        gaps.append("files: neither Landlock nor a system-call filter: a renderer can read and write what this user can")
+    elif not abi:
+        gaps.append("files: no Landlock (Linux 5.13 or newer, where it is enabled); the system-call filter refuses to open any file")
+    elif missing := [what for since, what in ADDED_BY_ABI.items() if since > abi]:
+        gaps.append(f"files: Landlock of ABI {abi} does not restrict {', '.join(missing)}; the system-call filter alone does")
+    if not has_filter:
+        gaps.append("system calls: no filter (it takes Linux with seccomp on x86-64 or ARM64): a renderer can start and signal processes")
+    if not has_own_network:
+        alone = "the system-call filter alone keeps a renderer off the network" if has_filter else "a renderer can use the network"
+        gaps.append(f"network: no namespace of its own is granted; {alone}")
+    if not has_own_user:
+        gaps.append("user: this is root without CAP_SETUID, CAP_SETGID or CAP_KILL, and a renderer is root, too, without capabilities")
+    return gaps
 
 
 def limit_cpu_time(timeout_s: float) -> None:
     """Have the kernel end this process about 2 s of CPU time after a call's timeout, in case the parent cannot."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    set_resource_limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + timeout_s) + 2)
+    most, (_, hard) = int(used.ru_utime + used.ru_stime + timeout_s) + 2, resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def set_resource_limit(limit: int, most: int) -> None:
-    """Set a limit of this process, or keep a lower one that it inherited."""
+    """Set a limit of this process for good, or keep a lower one that it inherited."""
     _, hard = resource.getrlimit(limit)
-    resource.setrlimit(limit, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(limit, (most, most))

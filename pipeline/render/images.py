@@ -14,7 +14,17 @@ from dataclasses import replace
 from enum import StrEnum
 
 import numpy as np
-from PIL import Image
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    MpoImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 from pipeline.budget import ImageSize, RenderSettings, count_visual_tokens, fit_content, fit_image
 from pipeline.errors import DocumentError
@@ -34,6 +44,18 @@ class DocumentKind(StrEnum):
     BMP = "BMP"
 
 
+READERS = (
+    BmpImagePlugin,
+    GifImagePlugin,
+    JpegImagePlugin,
+    MpoImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+"""Pillow's modules for these formats, and those that it imports with the first image, whatever its format. They are imported here
+because a confined renderer opens no files (`confine.py`)."""
 ASSUMED_DPI = 200.0
 BAND_PIXELS = 4_000_000
 REDUCE_ABOVE = 3

@@ -4,10 +4,12 @@
         page_count = sandbox.open(data)
         for page in sandbox.draw_pages(1, 4): ...
 
-The child has one socket and no secrets, no network, no children, no core dumps, a limit of 1 MiB on files it writes, and a
-bounded address space (`confine.py`). Each call has a deadline: the parent kills the child then, and a limit on CPU time ends
-it if the parent cannot. The child dies with its parent, even in the middle of a page. Its messages are bounded and validated
-(`protocol.py`).
+The child has one socket, the end of a pipe, a temporary file for its stderr (at most 1 MiB) and no secrets. It reads no files but
+libraries, writes none, and has no network, no children, nobody to signal, no core dumps, and a bounded address space (`confine.py`).
+This process, which has secrets, hides its memory and environment from others of its user.
+
+Each call has a deadline: the parent kills the child then, and a limit on CPU time ends it if the parent cannot. The child dies with
+its parent, even in the middle of a page. Its messages are bounded and validated (`protocol.py`).
 
 A child is replaced after a crash or a timeout, and after a number of documents or pages, because MuPDF caches what it has read
 while a document is open. The parent holds the bytes of the open document (at most `limits.max_file_mib`) and one page. Once per
@@ -33,6 +35,7 @@ from typing import TypeVar
 
 from pipeline.budget import RenderSettings
 from pipeline.errors import DocumentError, RunError
+from pipeline.processes import hide_process
 from pipeline.records import Page
 from pipeline.render import protocol
 from pipeline.render.protocol import Header
@@ -69,6 +72,8 @@ class Sandbox:
         self.has_retried = False
         self.spent_s = 0.0
         """Time that the calls of the open document have taken."""
+        self.gaps: tuple[str, ...] = ()
+        """What the system does not restrict in the current child, a sentence each."""
 
     def __enter__(self) -> Sandbox:
         return self
@@ -148,6 +153,7 @@ class Sandbox:
 
     def try_start_child(self) -> None:
         """Start a child and wait until it has confined itself. Raises RunError."""
+        hide_process()
         self.documents_opened = self.pages_drawn = 0
         self.resources = ExitStack()
         deadline, is_complete = time.monotonic() + START_TIMEOUT_S, False
@@ -158,9 +164,10 @@ class Sandbox:
                 self.stderr_file = self.resources.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  `resources` is its context
                 self.child = self.spawn_child(theirs.fileno())
             protocol.send_message(self.connection, asdict(self.settings), deadline=deadline)
-            protocol.receive_message(self.connection, 0, deadline)
+            hello, _ = protocol.receive_message(self.connection, 0, deadline)
+            self.gaps = tuple(map(str, hello["gaps"]))
             is_complete = True
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             reason = self.stop_child()[1] if self.child else str(error)
             raise RunError(f"the render process does not start: {reason or error}") from None
         finally:
@@ -224,6 +231,16 @@ class Sandbox:
                 child.stdin.close()
             self.stderr_file.seek(max(0, self.stderr_file.seek(0, os.SEEK_END) - 300))
             return status, " ".join(self.stderr_file.read().decode("utf-8", "replace").split())
+
+
+def describe_confinement() -> tuple[str, ...]:
+    """Return a sentence for each restriction of renderers that this machine does not grant, as one says that is started for it.
+
+    Raises RunError if no renderer starts.
+    """
+    with Sandbox(RenderSettings()) as sandbox:
+        sandbox.start_child()
+        return sandbox.gaps
 
 
 def make_death_error(what: str, status: int, stderr_text: str, error: Exception) -> DocumentError:

@@ -2,7 +2,8 @@
 
 DESCRIPTOR is the file descriptor of a socket to the parent. The settings come in first, then one message per request:
 `{}` with a document's bytes, answered by `{"page_count"}`, or `{"page_no"}`, answered by that page (`protocol.py`). A failure
-is answered by `{"kind", "message"}`. The worker confines itself before it reads a document, and ends when the parent closes the socket.
+is answered by `{"kind", "message"}`. The worker confines itself before it reads a document, says in its first message which
+restrictions the system does not grant (`{"gaps"}`), and ends when the parent closes the socket.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ def serve_parent(descriptor: int, open_document: Callable[[bytes, RenderSettings
     connection = socket.socket(fileno=descriptor)
     values, _ = receive_message(connection, 0)
     settings = RenderSettings(budget=PixelBudget(**values.pop("budget")), **values)
-    confine_process(settings.memory_bytes)
-    send_message(connection, {})
+    send_message(connection, {"gaps": confine_process(settings.memory_bytes)})
     opened: Any = None
     with suppress(ConnectionError):
         while True:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -220,8 +219,8 @@ def is_descendant(pid: int, parents: dict[int, int]) -> bool:
 
 def is_confined(pid: int) -> bool:
     """Say whether a process has limited its address space, the last thing that a renderer does before it is given a document."""
-    with suppress(ProcessLookupError):
-        return resource.prlimit(pid, resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return re.search(r"^Max address space +\d", Path(f"/proc/{pid}/limits").read_text(), re.MULTILINE) is not None
     return False
 
 

@@ -21,6 +21,7 @@ from pipeline.cli import console, exit_codes
 from pipeline.errors import DocumentError, EngineDead, JobError, RunError, SourceError
 from pipeline.output import Output
 from pipeline.output.ledger import LedgerWriter
+from pipeline.render import sandbox
 from pipeline.report import ExitCode, Report
 from tests.support.engines import CUT, INVALID, VALID, ScriptedEngine, make_completion
 from tests.support.workspace import JOB, SCHEMA, Workspace
@@ -159,6 +160,18 @@ def test_check_says_what_is_narrowed_and_what_the_grammar_leaves_out(workspace: 
     assert "left to the validator by the grammar:\n  not enforced while decoding: /properties/total/not" in said
 
 
+def test_check_says_what_this_machine_cannot_keep_renderers_from(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    gaps = json.loads(invoke("check", workspace.file, "--json").stdout)["not_confined"]
+    assert gaps == list(sandbox.describe_confinement())
+    monkeypatch.setattr(sandbox, "describe_confinement", lambda: ("network: a gap",))
+    assert "\nwhat this machine cannot keep renderers from:\n  network: a gap\n" in invoke("check", workspace.file).stdout
+
+
+def test_the_command_is_hidden_from_other_processes() -> None:
+    code = "import ctypes, sys; from pipeline import cli\ntry: cli.start_program()\nfinally: print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
+    assert shell("-c", code, "--version").stdout.endswith("\n0\n")
+
+
 def test_check_prints_json_alone(workspace: Workspace) -> None:
     result = invoke("check", workspace.file, "--set", "pages.dpi=150", "--json")
     found = json.loads(result.stdout)
@@ -166,7 +179,7 @@ def test_check_prints_json_alone(workspace: Workspace) -> None:
     assert found["columns"]["currency"].startswith("dictionary")
 
 
-def test_check_starts_nothing(workspace: Workspace) -> None:
+def test_check_starts_no_run(workspace: Workspace) -> None:
     code = "import sys; from pipeline import cli\ntry: cli.main(['check', sys.argv[1]])\nfinally: print(*sys.modules, file=sys.stderr)"
     ended = shell("-c", code, workspace.file)
     assert not {"ray", "torch", "transformers", "pymupdf"} & set(ended.stderr.split())
