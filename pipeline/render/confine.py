@@ -78,11 +78,12 @@ def confine_process(memory_bytes: int) -> list[str]:
 def list_library_folders() -> list[str]:
     """Return what a renderer may read: the folders of the standard library, of installed packages and of shared libraries.
 
-    No folder of which the rest may be a project or somebody's home: not `sys.prefix`, nor all of `sys.path`.
+    No folder that may have a project or somebody's files in it: not `sys.prefix`, nor all of `sys.path`.
     """
     paths = sysconfig.get_paths()
     installed = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    shared = [os.path.dirname(paths["stdlib"])]  # the libraries of an interpreter that brings its own
+    above = Path(paths["stdlib"]).parent
+    shared = [str(above)] if above.name.startswith("lib") else []  # the libraries of an interpreter that brings its own
     elsewhere = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     packages = [folder for name, module in sys.modules.items() if "." not in name for folder in getattr(module, "__path__", ())]
     return [*dict.fromkeys((*installed, *shared, *elsewhere, *packages, *SYSTEM_FOLDERS))]
@@ -121,14 +122,15 @@ def describe_gaps(abi: int, has_filter: bool, has_own_network: bool, has_own_use
     elif not abi:
         gaps.append("files: no Landlock (Linux 5.13 or newer, where it is enabled); the system-call filter refuses to open any file")
     elif missing := [what for since, what in ADDED_BY_ABI.items() if since > abi]:
-        gaps.append(f"files: Landlock of ABI {abi} does not restrict {', '.join(missing)}; the system-call filter alone does")
+        alone = "the system-call filter alone does" if has_filter else "nothing does"
+        gaps.append(f"files: Landlock of ABI {abi} does not restrict {', '.join(missing)}; {alone}")
     if not has_filter:
         gaps.append("system calls: no filter (it takes Linux with seccomp on x86-64 or ARM64): a renderer can start and signal processes")
     if not has_own_network:
         alone = "the system-call filter alone keeps a renderer off the network" if has_filter else "a renderer can use the network"
         gaps.append(f"network: no namespace of its own is granted; {alone}")
     if not has_own_user:
-        gaps.append("user: this is root without CAP_SETUID, CAP_SETGID or CAP_KILL, and a renderer is root, too, without capabilities")
+        gaps.append("user: a root without CAP_SETUID, CAP_SETGID or CAP_KILL, or in a small user namespace: a renderer is root, too")
     return gaps
 
 
