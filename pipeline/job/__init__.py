@@ -23,11 +23,11 @@ from pydantic import ValidationError
 
 from pipeline import schema
 from pipeline.errors import JobError
+from pipeline.job.pydantic_model import is_model_name, load_model_schema
 from pipeline.job.sections import JobSections
 from pipeline.job.yaml_file import apply_setting, explain_errors, read_yaml
 from pipeline.records import Sampling
 from pipeline.schema import prompt
-from pipeline.schema.pydantic_model import is_model_name, load_model_schema
 from pipeline.schema.request_schema import build_request_schema
 from pipeline.storage.location import Location, is_store_url, parse_location
 from pipeline.version import __version__

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field, NaiveDatetime
 
 from pipeline import schema as schemas
+from pipeline.job.pydantic_model import DecimalJsonSchema, is_model_name
 from pipeline.schema.arrow import ArrowPlan
 from pipeline.schema.grammar import check_grammar
-from pipeline.schema.pydantic_model import DecimalJsonSchema, is_model_name
 from pipeline.schema.request_schema import build_request_schema
 from pipeline.schema.validate import Validator
 from tests.support.models import MODELS, Invoice, Limits, Line, Visit
