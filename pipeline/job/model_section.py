@@ -34,12 +34,12 @@ class ModelSection(Section):
     without_gpu: Literal["stop", "demo", "cpu"] = Field(
         "stop",
         description="What to do where there is no GPU: stop with exit code 2, use the demonstration model of this package (reported on the "
-        "terminal and noted in every record), or run the named model on the CPU (minutes per page for 7B).",
+        "terminal and noted in every record; it reads its own samples, all other documents fail), or run the named model on the CPU (minutes per page for 7B).",
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto",
-        description="Weights' type; `auto` is float32 on a CPU; on a GPU bfloat16 for AWQ, else the checkpoint's own; with `vllm` what "
-        "vLLM chooses.",
+        description="Weights' type; `auto` is float32 on a CPU; on a GPU bfloat16 for AWQ, where the GPU has it, else the checkpoint's "
+        "own; for plain checkpoints with `vllm` what vLLM chooses.",
     )
     batch_size: int = Field(
         8,
