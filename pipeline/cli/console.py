@@ -180,7 +180,7 @@ def describe_demo_model(replaced: str) -> str:
     """Return the notice that the demonstration model answers."""
     return (
         f"No GPU here: the DEMONSTRATION MODEL of this package answers instead of {replaced}.\n"
-        "It reads the synthetic slips of jobs/samples and little else; every record says so in `_model`."
+        "It reads the synthetic slips of jobs/samples; every other document fails with generate/demo."
     )
 
 
