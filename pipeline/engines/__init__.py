@@ -45,6 +45,10 @@ class Engine(Protocol):
         """
         ...
 
+    def measure_silence_s(self) -> float:
+        """Return for how long the engine has had requests and no token; 0 while it has none, or watches over its answers itself."""
+        ...
+
     def close(self) -> None:
         """Release the model. Requests still waiting fail with EngineDead."""
         ...

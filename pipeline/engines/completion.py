@@ -9,7 +9,10 @@ answer that loops is stopped and fails. The engine `openai` uses it too, on toke
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
 from typing import TypeVar
 
 from pipeline.errors import DocumentError
@@ -46,6 +49,34 @@ def check_token_length(prompt_tokens: int, answer_tokens: int, context_tokens: i
     if prompt_tokens >= context_tokens:
         found = f"the prompt has {prompt_tokens:,} tokens, the model takes {context_tokens:,}, answer included"
         raise DocumentError("too_long", f"{found}: lower pages.per_request")
+
+
+class TokenClock:
+    """Measures for how long an engine has had requests and no token."""
+
+    def __init__(self) -> None:
+        self.requests, self.last_token_s, self.lock = 0, 0.0, Lock()
+
+    @contextmanager
+    def count_request(self) -> Iterator[None]:
+        """Count a request as long as it is under way; the first one starts the clock."""
+        with self.lock:
+            if not self.requests:
+                self.note_token()
+            self.requests += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.requests -= 1
+
+    def note_token(self) -> None:
+        """Note that the engine has written a token, of whichever request."""
+        self.last_token_s = time.monotonic()
+
+    def measure_silence_s(self) -> float:
+        """Return the seconds since the last token; 0 while there are no requests."""
+        return time.monotonic() - self.last_token_s if self.requests else 0.0
 
 
 def build_completion(

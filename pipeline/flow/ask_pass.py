@@ -29,6 +29,7 @@ from pipeline import cluster, engines
 from pipeline.errors import EngineDead, RunError
 from pipeline.flow.capacity import Reservations
 from pipeline.flow.metrics import EngineMetrics, RenderMetrics
+from pipeline.flow.quarantine import DeathRecord, Quarantine
 from pipeline.flow.watchdog import StallWatchdog, call_while_executing
 from pipeline.job import Job
 from pipeline.output.ledger import LEDGER_SCHEMA, LedgerState
@@ -53,6 +54,8 @@ EXECUTION_ERRORS = (RayError, getattr(ray.data.exceptions, "ExecutionTimeoutErro
 """What Ray Data raises when an execution fails; newer versions raise the second where nothing has moved for half an hour."""
 EXIT_DELAY_S = 1.0
 """How long an actor whose engine is dead stays, so that answers that are there already reach the driver."""
+STALL_PERIOD_S = 5.0
+"""How often an actor looks whether its engine still writes tokens."""
 LOADED_PERIOD_S = 1.0
 """How often the driver asks whether an engine has loaded its model."""
 IDENTIFIED_PERIOD_S = 5.0
@@ -80,7 +83,7 @@ class RequestRegistry:
     def __init__(self, state: LedgerState) -> None:
         self.state, self.owners = state, dict[str, str]()
         self.identified: dict[str, SourceRow] = {}
-        self.replaced, self.reason = 0, "its process ended without a message"
+        self.record = DeathRecord()
         self.nodes: dict[str, str] = {}
         self.loaded = 0
 
@@ -101,9 +104,21 @@ class RequestRegistry:
         taken, self.identified = list(self.identified.values()), {}
         return taken
 
-    def record_death(self, reason: str) -> None:
-        """Keep why an engine ends its process."""
-        self.reason = reason
+    def begin_requests(self, actor: str, keys: list[str]) -> dict[str, tuple[int, str]]:
+        """Note requests as under way; return those that were so at deaths of engines (`DeathRecord.begin`)."""
+        return self.record.begin(actor, keys)
+
+    def begin_alone(self, actor: str, key: str) -> None:
+        """Note that a request is asked with no other."""
+        self.record.begin_alone(actor, key)
+
+    def end_request(self, actor: str, key: str) -> None:
+        """Note that a request is answered."""
+        self.record.end(actor, key)
+
+    def record_death(self, actor: str, last_words: str) -> None:
+        """Keep why an engine ends its process, for the requests that it had."""
+        self.record.record_death(actor, last_words)
 
     def record_node(self, actor: str, node: str) -> str | None:
         """Keep on which node an engine lives; return the node where it lived before it died."""
@@ -123,10 +138,9 @@ class RequestRegistry:
         """Say whether any engine has loaded its model."""
         return self.loaded > 0
 
-    def count_replacement(self) -> tuple[int, str]:
-        """Return how many engines were replaced, this one included, and the last reason."""
-        self.replaced += 1
-        return self.replaced, self.reason
+    def count_replacement(self, actor: str) -> tuple[int, str]:
+        """Return how many engines were replaced, this one included, and the last words of the dead one."""
+        return self.record.count_replacement(actor)
 
 
 def exit_without_destructors() -> None:
@@ -169,18 +183,30 @@ class EngineActor:
         self.registry = registry
         here = ray.get_runtime_context()
         self.name = f"{here.get_actor_id()} {os.getpid()}"  # one that is replaced keeps its id
-        before = ray.get(registry.record_node.remote(here.get_actor_id(), here.get_node_id()))
+        self.actor = str(here.get_actor_id())
+        before = ray.get(registry.record_node.remote(self.actor, here.get_node_id()))
         if here.was_current_actor_reconstructed and cluster.is_node_alive(before):  # that a node went away is not the engine's failure
             self.check_replacements(job.sections.ray.max_restarts)
-        self.stage, self.metrics = AskStage(job, self.load(job, threads)), EngineMetrics(job.sections.name)
+        self.engine, self.metrics = self.load(job, threads), EngineMetrics(job.sections.name)
+        self.quarantine = Quarantine(AskStage(job, self.engine), registry, self.actor)
+        threading.Thread(target=self.watch_engine, args=(job.sections.model.stall_s,), daemon=True).start()
         registry.record_loaded.remote()
 
     def load(self, job: Job, threads: int) -> engines.Engine:
         return engines.load_engine(job, threads, on_gpu=bool(ray.get_runtime_context().get_accelerator_ids().get("GPU")))
 
+    def watch_engine(self, stall_s: float) -> None:
+        """End this process once the engine has had requests and no token for this long: a GPU's driver or another process hangs."""
+        while (silent_s := self.engine.measure_silence_s()) < stall_s:
+            time.sleep(min(STALL_PERIOD_S, stall_s / 4))
+        waiting = self.metrics.waiting
+        last_words = f"no token for {silent_s:.0f} s with {waiting} requests under way, `model.stall_s` is {stall_s:g}"
+        ray.get(self.registry.record_death.remote(self.actor, last_words))
+        os._exit(1)
+
     def check_replacements(self, most: int) -> None:
         """Raise RunError, with which Ray gives up, when engines have died more often than the job allows."""
-        count, reason = ray.get(self.registry.count_replacement.remote())
+        count, reason = ray.get(self.registry.count_replacement.remote(self.actor))
         if count > most:
             raise RunError(
                 f"an engine died for the {count}. time, `ray.max_restarts` is {most}: {reason}; the same command resumes the run"
@@ -190,12 +216,12 @@ class EngineActor:
         waiting = len(batch)
         self.metrics.add_waiting(waiting)
         try:
-            async for row in self.stage(batch.to_pylist()):
+            async for row in self.quarantine.answer_rows(batch.to_pylist()):
                 times = self.metrics.record_answer(row)
                 waiting -= 1
                 yield pa.Table.from_pylist([{**row, "actor": self.name, **times}], ANSWERED_SCHEMA)
         except EngineDead as error:
-            await self.registry.record_death.remote(str(error))
+            await self.registry.record_death.remote(self.actor, str(error))
             await asyncio.sleep(EXIT_DELAY_S)
             os._exit(1)  # a death that Ray replaces; an exception would end the run
         finally:

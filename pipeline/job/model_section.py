@@ -34,7 +34,14 @@ class ModelSection(Section):
     without_gpu: Literal["stop", "demo", "cpu"] = Field(
         "stop",
         description="What to do where there is no GPU: stop with exit code 2, use the demonstration model of this package (reported on the "
-        "terminal and noted in every record; it reads its own samples, all other documents fail), or run the named model on the CPU (minutes per page for 7B).",
+        "terminal and noted in every record; it reads its own samples, all other documents fail), or run the named model on the CPU "
+        "(minutes per page for 7B).",
+    )
+    stall_s: float = Field(
+        300.0,
+        gt=0,
+        description="Longest time in which the engine `transformers` or `vllm` may have requests and write no token; then its process "
+        "ends and is replaced. Large models on a CPU need more for a page; more also waits longer for a GPU that hangs.",
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto",

@@ -202,7 +202,10 @@ class RaySection(Section):
         "machines for them where the cluster can; each costs the time to load the model.",
     )
     max_restarts: int = Field(
-        3, ge=0, description="How often a dead engine actor is replaced, which loads the model again, before the run stops (exit code 3)."
+        3,
+        ge=0,
+        description="How often a dead engine actor is replaced, which loads the model again, before the run stops (exit code 3). The death "
+        "of a request that was asked alone does not count; with less than 2 no request is found that kills its engine.",
     )
     gpus_per_actor: float = Field(1.0, ge=0, description="GPUs an actor reserves, where there are any.")
     cpus_per_actor: float | None = Field(

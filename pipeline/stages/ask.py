@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import numpy as np
@@ -27,11 +26,6 @@ class AskStage:
         self.job, self.engine = job, engine
         self.columns, self.validator = ArrowPlan(job.schema), Validator(job.schema)
         self.part_validator = Validator(schema.parse_json(job.part_schema))
-
-    async def __call__(self, rows: Sequence[RequestRow]) -> AsyncIterator[LedgerRow]:
-        """Yield each row answered, in the order of the rows."""
-        for answered in [asyncio.ensure_future(self.answer_row(row)) for row in rows]:
-            yield await answered
 
     async def answer_row(self, row: RequestRow) -> LedgerRow:
         """Return a row with its answer and without its pixels. A row that failed before it was asked keeps its failure."""

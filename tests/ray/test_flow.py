@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -100,6 +101,53 @@ class SlowEngine(InkEngine):
 class SlowActor(InkActor):
     def load(self, job: Job, threads: int) -> Engine:
         return SlowEngine(job.file.parent)
+
+
+class PoisonedEngine(InkEngine):
+    """Is ended by a black page, as by a fault in a kernel: at once, or when it says so."""
+
+    async def complete(self, request: Request) -> Completion:
+        pixels = request.messages[1].parts[0]
+        if not isinstance(pixels, str) and (pixels < 128).mean() > 0.5:
+            self.end()
+        await asyncio.sleep(0.05)
+        return await super().complete(request)
+
+    def end(self) -> None:
+        os._exit(1)
+
+
+class PoisonedActor(InkActor):
+    def load(self, job: Job, threads: int) -> Engine:
+        return PoisonedEngine()
+
+
+class HungEngine(PoisonedEngine):
+    """Hangs at a black page, and answers nothing from then on."""
+
+    hung_s = 0.0
+
+    def end(self) -> None:
+        self.hung_s = time.monotonic()
+        raise asyncio.CancelledError
+
+    async def complete(self, request: Request) -> Completion:
+        try:
+            completion = await super().complete(request)
+        except asyncio.CancelledError:
+            await asyncio.Event().wait()
+            raise AssertionError from None
+        while self.hung_s:
+            await asyncio.sleep(1)
+        return completion
+
+    def measure_silence_s(self) -> float:
+        return time.monotonic() - self.hung_s if self.hung_s else 0.0
+
+
+class HungActor(InkActor):
+    def load(self, job: Job, threads: int) -> Engine:
+        return HungEngine()
 
 
 class SilentEngine(InkEngine):
@@ -484,6 +532,27 @@ def test_an_engine_that_dies_is_replaced_and_dies_once_too_often(workspace: Work
     report = flow.run(job)
     assert (report.statuses, report.requests_asked) == ({"extracted": 1}, 9 - asked_before)
     assert [row["first_page"] for row in read_ledger(workspace)] == list(range(1, 10))
+
+
+@pytest.mark.parametrize(
+    ("actor", "last_words"),
+    [
+        (PoisonedActor, "its process ended without a message"),
+        (HungActor, r"no token for \d s with \d+ requests? under way, `model.stall_s` is 2"),
+    ],
+)
+def test_a_request_that_kills_its_engine_every_time_is_a_row_and_costs_no_other(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, actor: type, last_words: str
+) -> None:
+    monkeypatch.setattr(ask_pass, "EngineActor", actor)
+    workspace.put("a.pdf", draw_slip(*range(12)))
+    workspace.put("poison.pdf", make_page_pdf(200, 200, b"0 0 200 200 re f"))
+    workspace.put("z.pdf", draw_slip(*range(12, 20)))
+    report = flow.run(workspace.job("pages.per_request=1", "model.stall_s=2"))
+    assert (report.exit_code, report.statuses, report.failures) == (1, {"extracted": 2, "failed": 1}, {"generate/engine_died": 1})
+    ledger = {(row["source"], row["first_page"]): row for row in read_ledger(workspace)}
+    assert len(ledger) == 21
+    assert re.search(f"the engine died 3 times with this request, .*: {last_words}$", ledger["in/poison.pdf", 1]["failure"]["message"])
 
 
 def test_a_run_in_which_nothing_moves_any_more_breaks_off(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,9 @@ class ScriptedEngine:
             raise reply
         return reply if isinstance(reply, Completion) else reply(request)
 
+    def measure_silence_s(self) -> float:
+        return 0.0
+
     def close(self) -> None:
         """Nothing to release."""
 

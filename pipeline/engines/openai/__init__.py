@@ -46,6 +46,10 @@ class OpenAIEngine:
         check_page_tokens(request, self.max_request_tokens)
         return await self.loop_thread.run(self.send(request, self.profile))
 
+    def measure_silence_s(self) -> float:
+        """Return 0: the limits on time of a call (`model.idle_timeout_s`, `model.timeout_s`) end one that gets no answer."""
+        return 0.0
+
     def close(self) -> None:
         """Close all connections. Requests still waiting fail with EngineDead."""
         self.loop_thread.close(on_close=self._client.close)

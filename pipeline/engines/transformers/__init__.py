@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from pipeline.engines import checkpoint
-from pipeline.engines.completion import build_completion, check_token_length, convert_request_error
+from pipeline.engines.completion import TokenClock, build_completion, check_token_length, convert_request_error
 from pipeline.engines.encoding import EncodedPrompt
 from pipeline.engines.transformers import load
 from pipeline.engines.transformers.batch import Batch, BatchRow
@@ -74,7 +74,7 @@ class TransformersEngine:
         self.max_model_len = max_model_len or checkpoint.count_context_tokens(self._model.network.config)
         self.max_request_tokens = max_request_tokens
         self._batch_size = batch_size
-        self._changed = Condition()
+        self._changed, self._clock = Condition(), TokenClock()
         self._waiting: list[PendingRequest] = []
         self._active: dict[BatchRow, PendingRequest] = {}
         self._stopped: str | None = None
@@ -84,11 +84,16 @@ class TransformersEngine:
     async def complete(self, request: Request) -> Completion:
         """Return the answer to one request; from any event loop."""
         pending = await asyncio.to_thread(self._prepare, request)
-        with self._changed:
-            self._check_open()
-            self._waiting.append(pending)
-            self._changed.notify()
-        return await asyncio.wrap_future(pending.future)
+        with self._clock.count_request():
+            with self._changed:
+                self._check_open()
+                self._waiting.append(pending)
+                self._changed.notify()
+            return await asyncio.wrap_future(pending.future)
+
+    def measure_silence_s(self) -> float:
+        """Return for how long the engine has had requests and has not ended a pass."""
+        return self._clock.measure_silence_s()
 
     def close(self) -> None:
         """Release the model. Requests still waiting fail with EngineDead."""
@@ -124,6 +129,7 @@ class TransformersEngine:
             while self._stopped is None:
                 try:
                     batch = self._admit_and_advance(batch)
+                    self._clock.note_token()
                 except torch.OutOfMemoryError:  # outside a forward pass: while rows joined or left
                     batch = self._requeue(list(self._active))
         except BaseException as error:  # any: the callers learn of it by EngineDead, and by nothing else

@@ -26,7 +26,15 @@ import torch
 from PIL import Image
 
 from pipeline.engines import checkpoint, checkpoint_files
-from pipeline.engines.completion import LOOP_EVERY, build_completion, check_token_length, convert_request_error, find_loop, make_loop_error
+from pipeline.engines.completion import (
+    LOOP_EVERY,
+    TokenClock,
+    build_completion,
+    check_token_length,
+    convert_request_error,
+    find_loop,
+    make_loop_error,
+)
 from pipeline.engines.encoding import EncodedPrompt, Encoder
 from pipeline.engines.event_loop import EventLoopThread
 from pipeline.engines.vllm import launch
@@ -57,7 +65,7 @@ class VLLMEngine:
         size = config.get_text_config().vocab_size
         self._vocabulary = Vocabulary(tokenizer.backend_tokenizer.to_str(), size=size, eos_ids=[tokenizer.eos_token_id])
         self._request_ids, self._log_offset = count(), launch.prepare_environment(threads)
-        self._loop_thread = EventLoopThread("vllm-engine")
+        self._loop_thread, self._clock = EventLoopThread("vllm-engine"), TokenClock()
         self._lora = checkpoint.locate_checkpoint(lora, None) if lora else None
         try:
             engine_arguments = launch.build_engine_arguments(folder, config, bool(rope_scaling), self._lora, arguments)
@@ -71,7 +79,12 @@ class VLLMEngine:
 
     async def complete(self, request: Request) -> Completion:
         """Return the answer to one request; called from any event loop."""
-        return await self._loop_thread.run(self._complete(request))
+        with self._clock.count_request():
+            return await self._loop_thread.run(self._complete(request))
+
+    def measure_silence_s(self) -> float:
+        """Return for how long the engine has had requests and no token."""
+        return self._clock.measure_silence_s()
 
     def close(self) -> None:
         """End vLLM's processes. Requests still waiting fail with EngineDead."""
@@ -119,6 +132,7 @@ class VLLMEngine:
             async for output in outputs:
                 if not tokens:
                     check_prompt_tokens(prompt, output.prompt_token_ids)
+                self._clock.note_token()
                 [added], before = output.outputs, len(tokens)
                 tokens += added.token_ids
                 logprobs += [scores[token].logprob for token, scores in zip(added.token_ids, added.logprobs, strict=True)]

@@ -89,7 +89,7 @@ def asked(workspace: Workspace, answers: list[str]) -> list[Row]:
 
     async def ask() -> list[Row]:
         stage = AskStage(workspace.job("extract.re_asks=0"), Engine())
-        return [row async for row in stage([make_row(number) for number in range(len(answers))])]
+        return await asyncio.gather(*(stage.answer_row(make_row(number)) for number in range(len(answers))))
 
     return asyncio.run(ask())
 

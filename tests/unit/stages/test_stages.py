@@ -14,7 +14,6 @@ import pytest
 
 from pipeline.budget import RenderSettings
 from pipeline.errors import DocumentError, EngineDead, JobError
-from pipeline.records import Request
 from pipeline.render.sandbox import Sandbox
 from pipeline.stages.ask import AskStage, decode_pages
 from pipeline.stages.render import RenderStage, make_render_settings
@@ -279,73 +278,9 @@ def test_a_page_that_is_a_record_of_its_own_is_checked_whole(workspace: Workspac
     assert list_texts(engine.requests[0])[-1] == "Return the JSON object for this document."
 
 
-# --- batches
-
-
-def ask_all(workspace: Workspace, rows: list[Row], *says: Reply) -> list[Row]:
-    async def answers() -> list[Row]:
-        return [row async for row in AskStage(workspace.job(), ScriptedEngine(*says))(rows)]
-
-    return asyncio.run(answers())
-
-
-def by_key(request: Request) -> Any:
-    """Answer all requests but k2, which the engine stumbles over."""
-    if request.key == "k2":
-        raise DocumentError("engine", "the engine failed on this request")
-    return make_completion()
-
-
-def test_an_engine_that_fails_on_one_request_costs_that_one_alone(workspace: Workspace) -> None:
-    rows = ask_all(workspace, [REQUEST | {"key": key} for key in ("k1", "k2", "k3")], by_key)
-    assert {row["key"]: row["status"] for row in rows} == {"k1": "extracted", "k2": "failed", "k3": "extracted"}
-
-
-def test_requests_of_a_batch_are_under_way_together(workspace: Workspace) -> None:
-    waiting: list[Request] = []
-
-    class Patient(ScriptedEngine):
-        """Answers when all three requests have come: it would wait for ever for requests that come one by one."""
-
-        async def complete(self, request: Request) -> Any:
-            waiting.append(request)
-            while len(waiting) < 3:
-                await asyncio.sleep(0)
-            return make_completion()
-
-    async def answers() -> list[Row]:
-        rows = [REQUEST | {"key": key} for key in ("k1", "k2", "k3")]
-        return [row async for row in AskStage(workspace.job(), Patient())(rows)]
-
-    assert len(asyncio.run(asyncio.wait_for(answers(), 60))) == 3
-
-
-def test_rows_come_in_the_order_they_were_given_whatever_is_answered_first(workspace: Workspace) -> None:
-    """A batch that is asked again, because its actor died, must have the same rows at the same places: Ray drops those it has."""
-
-    class Backwards(ScriptedEngine):
-        async def complete(self, request: Request) -> Any:
-            for _ in range(3 - int(request.key[1:])):
-                await asyncio.sleep(0)
-            self.requests.append(request)
-            return make_completion()
-
-    async def answers() -> list[Row]:
-        return [row async for row in AskStage(workspace.job(), engine)([REQUEST | {"key": key} for key in ("k1", "k2", "k3")])]
-
-    engine = Backwards()
-    assert [row["key"] for row in asyncio.run(answers())] == ["k1", "k2", "k3"]
-    assert [request.key for request in engine.requests] == ["k3", "k2", "k1"]
-
-
 def test_a_dead_engine_is_no_row(workspace: Workspace) -> None:
     with pytest.raises(EngineDead):
-        ask_all(workspace, [REQUEST], EngineDead("the GPU is gone"))
-
-
-def test_the_stage_keeps_no_pixels_of_what_it_could_not_draw(workspace: Workspace, stage: RenderStage) -> None:
-    row = one(stage(make_listing_row(workspace.put("a.pdf", b""), workspace.folder)))
-    assert "pixels" not in row
+        ask(workspace, EngineDead("the GPU is gone"))
 
 
 # --- the stand-in reads its own samples
