@@ -236,7 +236,7 @@ def preview_command(
     if png:
         write_preview_png(seen, png)
     if not as_json:
-        show_page(file, page, seen.facts, job.system_message, seen.ask)
+        show_page(seen.facts["file"], page, seen.facts, job.system_message, seen.ask)
     answer = None
     if not no_answer:
         on_demo = None if as_json else lambda replaced: print_message(describe_demo_model(replaced))
