@@ -160,7 +160,7 @@ def start_ray() -> None:
     import ray
 
     try:
-        folder = open_scratch_folder() / "ray"
+        folder = open_scratch_folder() / "ray"  # Ray makes its folders 0777, whatever the umask: this one keeps others out
     except OSError as error:
         raise RunError(f"there is no folder for temporary files: {error.strerror or error}; set TMPDIR to one") from None
     for left in reversed(range(RAY_START_ATTEMPTS)):
@@ -174,9 +174,6 @@ def start_ray() -> None:
     if open_to := [found for node in ray.nodes() if not ip_address(found := node["NodeManagerAddress"]).is_loopback]:
         ray.shutdown()
         raise RunError(f"Ray {ray.__version__} listens on {open_to[0]} in place of loopback: install a version that pyproject.toml allows")
-    for path in folder.rglob("*"):
-        if path.is_dir() and not path.is_symlink():
-            path.chmod(0o700)  # Ray makes its folders 0777
 
 
 @hide_ray_addresses()
