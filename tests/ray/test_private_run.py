@@ -29,7 +29,7 @@ from tests.support.workspace import Workspace, draw_slip
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes and sockets are found by /proc")
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 300
-POLL_S = 0.1
+POLL_S = 0.3
 PAGES = 24
 PASSWORD, SIGNATURE = "pass-6f1f2c", "sig-9d3b7e"
 LISTENING = "0A"
@@ -41,6 +41,7 @@ from ray._raylet import GcsClient
 from ray.exceptions import AuthenticationError
 try:
     GcsClient(address=sys.argv[1]).get_all_node_info(timeout=5)
+    print("let in")
 except AuthenticationError:
     print("refused")
 """
@@ -135,12 +136,11 @@ def watch_run(run: subprocess.Popen[str], workspace: Workspace, seen: Observed, 
                 seen.leaks.add(read_title(process))
         look_at_files(seen.scratch, (token, PASSWORD), seen)
         look_at_files(workspace.folder / "out", (token, PASSWORD, SIGNATURE), seen)
-        if list_shards(workspace) != before:
-            seen.refused = seen.refused or join_without_token(family)
-            if kill:
-                for process in family:
-                    if "pipeline.cli" in read_title(process):
-                        os.kill(process, signal.SIGKILL)
+        seen.refused = seen.refused or join_without_token(family)
+        if kill and list_shards(workspace) != before:
+            for process in family:
+                if "pipeline.cli" in read_title(process):
+                    os.kill(process, signal.SIGKILL)
         time.sleep(POLL_S)
     seen.out, seen.err = run.communicate(timeout=PATIENCE_S)
     seen.code = run.returncode
@@ -216,8 +216,10 @@ def look_at_files(top: Path, secrets: tuple[str, ...], seen: Observed) -> None:
 
 
 def join_without_token(family: list[int]) -> str:
-    """Return what a process says that wants to know the nodes of the run's Ray and has no token."""
+    """Return what a process says that wants to know the nodes of the run's Ray, if that runs, and has no token."""
     addresses = {found[1] for process in family if (found := re.search(r"--gcs-address=(\S+)", read_title(process)))}
+    if not addresses:
+        return ""
     command = [sys.executable, "-c", JOIN_WITHOUT_TOKEN, addresses.pop()]
     return subprocess.run(command, env=os.environ | {"RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True).stdout.strip()
 
