@@ -64,8 +64,10 @@ class SlipServer(BaseHTTPRequestHandler):
 def serve_slips() -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), SlipServer) as server:
         Thread(target=server.serve_forever).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
 
 
 @dataclass
@@ -192,7 +194,7 @@ def look_at_sockets(family: list[int], seen: Observed) -> None:
             for descriptor in Path(f"/proc/{process}/fd").iterdir():
                 with suppress(OSError):
                     if address := listening.get(os.readlink(descriptor)):
-                        seen.programs.add(re.sub(r".*/", "", read_title(process).split()[0]))
+                        seen.programs.add(re.sub(r".*/", "", read_title(process).partition(" ")[0]))
                         if not LOOPBACK.fullmatch(address.partition(":")[0]):
                             seen.open_sockets.add(f"{read_title(process)[:80]} {address}")
 
