@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pipeline.errors import JobError
 from pipeline.records import LedgerRow
@@ -46,6 +49,13 @@ class JsonLinesFormatter(logging.Formatter):
         return json.dumps({"at": at, "event": record.msg, **getattr(record, "facts", {})}, default=str)
 
 
+class PrivateFileHandler(logging.FileHandler):
+    """Appends to a file; a new one can be read by its owner alone."""
+
+    def _open(self) -> TextIOWrapper:
+        return cast(TextIOWrapper, open(self.baseFilename, self.mode, encoding=self.encoding, opener=partial(os.open, mode=0o600)))
+
+
 @contextmanager
 def attach_handler(handler: logging.Handler) -> Iterator[None]:
     """Attach a logging handler for the duration of the block."""
@@ -69,7 +79,7 @@ def write_events_to(file: Path | None) -> Iterator[None]:
         yield
         return
     try:
-        handler = logging.StreamHandler() if str(file) == "-" else logging.FileHandler(file, encoding="utf-8")
+        handler = logging.StreamHandler() if str(file) == "-" else PrivateFileHandler(file, encoding="utf-8")
     except OSError as error:
         raise JobError(f"cannot write the log {file}: {error.strerror}") from None
     handler.setFormatter(JsonLinesFormatter())

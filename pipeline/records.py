@@ -61,6 +61,8 @@ class Document:
     """-1: listed, but must not be read; None: unknown before it is read, for example at a URL."""
     version: str
     """By which a changed file is detected without reading it: mtime in ns, or the etag of an object store."""
+    full_url: str | None = field(default=None, repr=False)
+    """The URL that is fetched, where `source` hides its query; it may be signed, and is for `sources/` alone."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,8 @@ class SourceRow(TypedDict, total=False):
     """sha256 of the document's bytes, 64 hex digits; None until it is read."""
     page_count: int | None
     """None until the document is opened; 0 if that failed."""
+    full_url: str | None
+    """As in `Document`."""
 
 
 class LedgerRow(TypedDict, total=False):
@@ -223,6 +227,7 @@ class RequestRow(LedgerRow, total=False):
 
     size_bytes: int | None
     version: str
+    full_url: str | None
     pixels: list[bytes]
     """RGB bytes of each page, height_px × width_px × 3."""
 

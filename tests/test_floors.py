@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pipeline"
 FLOORS = (
-    *("version", "errors", "deadline", "processes", "records", "budget", "events", "report"),
+    *("version", "errors", "deadline", "processes", "scratch", "records", "budget", "events", "report"),
     *("schema", "storage", "render", "job", "sources", "output", "engines", "cluster", "stages", "flow", "demo", "cli"),
 )
 """Files and folders of the package in the order of the data's way, read backwards: each imports only what stands before it."""

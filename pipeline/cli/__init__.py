@@ -6,6 +6,7 @@ Each command imports what it needs when it runs: `pipeline --help` loads neither
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from pipeline.cli.console import (
 from pipeline.cli.exit_codes import Terminated, call_on_signal, convert_to_exit_code
 from pipeline.processes import hide_process
 from pipeline.report import ExitCode
+from pipeline.scratch import PRIVATE_UMASK
 from pipeline.version import __version__
 
 if TYPE_CHECKING:
@@ -234,7 +236,7 @@ def preview_command(
     if png:
         write_preview_png(seen, png)
     if not as_json:
-        show_page(file, page, seen.facts, job.system_message, seen.ask)
+        show_page(seen.facts["file"], page, seen.facts, job.system_message, seen.ask)
     answer = None
     if not no_answer:
         on_demo = None if as_json else lambda replaced: print_message(describe_demo_model(replaced))
@@ -288,7 +290,11 @@ def show_run(work: Callable[[ProgressDisplay], Report], stopping: str, as_json: 
 
 
 def start_program() -> None:
-    """The program `pipeline`. What starts Ray runs supervised, so that every way in which it can end has an exit code."""
+    """The program `pipeline`. What starts Ray runs supervised, so that every way in which it can end has an exit code.
+
+    All files that it and its child processes write are this user's alone.
+    """
+    os.umask(PRIVATE_UMASK)
     hide_process()  # its environment has keys and passwords; the supervised processes are forked and hidden, too
     if sys.argv[1:2] not in (["run"], ["settle"]):
         main()

@@ -16,10 +16,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
 from pipeline.processes import adopt_orphans, die_with_parent, kill_children, send_signal
+from pipeline.scratch import open_scratch_folder, remove_scratch_folder
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LEAVE_S = 1.0
@@ -31,10 +33,12 @@ def run_supervised(work: Callable[[], int], broken: Callable[[str], int]) -> int
 
     If that process ends before the function does, `broken` gets a phrase that says how, and returns the status. Signals are forwarded
     to the function's process, which a terminal's Ctrl-C does not reach directly. It dies when this process is killed, and with it
-    every process that it has started.
+    every process that it has started. The scratch folder is removed at the end.
     """
     if sys.platform != "linux":
         return work()
+    with suppress(OSError):  # what needs the folder says that it cannot be made
+        open_scratch_folder()
     here = os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until there is a process to forward them to
     adopt_orphans()  # should the keeper be killed
@@ -43,6 +47,7 @@ def run_supervised(work: Callable[[], int], broken: Callable[[str], int]) -> int
         run_keeper(work, broken, here)
     status = wait_for_child(keeper)
     kill_children()
+    remove_scratch_folder()
     return os.WEXITSTATUS(status) if os.WIFEXITED(status) else broken(describe_end(status))
 
 

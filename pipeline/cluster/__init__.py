@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import secrets
 import signal
 import socket
 import threading
@@ -12,12 +13,14 @@ import time
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.errors import JobError, RunError
 from pipeline.job.sections import check_cluster_address
+from pipeline.scratch import PRIVATE_UMASK, open_scratch_folder
 
 LOCAL, AUTO = "local", "auto"
 PACKAGE = Path(__file__).parents[1]
@@ -27,6 +30,7 @@ EXCLUDED = ["__pycache__"]
 ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by a job server in the processes that it starts: their runtime environment."""
+AUTH_MODE, AUTH_TOKEN, AUTH_TOKEN_FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 DEFAULT_PORTS = {"http": 80, "https": 443}
 REACHED_S = 10.0
 RAY_START_ATTEMPTS = 3
@@ -56,8 +60,8 @@ class Resources:
 def connect_ray(address: str | None = None) -> Resources:
     """Join the Ray cluster at an address, or start Ray on this machine, and return what there is.
 
-    Without an address RAY_ADDRESS decides; `local` starts Ray whatever that says. Of a Ray that is started
-    here the dashboard and job server stay off, because they run anyone's code (CVE-2023-48022). Raises JobError, RunError.
+    Without an address RAY_ADDRESS decides; `local` starts Ray whatever that says. A Ray that is started here is closed to others,
+    because Ray runs anyone's code (CVE-2023-48022): see `close_local_ray`. Raises JobError, RunError.
     """
     os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
     import ray
@@ -111,19 +115,65 @@ def keep_signal_handlers() -> Iterator[None]:
             signal.signal(signal.SIGTERM, listener)
 
 
+@contextmanager
+def close_local_ray() -> Iterator[None]:
+    """Have the Ray that is started in the block serve this run alone, whatever the environment and Ray's defaults say.
+
+    All its ports listen on loopback; a random token of its own guards them (Ray 2.52 and newer), which stands in the environment of its
+    processes and nowhere else; what its processes write is private. Afterwards the environment of this process is as it was.
+    """
+    from ray._private import ray_constants  # Ray has no public way to listen on loopback: it replaces 127.0.0.1 by another address
+
+    own = {AUTH_MODE: "token", AUTH_TOKEN: secrets.token_hex(32), "TMPDIR": str(open_scratch_folder())}
+    before = {name: os.environ.get(name) for name in (*own, AUTH_TOKEN_FILE)}
+    os.environ.pop(AUTH_TOKEN_FILE, None)
+    os.environ.update(own)
+    is_cluster_wanted, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    umask = os.umask(PRIVATE_UMASK)
+    try:
+        reload_ray_token()
+        yield
+    finally:
+        os.umask(umask)
+        ray_constants.ENABLE_RAY_CLUSTER = is_cluster_wanted
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def reload_ray_token() -> None:
+    """Have Ray read its token from the environment again; it keeps the one that it read first."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled, without type stubs
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
 @hide_ray_addresses()
 @keep_signal_handlers()
 def start_ray() -> None:
-    """Start Ray; again, if the machine is so busy that Ray's own processes miss their deadline of 15 s (ray#65983). Raises RunError."""
+    """Start Ray, closed to others; again, if the machine is so busy that its processes miss their deadline of 15 s (ray#65983).
+
+    Raises RunError, also where Ray listens on an address that other machines reach.
+    """
     import ray
 
+    try:
+        folder = open_scratch_folder() / "ray"  # Ray makes its folders 0777, whatever the umask: this one keeps others out
+    except OSError as error:
+        raise RunError(f"there is no folder for temporary files: {error.strerror or error}; set TMPDIR to one") from None
     for left in reversed(range(RAY_START_ATTEMPTS)):
         try:
-            ray.init(LOCAL, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            with close_local_ray():
+                ray.init(LOCAL, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, _temp_dir=str(folder))
             break
         except Exception as error:  # any: a raylet that is late is a bare Exception
             if not left or "timed out during startup" not in str(error):
                 raise RunError(f"Ray does not start on this machine: {error}") from error
+    if open_to := [found for node in ray.nodes() if not ip_address(found := node["NodeManagerAddress"]).is_loopback]:
+        ray.shutdown()
+        raise RunError(f"Ray {ray.__version__} listens on {open_to[0]} in place of loopback: install a version that pyproject.toml allows")
 
 
 @hide_ray_addresses()
@@ -134,6 +184,7 @@ def join_cluster(address: str) -> None:
     from ray.exceptions import RayError
 
     check_reachable(address)
+    reload_ray_token()  # a Ray that was started here before had another one
     environment = None if SUBMITTED in os.environ else {"py_modules": [str(PACKAGE)], "excludes": EXCLUDED}
     try:
         ray.init(address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
@@ -144,7 +195,7 @@ def join_cluster(address: str) -> None:
 def explain_join_error(error: BaseException) -> str:
     """Return why joining a cluster failed."""
     why = " ".join(str(error).split())[:300] if not isinstance(error, SystemExit) else "it does not answer as Ray does"
-    return why if os.environ.get("RAY_AUTH_MODE") == "token" else f"{why}; one with a token wants RAY_AUTH_MODE=token and it here, too"
+    return why if os.environ.get(AUTH_MODE) == "token" else f"{why}; one with a token wants RAY_AUTH_MODE=token and it here, too"
 
 
 def check_reachable(address: str) -> None:

@@ -281,7 +281,7 @@ def take_identified(registry: Any) -> Iterator[AnsweredRow]:
 
 def build_requests(ask_pass: AskPass, documents: pa.Table, registry: Any) -> ray.data.Dataset:
     """Return the documents' requests, rendered in tasks of their own, so that a renderer that dies does not end an engine."""
-    listed = documents.select(["source", "size_bytes", "version"])
+    listed = documents.select(["source", "size_bytes", "version", "full_url"])
     blocks = [listed.slice(start, DOCUMENTS_PER_TASK).combine_chunks() for start in range(0, listed.num_rows, DOCUMENTS_PER_TASK)]
     step: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": ask_pass.reservations.renderer_cpus}
     return ray.data.from_arrow(blocks).map_batches(cast(Any, render_documents), fn_args=(ask_pass.render, registry), **step)

@@ -25,7 +25,8 @@ def list_documents(job: Job) -> pa.Table:
 
     Raises JobError, and SourceError when there is no document at all.
     """
-    listing = sources.find_documents(job.sections.source.paths, job.file.parent, allow_outside=job.sections.source.allow_outside)
+    source = job.sections.source
+    listing = sources.find_documents(source.paths, job.file.parent, allow_outside=source.allow_outside, keep_query=source.keep_query)
     own = f"{job.output}/"
     if isinstance(job.output, Path):
         own = local.format_source(os.path.realpath(job.output), os.path.realpath(job.file.parent)) + "/"

@@ -29,7 +29,7 @@ from pipeline.job.yaml_file import apply_setting, explain_errors, read_yaml
 from pipeline.records import Sampling
 from pipeline.schema import prompt
 from pipeline.schema.request_schema import build_request_schema
-from pipeline.storage.location import Location, is_store_url, parse_location
+from pipeline.storage.location import Location, hide_query, is_store_url, parse_location
 from pipeline.version import __version__
 
 DEMO_MODEL = "demo"
@@ -159,8 +159,12 @@ class Job:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def dump_keys(self) -> dict[str, Any]:
-        """Return every key with its value, as `pipeline check` prints it and `job.yaml` records it."""
-        return self.sections.model_dump(mode="json", by_alias=True)
+        """Return every key with its value, as `pipeline check` prints it and `job.yaml` records it: URLs without their queries,
+        unless the job keeps these."""
+        keys = self.sections.model_dump(mode="json", by_alias=True)
+        if not self.sections.source.keep_query:
+            keys["source"]["paths"] = [hide_query(path) for path in keys["source"]["paths"]]
+        return keys
 
 
 def is_commit(revision: str) -> bool:

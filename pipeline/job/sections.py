@@ -24,7 +24,16 @@ class SourceSection(Section):
         "relative to the job file; http(s) URLs of single files; objects, prefixes and globs in object stores (s3://, gs://, az://). A "
         "manifest's other columns are copied into the records.",
     )
-    password_env: str | None = Field(None, description="Name of the environment variable that holds the password of encrypted PDFs.")
+    password_env: str | None = Field(
+        None,
+        description="Name of the environment variable that holds the password of encrypted PDFs. It is read on each machine that renders "
+        "and must be set there.",
+    )
+    keep_query: bool = Field(
+        False,
+        description="Keep the query of http(s) URLs in `_source`, events and messages. Costs secrecy: a query may be a signature that lets "
+        "anyone fetch the document. By default a digest stands for it, and the whole URL is in `sources/` alone.",
+    )
     allow_outside: bool = Field(
         False,
         description="Let a manifest name files outside its own folder. Costs safety: the author of a manifest can then have any file "

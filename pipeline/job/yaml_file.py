@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import JobError
-from pipeline.storage.location import redact_url
+from pipeline.storage.location import hide_query, redact_url
 
 KeyPositions = dict[tuple[str | int, ...], str]
 """Where each key was set: `jobs/invoices.yaml:12`, or the `--set` option that changed it."""
@@ -82,7 +82,7 @@ def apply_setting(data: dict[str, Any], setting: str, positions: KeyPositions) -
         raise JobError(f"--set {setting!r}: the value is not valid YAML") from None
     for overridden in [name for name in positions if name[: len(path)] == path]:
         del positions[overridden]
-    positions[path] = f"--set {redact_url(setting)}"
+    positions[path] = f"--set {hide_query(redact_url(setting))}"
 
 
 def explain_errors(error: ValidationError, model: type[BaseModel], path: Path, positions: KeyPositions) -> str:
@@ -108,7 +108,7 @@ def describe_problem(problem: Any, model: type[BaseModel]) -> str:
     if problem["type"] == "model_type":
         allowed = ", ".join(list_allowed_keys(model, name))
         return f"{key} is a section with keys of its own ({allowed}), found {str(problem['input'])[:80]!r}"
-    found = "" if isinstance(problem["input"], dict) else f", found {redact_url(str(problem['input']))[:80]!r}"
+    found = "" if isinstance(problem["input"], dict) else f", found {hide_query(redact_url(str(problem['input'])))[:80]!r}"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{key or 'the job'}: {message}{found}"
 

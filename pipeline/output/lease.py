@@ -85,9 +85,9 @@ def read_machine_id() -> str:
 def make_output_lock(store: Store) -> FileLock:
     """Return the lock of an output on this machine: in its folder, or for an object store in the folder of temporary files."""
     if isinstance(store, FolderStore):
-        return FileLock(store.path / ".lease.lock")
+        return FileLock(store.path / ".lease.lock", mode=0o600)
     name = hashlib.sha256(str(store).encode()).hexdigest()[:16]
-    return FileLock(Path(tempfile.gettempdir()) / f"pipeline-lease-{os.getuid()}-{name}.lock")
+    return FileLock(Path(tempfile.gettempdir()) / f"pipeline-lease-{os.getuid()}-{name}.lock", mode=0o600)
 
 
 class Lease:

@@ -20,6 +20,8 @@ from pipeline.storage import store
 from pipeline.storage.object_store import StoreUnreachable
 from pipeline.storage.store import Store
 
+LATER_COLUMNS = frozenset({"full_url"})
+"""Columns that 0.1.0 did not have: null where all columns of its shards are read."""
 MAX_LISTINGS = 5
 """How often a folder is listed when shards vanish while they are read, because another run compacts them."""
 
@@ -81,8 +83,11 @@ def read_shard(
         raise store.make_run_error(f"read {file}", error) from None
     except (OSError, pa.ArrowException) as error:
         raise DamagedShard(file, " ".join(str(error).split())[:120]) from None
-    if missing := {*(columns or schema.names)} - {*table.column_names}:
-        raise DamagedShard(file, f"it lacks the columns {', '.join(sorted(missing))}")
+    missing = {*(columns or schema.names)} - {*table.column_names}
+    if missing - LATER_COLUMNS:
+        raise DamagedShard(file, f"it lacks the columns {', '.join(sorted(missing - LATER_COLUMNS))}")
+    for name in missing:
+        table = table.append_column(schema.field(name), pa.nulls(table.num_rows, schema.field(name).type))
     return table
 
 

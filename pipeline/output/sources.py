@@ -16,7 +16,14 @@ from pipeline.output import SHARD_SUFFIX, Output
 from pipeline.output.shards import read_shards, write_shard
 
 SOURCE_SCHEMA = pa.schema(
-    [("source", pa.string()), ("size_bytes", pa.int64()), ("version", pa.string()), ("doc_id", pa.string()), ("page_count", pa.int32())]
+    [
+        ("source", pa.string()),
+        ("size_bytes", pa.int64()),
+        ("version", pa.string()),
+        ("doc_id", pa.string()),
+        ("page_count", pa.int32()),
+        ("full_url", pa.string()),
+    ]
 )
 """The columns that every list of sources has; a manifest's extra columns follow them."""
 

@@ -76,7 +76,7 @@ def read_status(output: Output) -> RunStatus:
     if job is None:
         raise JobError(f"{output.root} is not an output folder: it has no job.yaml")
     reader = ShardReader()
-    sources = complete_sources(reader.read_intact_shards(output.sources, SOURCE_SCHEMA.names, SOURCE_SCHEMA))
+    sources = complete_sources(reader.read_intact_shards(output.sources, ["source", "doc_id", "page_count"], SOURCE_SCHEMA))
     ledger = reader.read_intact_shards(output.requests, [*OUTCOME_COLUMNS, "source"], LEDGER_SCHEMA)
     requests = select_final_attempts(add_failure_kind(ledger.to_pandas(), "failure"))
     records = add_failure_kind(

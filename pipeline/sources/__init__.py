@@ -15,6 +15,9 @@ Every file that the job, a folder or a manifest names is one row. A file that ca
 and its version is the kind of failure that `read_document` will raise. Dot-files are left out unless the job or a manifest
 names them. An http(s) URL is one file, and no request is sent before it is read: its size is null.
 
+The query of a URL may be a signature: `source` has a digest of it, and the URL is in `full_url`, unless the job says `keep_query`.
+A URL that was signed again has the same `source`; two URLs of one listing never have.
+
 `source` is the path relative to the job's folder, or absolute if it is outside, and does not depend on the working directory
 of a run. A name that is not UTF-8 becomes a `file://` URL of percent-encoded bytes, which cannot collide with another name.
 """
@@ -46,6 +49,7 @@ from pipeline.sources.local import (
 from pipeline.storage import location, object_store
 
 LISTING_COLUMNS = pa.schema([("source", pa.string()), ("size_bytes", pa.int64()), ("version", pa.string())])
+FULL_URL = pa.field("full_url", pa.string())
 REMOTE_URL = re.compile(r"(?!file://)([A-Za-z][A-Za-z0-9+.-]*)(://|::)")
 OBJECT_STORE_SCHEMES = (*location.STORE_PACKAGES, "memory")
 UNREADABLE_REASONS = {
@@ -56,7 +60,7 @@ UNREADABLE_REASONS = {
 }
 
 
-def find_documents(paths: Sequence[str], root: Path, *, allow_outside: bool = False) -> pa.Table:
+def find_documents(paths: Sequence[str], root: Path, *, allow_outside: bool = False, keep_query: bool = False) -> pa.Table:
     """Return every document that the paths name, one row each, sorted by `source`; relative paths start at `root`.
 
     Raises SourceError when a path that the job itself names cannot be read or names no file.
@@ -67,7 +71,8 @@ def find_documents(paths: Sequence[str], root: Path, *, allow_outside: bool = Fa
         table = pa.concat_tables([LISTING_COLUMNS.empty_table(), *tables], promote_options="default")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise SourceError(f"the manifests give a column different types: {error}") from None
-    return drop_duplicate_sources(table.combine_chunks().sort_by("source"))
+    table = drop_duplicate_sources(table.combine_chunks().sort_by("source"))
+    return table.append_column(FULL_URL, pa.nulls(table.num_rows, pa.string())) if keep_query else hide_queries(table)
 
 
 def read_document(document: Document, root: Path, max_bytes: int, policy: http.DownloadPolicy = http.PUBLIC_ONLY) -> bytes:
@@ -76,7 +81,7 @@ def read_document(document: Document, root: Path, max_bytes: int, policy: http.D
     Raises DocumentError: a kind of `UNREADABLE_REASONS`, `too_large`, `changed`, or what `http.fetch_url` raises.
     """
     if document.size_bytes is None:
-        return http.fetch_url(document.source, max_bytes, policy)
+        return http.fetch_url(document.full_url or document.source, max_bytes, policy)
     if document.size_bytes < 0:
         raise DocumentError(document.version, f"{document.source} cannot be read: {UNREADABLE_REASONS[document.version]}")
     if document.size_bytes > max_bytes:
@@ -170,6 +175,21 @@ def drop_duplicate_sources(table: pa.Table) -> pa.Table:
         if present is known.get(names[row]):
             first[names[row]] = row
     return table.take(pa.array(sorted(first.values()), pa.int64()))
+
+
+def hide_queries(table: pa.Table) -> pa.Table:
+    """Return a listing with a digest in place of the query of each http(s) URL, and the URL itself in `full_url`; sorted by `source`."""
+    names = table["source"].to_pylist()
+    urls = [name if http.is_http_url(name) and "?" in name else None for name in names]
+    shown = [http.name_url(url) if url else name for name, url in zip(names, urls, strict=True)]
+    count = Counter(name for name, url in zip(shown, urls, strict=True) if url)
+    # Two signatures under one name: each URL of a listing has its row, so here the signature is part of the name.
+    shown = [
+        http.name_url(url, is_signature_named=True) if url and count[name] > 1 else name for name, url in zip(shown, urls, strict=True)
+    ]
+    place = table.schema.get_field_index("source")
+    table = table.set_column(place, "source", pa.array(shown, pa.string())).append_column(FULL_URL, pa.array(urls, pa.string()))
+    return table.sort_by("source") if count else table
 
 
 # ---- Reading local files -------------------------------------------------------------------------------------------

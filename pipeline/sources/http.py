@@ -10,6 +10,7 @@ are no decompression bombs.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import socket
@@ -34,6 +35,20 @@ READ_BYTES = 2**16
 HEADERS_BYTES = 2**20
 ENCODINGS = {"Content-Encoding": ("", "identity"), "Transfer-Encoding": ("", "chunked")}
 """Allowed values of the headers that say how a body is encoded; any other would have to be decoded."""
+
+AMAZON_PARAMETERS = {f"x-amz-{name}" for name in ("algorithm", "credential", "date", "expires", "signedheaders", "signature")}
+AZURE_PARAMETERS = set("sv sig se sp st sr ss srt spr sip skoid sktid skt ske sks skv saoid suoid scid sdd ses".split())
+SIGNATURES: tuple[tuple[set[str], set[str]], ...] = (
+    (AMAZON_PARAMETERS, {"x-amz-security-token"}),
+    ({name.replace("x-amz", "x-goog") for name in AMAZON_PARAMETERS}, set()),
+    ({"awsaccesskeyid", "signature", "expires"}, {"x-amz-security-token"}),
+    ({"googleaccessid", "signature", "expires"}, set()),
+    ({"key-pair-id", "signature"}, {"expires", "policy", "hash-algorithm"}),
+    ({"sv", "sig", "se"}, AZURE_PARAMETERS),
+)
+"""The parameters of signed URLs that do not say which object is meant, by their scheme (Amazon S3, Google Cloud Storage, their older
+ones, CloudFront, Azure): those that such a URL always has, and others that it may have."""
+DIGEST_CHARS = 16
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+")
@@ -126,6 +141,21 @@ def format_listed_url(url: str) -> str:
         has_credentials = True
     name = NOT_UTF8.sub(lambda byte: f"%{ord(byte[0]) - 0xDC00:02X}", hide_credentials(url) if has_credentials else url)
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def name_url(url: str, *, is_signature_named: bool = False) -> str:
+    """Return the `source` of a URL whose query is not kept: `https://host/a.pdf?…3f9c…`, with a digest of the query.
+
+    A signature is left out of the digest, so that a URL that was signed again keeps its name, unless `is_signature_named`.
+    """
+    path, mark, query = url.partition("?")
+    if not mark:
+        return url
+    parameters = {part: part.partition("=")[0].lower() for part in query.split("&")}
+    found = set(parameters.values())
+    signed: set[str] = set().union(*(always | also for always, also in SIGNATURES if always <= found))
+    kept = query if is_signature_named else "&".join(part for part, name in parameters.items() if name not in signed)
+    return f"{path}?…{hashlib.sha256(kept.encode()).hexdigest()[:DIGEST_CHARS] if kept else ''}"
 
 
 def redact_query(url: str) -> str:

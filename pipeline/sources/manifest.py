@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import SourceError
 
 PATH_COLUMN = "path"
-RESERVED_COLUMNS = ("source", "size_bytes", "version")
+RESERVED_COLUMNS = ("source", "size_bytes", "version", "full_url")
 """The columns of a listing, which a manifest cannot have."""
 
 Columns = dict[str, list[Any]]

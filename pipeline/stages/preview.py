@@ -17,7 +17,7 @@ from pipeline.render.sandbox import Sandbox
 from pipeline.schema import prompt
 from pipeline.stages.ask import AskStage
 from pipeline.stages.render import DEMO_REFUSAL, RenderPlan, describe_page
-from pipeline.storage.location import is_url
+from pipeline.storage.location import hide_query, is_url
 
 
 class PreviewFacts(PageRow):
@@ -46,14 +46,14 @@ def render_preview(job: Job, file: Path | str, page_no: int) -> PreviewPage:
 
     Raises JobError when there is no such file or page, DocumentError when it cannot be rendered.
     """
-    plan = RenderPlan.of_job(job)
+    plan, name = RenderPlan.of_job(job), hide_query(str(file))
     data = read_preview_bytes(plan, file)
-    with Sandbox(replace(plan.settings, text_layer=True)) as sandbox:
+    with Sandbox(replace(plan.read_settings(), text_layer=True)) as sandbox:
         page_count = sandbox.open(data)
         if page_no > page_count:
-            raise JobError(f"{file} has {page_count} pages, there is no page {page_no}")
+            raise JobError(f"{name} has {page_count} pages, there is no page {page_no}")
         page = next(iter(sandbox.draw_pages(page_no, page_no)))
-    facts: PreviewFacts = {**describe_page(page), "file": str(file), "page_count": page_count, "words": len(page.words)}
+    facts: PreviewFacts = {**describe_page(page), "file": name, "page_count": page_count, "words": len(page.words)}
     ask = str(prompt.build_messages(job.system_message, [page.pixels])[-1].parts[-1])
     return PreviewPage(page, facts, ask, DEMO_MARK in data)
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import cast
 
 from pipeline.budget import RenderSettings
-from pipeline.errors import DocumentError, JobError
+from pipeline.errors import DocumentError, JobError, RunError
 from pipeline.job import DEMO_MARK, Job
 from pipeline.records import Document, LedgerRow, Page, PageRow, RequestRow, SourceRow, Stage
 from pipeline.render.sandbox import Sandbox
@@ -39,24 +40,37 @@ class RenderPlan:
     """The job's name."""
     only_samples: bool = False
     """Whether the demonstration model answers in place of the job's own: it is asked about its samples alone."""
+    password_env: str | None = None
+    """Name of the environment variable that holds the password of encrypted PDFs. The password itself is in no plan."""
 
     @classmethod
     def of_job(cls, job: Job) -> RenderPlan:
-        """Return a job's plan. Raises JobError where the environment lacks the password that the job names."""
+        """Return a job's plan. Raises JobError where this machine's environment lacks the password that the job names."""
+        password = job.sections.source.password_env
+        if password and password not in os.environ:
+            raise JobError(f"{job.file}: source.password_env names the environment variable {password}, which is not set")
         policy = DownloadPolicy(job.sections.source.allow_private, job.sections.limits.download_s)
         folder, name = job.file.parent, job.sections.name
-        return cls(make_render_settings(job), policy, folder, job.pages_per_request, job.fingerprint, name)
+        return cls(make_render_settings(job), policy, folder, job.pages_per_request, job.fingerprint, name, password_env=password)
+
+    def read_settings(self) -> RenderSettings:
+        """Return the settings with the password, which is read from this machine's environment. Raises RunError where it is not set."""
+        if not self.password_env:
+            return self.settings
+        if self.password_env not in os.environ:
+            raise RunError(
+                f"source.password_env names the environment variable {self.password_env}, which is not set on {socket.gethostname()}: "
+                "set it on every machine before Ray starts there, and run the same command again"
+            )
+        return replace(self.settings, password=os.environ[self.password_env])
 
 
 def make_render_settings(job: Job) -> RenderSettings:
-    """Return how documents are rendered. Raises JobError where the environment lacks the password that the job names."""
-    limits, name = job.sections.limits, job.sections.source.password_env
-    if name and name not in os.environ:
-        raise JobError(f"{job.file}: source.password_env names the environment variable {name}, which is not set")
+    """Return how documents are rendered, without the password."""
+    limits = job.sections.limits
     return RenderSettings(
         budget=job.sections.pages.budget,
         dpi=job.sections.pages.dpi,
-        password=os.environ[name] if name else None,
         max_pages=limits.max_pages,
         max_file_bytes=limits.max_file_mib * 2**20,
         max_image_pixels=limits.max_image_megapixels * 10**6,
@@ -73,14 +87,14 @@ class RenderStage:
 
     @cached_property
     def sandbox(self) -> Sandbox:
-        return Sandbox(self.plan.settings)
+        return Sandbox(self.plan.read_settings())
 
     def __call__(self, document: SourceRow) -> Iterator[RequestRow]:
         """Yield the requests that a document shall ask, with their page images, one at a time."""
         row: SourceRow = {**document, "doc_id": None, "page_count": 0}
         failure: LedgerRow | None = None
         try:
-            listed = Document(document["source"], document["size_bytes"], document["version"])
+            listed = Document(document["source"], document["size_bytes"], document["version"], document.get("full_url"))
             data = read_document(listed, self.plan.root, self.plan.settings.max_file_bytes, self.plan.policy)
             row["doc_id"] = hashlib.sha256(data).hexdigest()
             row["page_count"] = self.sandbox.open(data)

@@ -34,11 +34,11 @@ def compute_document_keys(document: SourceRow, per_request: int, fingerprint: st
     """Return the requests of a document: key -> first and last page.
 
     A document that could not be opened is one request for the pages 0 to 0. Its key is made of its bytes, or of its path and version
-    where these could not be read either.
+    where these could not be read either: a URL that was signed again is asked again.
     """
     doc_id, page_count = document["doc_id"], document["page_count"]
     if not page_count:
-        identity = doc_id or f"{document['source']}\n{document['size_bytes']}\n{document['version']}"
+        identity = doc_id or f"{document.get('full_url') or document['source']}\n{document['size_bytes']}\n{document['version']}"
         return {compute_request_key(identity, 0, 0, fingerprint): (0, 0)}
     return {compute_request_key(str(doc_id), *pages, fingerprint): pages for pages in split_pages(page_count, per_request)}
 

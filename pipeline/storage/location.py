@@ -19,6 +19,7 @@ STORE_PACKAGES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "az": ("adlfs", 
 URL_PATTERN = re.compile(rf"([A-Za-z][A-Za-z0-9+.-]*)://(.*)|({'|'.join(STORE_PACKAGES)}):/[^/]", re.DOTALL)
 """A URL, or an object store URL that pathlib reduced to one slash."""
 CREDENTIALS = re.compile(r"(?<=://).*@", re.DOTALL)
+QUERY = re.compile(r"(https?://[^?#]*)[?#].*", re.DOTALL | re.IGNORECASE)
 
 
 def is_url(text: str) -> bool:
@@ -53,6 +54,11 @@ def redact_url(url: str) -> str:
 def hide_credentials(url: str) -> str:
     """Return a URL with `***` in place of everything from `://` to the last `@`."""
     return CREDENTIALS.sub("***@", url)
+
+
+def hide_query(text: str) -> str:
+    """Return a text without what follows the query mark of an http(s) URL in it: the query may be a signature."""
+    return QUERY.sub(r"\1?…", text)
 
 
 def check_store_url(text: str) -> str:

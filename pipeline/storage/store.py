@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -110,7 +111,7 @@ def make_run_error(action: str, error: OSError) -> RunError:
 
 @dataclass(frozen=True)
 class FolderStore:
-    """A folder on a local or mounted file system."""
+    """A folder on a local or mounted file system. What it writes has the mode 0600, whatever the umask of the process."""
 
     path: Path
 
@@ -139,7 +140,7 @@ class FolderStore:
         file = self.path / name
         draft = file.with_name(f".{name}.{os.getpid()}.tmp")
         try:
-            with draft.open("wb") as out:
+            with open(draft, "wb", opener=partial(os.open, mode=0o600)) as out:
                 out.write(content)
                 out.flush()
                 os.fsync(out.fileno())
@@ -165,7 +166,8 @@ class FolderStore:
                 (self.path / name).unlink(missing_ok=True)
 
     def create(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Create the folder with mode 0700; one that is there keeps its mode."""
+        self.path.mkdir(0o700, parents=True, exist_ok=True)
 
     def remove_leftovers(self) -> None:
         with convert_os_errors(f"clear {self}"):
@@ -174,7 +176,7 @@ class FolderStore:
 
     def check_writable(self) -> None:
         probe = self.path / f".probe-{os.getpid()}.tmp"
-        probe.write_bytes(b"")
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT, 0o600))
         probe.unlink()
 
 

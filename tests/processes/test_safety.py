@@ -19,7 +19,7 @@ from pipeline.errors import DocumentError, PipelineError, RunError
 from pipeline.output import Output
 from pipeline.output.ledger import LedgerWriter
 from pipeline.render.sandbox import Sandbox
-from pipeline.stages.render import RenderPlan, RenderStage, make_render_settings
+from pipeline.stages.render import RenderPlan, RenderStage
 from tests.support.stages import Row, claim_all
 from tests.support.workspace import Workspace, draw_slip, make_listing_row
 
@@ -115,7 +115,7 @@ def test_what_is_kept_of_a_job_names_the_secrets_place_alone(job: Job) -> None:
 
 
 def test_settings_do_not_show_the_secret(job: Job) -> None:
-    settings = make_render_settings(job)
+    settings = RenderPlan.of_job(job).read_settings()
     assert settings.password == SECRET
     assert SECRET not in f"{settings} {settings!r}"
 
@@ -137,7 +137,7 @@ def test_no_error_says_the_secret(job: Job) -> None:
     unknown = (job.file.parent / "in" / "unknown.pdf").read_bytes()
     errors: list[Exception] = []
     for program in (Sandbox.program, ("-c", "raise SystemExit('broken')")):
-        with Sandbox(make_render_settings(job)) as sandbox:
+        with Sandbox(RenderPlan.of_job(job).read_settings()) as sandbox:
             sandbox.program = program
             with pytest.raises(PipelineError) as caught:
                 sandbox.open(unknown)
@@ -148,7 +148,7 @@ def test_no_error_says_the_secret(job: Job) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
 def test_other_users_do_not_see_the_secret_of_a_renderer(job: Job) -> None:
-    with Sandbox(make_render_settings(job)) as sandbox:
+    with Sandbox(RenderPlan.of_job(job).read_settings()) as sandbox:
         sandbox.open((job.file.parent / "in" / "known.pdf").read_bytes())
         assert sandbox.child is not None
         shown = [Path(f"/proc/{sandbox.child.pid}/cmdline").read_bytes()]

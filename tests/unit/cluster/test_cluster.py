@@ -28,10 +28,19 @@ class Starts:
         self.outcomes, self.calls = list(outcomes), list[dict[str, Any]]()
 
     def __call__(self, address: str, **arguments: Any) -> None:
-        self.calls.append(arguments | {"address": address, "RAY_ADDRESS": os.environ.get("RAY_ADDRESS")})
+        seen = {name: os.environ.get(name) for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+        self.calls.append(arguments | {"address": address} | seen)
         signal.signal(signal.SIGTERM, lambda *_: None)  # so does Ray, to end the process where it stands
         if outcome := self.outcomes.pop(0):
             raise outcome
+
+
+@pytest.fixture(autouse=True)
+def nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """Ray's nodes, as they are where it listens on loopback."""
+    found = [{"NodeManagerAddress": "127.0.0.1"}]
+    monkeypatch.setattr(ray, "nodes", lambda: found)
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +54,28 @@ def test_the_dashboard_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "init", starts := Starts(None))
     cluster.start_ray()
     assert starts.calls[0]["include_dashboard"] is False
+
+
+@pytest.mark.parametrize("before", [{}, {"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "c" * 32}])
+def test_each_start_has_a_token_of_its_own_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch, before: dict[str, str]) -> None:
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    for name in names:
+        monkeypatch.setenv(name, before[name]) if name in before else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(ray, "init", starts := Starts(LATE, None))
+    cluster.start_ray()
+    assert [call["RAY_AUTH_MODE"] for call in starts.calls] == ["token", "token"]
+    assert len({call["RAY_AUTH_TOKEN"] for call in starts.calls} | {before.get("RAY_AUTH_TOKEN")}) == 3
+    assert {name: os.environ[name] for name in names if name in os.environ} == before
+
+
+def test_a_ray_that_other_machines_reach_is_stopped(monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, str]]) -> None:
+    nodes[0]["NodeManagerAddress"] = "192.0.2.2"
+    stopped: list[bool] = []
+    monkeypatch.setattr(ray, "init", Starts(None))
+    monkeypatch.setattr(ray, "shutdown", lambda: stopped.append(True))
+    with pytest.raises(RunError, match=r"listens on 192\.0\.2\.2 in place of loopback"):
+        cluster.start_ray()
+    assert stopped == [True]
 
 
 def test_a_late_start_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -318,6 +318,15 @@ def test_the_resolved_job_loads_again_as_the_same_job(tmp_path: Path) -> None:
     assert Job.load(job.file) == job
 
 
+def test_a_query_of_a_url_is_not_among_the_keys_that_are_shown(tmp_path: Path) -> None:
+    file, signed = write_job(tmp_path), "source.paths=['https://example.com/a.pdf?id=1&sig=secret', in]"
+    assert Job.load(file, [signed]).dump_keys()["source"]["paths"] == ["https://example.com/a.pdf?…", "in"]
+    assert "secret" in str(Job.load(file, [signed, "source.keep_query=true"]).dump_keys())
+    with pytest.raises(JobError) as caught:
+        Job.load(file, ["source.paths=https://example.com/a.pdf?sig=secret"])
+    assert "secret" not in str(caught.value)
+
+
 # --- pydantic models
 
 

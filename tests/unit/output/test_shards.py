@@ -260,9 +260,15 @@ def test_doc_id_and_page_count_complete_a_listed_source(output: Output) -> None:
     with LedgerWriter(output) as ledger:
         ledger.add(make_row("k1", "b.pdf", doc_id="bb", page_count=7))
     assert read_sources(output).to_pylist() == [
-        {"source": "a.pdf", "size_bytes": 5, "version": "1", "doc_id": None, "page_count": None},
-        {"source": "b.pdf", "size_bytes": 5, "version": "1", "doc_id": "bb", "page_count": 7},
+        {"source": "a.pdf", "size_bytes": 5, "version": "1", "doc_id": None, "page_count": None, "full_url": None},
+        {"source": "b.pdf", "size_bytes": 5, "version": "1", "doc_id": "bb", "page_count": 7, "full_url": None},
     ]
+
+
+def test_a_list_of_sources_of_the_first_version_is_read(output: Output) -> None:
+    write_test_shard(output.sources, make_listing({"source": "a.pdf"}), ["a.pdf"])
+    assert "full_url" not in pq.read_schema(next(output.sources.path.iterdir())).names
+    assert read_sources(output)["full_url"].to_pylist() == [None]
 
 
 @pytest.mark.parametrize("name", [f"{n}.pdf" for n in range(8)])

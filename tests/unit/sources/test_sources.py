@@ -93,7 +93,7 @@ def test_a_file_named_twice_is_one_row(root: Path) -> None:
 def test_a_row_has_size_and_version(root: Path) -> None:
     found = os.stat(root / "scans/b.pdf")
     assert find_documents(["scans/b.pdf"], root).to_pylist() == [
-        {"source": "scans/b.pdf", "size_bytes": found.st_size, "version": str(found.st_mtime_ns)}
+        {"source": "scans/b.pdf", "size_bytes": found.st_size, "version": str(found.st_mtime_ns), "full_url": None}
     ]
 
 
@@ -203,7 +203,7 @@ def test_links_that_lead_out_are_rows_and_not_followed(root: Path, tmp_path: Pat
 def test_a_manifest_names_files_beside_it_and_its_columns_are_kept(root: Path) -> None:
     (root / "scans/list.csv").write_text("path,customer\nb.pdf,ACME\n2024/c,\ngone.pdf,EVIL\n")
     table = find_documents(["scans/list.csv", "scans/a.PDF"], root)
-    assert table.column_names == ["source", "size_bytes", "version", "customer"]
+    assert table.column_names == ["source", "size_bytes", "version", "customer", "full_url"]
     assert dict(zip(table["source"].to_pylist(), table["customer"].to_pylist(), strict=True)) == {
         "scans/2024/c": None,
         "scans/a.PDF": None,
@@ -310,11 +310,42 @@ def test_other_file_systems_are_listed_and_read(root: Path) -> None:
 
 def test_a_url_is_one_file_and_listing_sends_no_request(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(socket, "getaddrinfo")
-    url = "HTTPS://example.com/a%20b.pdf?signature=x#page=2"
+    url = "HTTPS://example.com/a%20b.pdf#page=2"
     assert find_documents([url, "http://[::1]:8080"], root).to_pylist() == [
-        {"source": url, "size_bytes": None, "version": ""},
-        {"source": "http://[::1]:8080", "size_bytes": None, "version": ""},
+        {"source": url, "size_bytes": None, "version": "", "full_url": None},
+        {"source": "http://[::1]:8080", "size_bytes": None, "version": "", "full_url": None},
     ]
+
+
+def sign_url(url: str, signature: str) -> str:
+    """Return a URL as Amazon's libraries sign it."""
+    fixed = "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AK%2F2026&X-Amz-Date=20261128T000000Z&X-Amz-Expires=900"
+    return f"{url}{'&' if '?' in url else '?'}{fixed}&X-Amz-SignedHeaders=host&X-Amz-Signature={signature}"
+
+
+def test_a_query_is_in_full_url_alone(root: Path) -> None:
+    urls = ["https://example.com/get?id=1", "https://example.com/get?id=2", sign_url("https://example.com/a.pdf", "secret")]
+    found = find_documents(urls, root)
+    assert [name.partition("?…")[0] for name in found["source"].to_pylist()] == [
+        "https://example.com/a.pdf", "https://example.com/get", "https://example.com/get",
+    ]  # fmt: skip
+    assert len({*found["source"].to_pylist()}) == 3
+    assert {*found["full_url"].to_pylist()} == {*urls}
+    assert [name for name in urls if name in str(found.drop_columns("full_url"))] == []
+    assert find_documents(urls, root, keep_query=True)["source"].to_pylist() == sorted(urls)
+
+
+@pytest.mark.parametrize("url", ["https://example.com/a.pdf", "https://example.com/a.pdf?versionId=3"])
+def test_a_url_that_was_signed_again_has_the_same_name(root: Path, url: str) -> None:
+    first, again = (find_documents([sign_url(url, signature)], root)["source"].to_pylist() for signature in ("aa", "bb"))
+    assert first == again
+    assert find_documents([sign_url("https://example.com/a.pdf?versionId=4", "aa")], root)["source"].to_pylist() != first
+
+
+def test_two_signatures_in_one_listing_are_two_rows(root: Path) -> None:
+    (root / "list.txt").write_text("\n".join(sign_url("https://example.com/a.pdf", signature) for signature in ("aa", "bb", "bb")))
+    found = find_documents(["list.txt"], root)
+    assert len({*found["source"].to_pylist()}) == found.num_rows == 2
 
 
 def test_a_manifest_may_name_urls_but_no_other_file_systems(root: Path) -> None:

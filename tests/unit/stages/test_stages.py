@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import pickle
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
@@ -13,10 +15,10 @@ import numpy as np
 import pytest
 
 from pipeline.budget import RenderSettings
-from pipeline.errors import DocumentError, EngineDead, JobError
+from pipeline.errors import DocumentError, EngineDead, JobError, RunError
 from pipeline.render.sandbox import Sandbox
 from pipeline.stages.ask import AskStage, decode_pages
-from pipeline.stages.render import RenderStage, make_render_settings
+from pipeline.stages.render import RenderPlan, RenderStage, make_render_settings
 from pipeline.stages.requests import compute_document_keys, compute_request_key, split_pages
 from tests.support.engines import CUT, INVALID, VALID, Reply, ScriptedEngine, list_texts, make_completion
 from tests.support.pdfs import make_page_pdf
@@ -49,6 +51,13 @@ def test_an_unread_documents_key_changes_with_its_version() -> None:
 def test_an_unopened_documents_key_is_its_bytes() -> None:
     row = {"source": "a", "size_bytes": 9, "version": "1", "doc_id": "d", "page_count": 0}
     assert compute_document_keys(row, 4, "f") == compute_document_keys(row | {"source": "b", "version": "2"}, 4, "f")
+
+
+def test_a_url_that_could_not_be_read_and_was_signed_again_is_asked_again() -> None:
+    row = {"source": "https://h/a?…", "full_url": "https://h/a?aa", "size_bytes": None, "version": "", "doc_id": None, "page_count": 0}
+    assert compute_document_keys(row, 4, "f") != compute_document_keys(row | {"full_url": "https://h/a?bb"}, 4, "f")
+    opened = row | {"doc_id": "d", "page_count": 3}
+    assert compute_document_keys(opened, 4, "f") == compute_document_keys(opened | {"full_url": "https://h/a?bb"}, 4, "f")
 
 
 # --- rendering
@@ -142,13 +151,23 @@ def test_a_claim_names_the_identified_document_and_its_keys(workspace: Workspace
 
 def test_the_password_comes_from_the_environment(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLIP_PASSWORD", "open sesame")
-    assert make_render_settings(workspace.job("source.password_env=SLIP_PASSWORD")).password == "open sesame"
+    plan = RenderPlan.of_job(workspace.job("source.password_env=SLIP_PASSWORD"))
+    assert (plan.settings.password, plan.read_settings().password) == (None, "open sesame")
+    assert b"open sesame" not in pickle.dumps(plan)
+
+
+def test_a_machine_without_the_password_is_named(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIP_PASSWORD", "open sesame")
+    stage = RenderStage(RenderPlan.of_job(workspace.job("source.password_env=SLIP_PASSWORD")), claim_all)
+    monkeypatch.delenv("SLIP_PASSWORD")
+    with pytest.raises(RunError, match=rf"SLIP_PASSWORD, which is not set on {socket.gethostname()}: set it on every machine"):
+        list(stage(make_listing_row(workspace.put("a.pdf"), workspace.folder)))
 
 
 def test_a_password_that_is_not_there_is_refused(workspace: Workspace) -> None:
     assert "SLIP_PASSWORD" not in os.environ
     with pytest.raises(JobError, match=r"source\.password_env names the environment variable SLIP_PASSWORD, which is not set"):
-        make_render_settings(workspace.job("source.password_env=SLIP_PASSWORD"))
+        RenderPlan.of_job(workspace.job("source.password_env=SLIP_PASSWORD"))
 
 
 def test_limits_are_the_jobs(workspace: Workspace) -> None:

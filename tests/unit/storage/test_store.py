@@ -51,6 +51,18 @@ def s3_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPat
     kind.clear_instance_cache()
 
 
+def test_a_folder_is_private_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        made = FolderStore(tmp_path / "out")
+        made.create()
+        made.check_writable()
+        made.put("a.parquet", b"")
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in (made.path, made.path / "a.parquet")] == [0o700, 0o600]
+
+
 def make_row(key: str, doc_id: str | None = None, **given: object) -> dict[str, object]:
     document = {"source": f"{key}.pdf", "size_bytes": 5, "version": "1", "doc_id": doc_id or f"d{key}", "page_count": 1}
     return {"key": key, "attempt": 1, "status": "extracted", "answer": f"{{{key}}}", **document, **given}
