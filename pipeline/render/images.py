@@ -20,6 +20,11 @@ import numpy as np
 from PIL import AvifImagePlugin, Image
 from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
 
+try:
+    from pillow_heif import register_heif_opener
+except ImportError:
+    register_heif_opener = None
+
 from pipeline.budget import ImageSize, RenderSettings, count_visual_tokens, fit_content, fit_image
 from pipeline.errors import DocumentError
 from pipeline.records import Page, Pixels
@@ -55,7 +60,7 @@ REDUCE_ABOVE = 3
 ORIENTATION = 0x0112
 PHOTOMETRIC = 0x0106
 BITS_PER_SAMPLE, PLANAR_CONFIGURATION, SAMPLE_FORMAT = 258, 284, 339
-UNSIGNED, SIGNED = 1, 2
+UNSIGNED = 1
 SEPARATE_PLANES = 2
 Transpose = Image.Transpose
 TRANSPOSES = (
@@ -119,11 +124,9 @@ def open_image(data: bytes, settings: RenderSettings, kind: DocumentKind) -> Ope
 
 
 def register_heif() -> None:
-    """Have Pillow read HEIF, as phones write it. Raises DocumentError where the extra that does is not installed."""
-    try:
-        from pillow_heif import register_heif_opener  # here, because it takes 150 ms and 26 MiB
-    except ImportError:
-        raise DocumentError("unsupported", "HEIF images (HEIC) need the package pillow-heif: pip install 'pipeline[formats]'") from None
+    """Have Pillow read HEIF, as phones write it. Raises DocumentError where the package for it is not installed."""
+    if register_heif_opener is None:
+        raise DocumentError("unsupported", "HEIF images (HEIC) need the package pillow-heif: pip install 'pipeline[formats]'")
     register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
 
 
@@ -132,6 +135,7 @@ def check_header(data: bytes, kind: DocumentKind, settings: RenderSettings) -> N
     if kind is DocumentKind.WEBP:
         check_webp(data, settings)
     elif kind in (DocumentKind.AVIF, DocumentKind.HEIF):
+        check_boxes(data)
         for width_px, height_px in (struct.unpack(">II", found) for found in ISPE.findall(data)):
             check_image_size(width_px, height_px, settings)
     elif kind is DocumentKind.JPEG2000:
@@ -140,6 +144,20 @@ def check_header(data: bytes, kind: DocumentKind, settings: RenderSettings) -> N
         if header := J2K_SIZ.search(data):
             right, bottom, left, top = struct.unpack(">4I", header[1])
             check_image_size(right - left, bottom - top, settings)
+
+
+def check_boxes(data: bytes) -> None:
+    """Raise DocumentError if an AVIF or HEIF file ends before its last box does: libheif leaves out the tiles that are missing."""
+    place = 0
+    while place + 8 <= len(data):
+        size, name = struct.unpack_from(">I4s", data, place)
+        if size == 1:
+            size = int.from_bytes(data[place + 8 : place + 16], "big")
+        if size == 0:  # to the end of the file
+            return
+        place += max(size, 8)
+        if place > len(data):
+            raise DocumentError("broken", f"the file is cut off: its box {name!r} ends at byte {place}, the file at byte {len(data)}")
 
 
 def count_halvings(data: bytes) -> int:
@@ -231,12 +249,10 @@ def draw_image(image: Image.Image, page_no: int, settings: RenderSettings, halvi
 
 def check_tiff_layout(image: Image.Image) -> None:
     """Raise DocumentError for a TIFF whose samples Pillow 13 decodes, without an error, to other colours than those in the file."""
-    tags = getattr(image, "tag_v2", {})
-    bits, sample_format = max(tags.get(BITS_PER_SAMPLE, (1,))), max(tags.get(SAMPLE_FORMAT, (UNSIGNED,)))
-    if bits > 8 and tags.get(PLANAR_CONFIGURATION) == SEPARATE_PLANES and len(image.getbands()) > 1:
-        raise DocumentError("broken", f"Pillow cannot decode separate planes of {bits} bits")
-    if bits == 8 and sample_format == SIGNED:
-        raise DocumentError("broken", "Pillow cannot decode signed samples of 8 bits")
+    tags, codecs = getattr(image, "tag_v2", {}), {tile.codec_name for tile in getattr(image, "tile", ())}
+    bits = max(tags.get(BITS_PER_SAMPLE, (1,)))
+    if bits > 8 and tags.get(PLANAR_CONFIGURATION) == SEPARATE_PLANES and len(image.getbands()) > 1 and "raw" in codecs:
+        raise DocumentError("broken", f"Pillow cannot decode separate planes of {bits} bits that are not compressed")
 
 
 def find_transpose(image: Image.Image) -> Image.Transpose | None:

@@ -5,6 +5,7 @@ compressions that its libtiff was built without. A page is decoded to samples, c
 drawn as any other image (`images.py`). What tifffile does not decode (subsampled YCbCr without JPEG, old-style JPEG, LogLuv) is
 decoded by imagecodecs' libtiff.
 
+Imports: 60 ms and 8 MiB in each renderer, all of it at its start, because a confined renderer may not be able to open files later.
 Memory: the samples of a page, whole and as they are stored, and 3 bytes a pixel.
 """
 
@@ -18,6 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+try:
+    import imagecodecs
+    import tifffile
+except ImportError:
+    imagecodecs = tifffile = None
 
 from pipeline.budget import RenderSettings
 from pipeline.errors import DocumentError
@@ -38,7 +45,13 @@ LIBTIFF_PHOTOMETRICS = (ITULAB, 32844, 32845)
 """Those that only libtiff decodes: besides ITULAB, LogL and LogLuv."""
 ASSOCIATED_ALPHA, UNASSOCIATED_ALPHA = 1, 2
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3
+LEFT_BY_LIBTIFF = {5: 5, 6: 7, 7: 5, 8: 7}
+"""Orientation -> the one that is left to do: libtiff flips an image, but does not swap width and height."""
 MAX_SAMPLES = 32
+CODECS = "deflate jpeg2k jpeg8 jpegsof3 lerc ljpeg lzma lzw tiff webp zlib zstd ccittfax4".split()
+if imagecodecs:
+    for codec in CODECS:
+        getattr(imagecodecs, f"{codec}_decode")  # imagecodecs loads the library of a codec when its function is first looked up
 LAB_WHITE = (0.9642, 1.0, 0.8249)
 """X, Y, Z of white under D50, to which CIELAB in a TIFF refers."""
 XYZ_TO_RGB = ((3.1339, -1.6169, -0.4906), (-0.9788, 1.9161, 0.0335), (0.0719, -0.2290, 1.4052))
@@ -49,14 +62,11 @@ Samples = NDArray[Any]
 
 def open_tiff(data: bytes, settings: RenderSettings) -> OpenPages:
     """Return the pages of a TIFF. Raises DocumentError and tifffile's errors."""
-    try:
-        import imagecodecs  # noqa: F401  here, because both take 60 ms; imagecodecs loads each codec when it is used
-        from tifffile import TiffFile
-    except ImportError:
+    if tifffile is None:
         needed = "this kind of TIFF may need the packages tifffile and imagecodecs: pip install 'pipeline[formats]'"
-        raise DocumentError("unsupported", needed) from None
+        raise DocumentError("unsupported", needed)
     logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)  # it writes a line for each damaged tag
-    file = TiffFile(io.BytesIO(data))
+    file = tifffile.TiffFile(io.BytesIO(data))
     page_count = count_tiff_pages(file, settings.max_pages)
     if not page_count:
         raise DocumentError("broken", "the TIFF has no pages")
@@ -82,7 +92,7 @@ def draw_tiff_page(page: Any, data: bytes, page_no: int, settings: RenderSetting
     orientation = page.tags.valueof(ORIENTATION, 1)
     if is_left_to_libtiff(page):
         pixels = decode_with_libtiff(data, page_no)
-        orientation = 5 if orientation in (5, 6, 7, 8) else 1  # libtiff has flipped the image, and not swapped width and height
+        orientation = LEFT_BY_LIBTIFF.get(orientation, 1)
     else:
         pixels = convert_samples(read_samples(page), page)
     image = Image.fromarray(pixels)
@@ -115,13 +125,13 @@ def read_samples(page: Any) -> Samples:
     samples = page.asarray(squeeze=False, maxworkers=1)  # (planes, depth, height, width, samples per plane)
     if page.bitspersample == 24 and samples.dtype == np.uint32 and page.parent.byteorder == "<":
         samples = samples >> 16 | samples & 0xFF00 | (samples & 0xFF) << 16  # tifffile reads them as big-endian in any file
+    if samples.dtype == np.int8:
+        samples = samples.view(np.uint8)  # as libtiff and Pillow do: real files are tagged wrongly
     return np.moveaxis(samples[:, 0], 0, -1).reshape(*samples.shape[2:4], -1) if samples.shape[-1] == 1 else samples[0, 0]
 
 
 def decode_with_libtiff(data: bytes, page_no: int) -> Pixels:
     """Return a page as libtiff converts it to RGB, on white. Raises imagecodecs' errors."""
-    import imagecodecs
-
     rgba = Image.fromarray(np.asarray(imagecodecs.tiff_decode(data, page_no - 1, asrgb=True))).convert("RGBA")
     page = Image.new("RGB", rgba.size, "white")
     page.paste(rgba, mask=rgba.getchannel("A"))
@@ -134,7 +144,9 @@ def read_tiff_dpi(page: Any) -> tuple[Any, Any] | None:
         return None
     per_inch = 2.54 if page.tags.valueof(RESOLUTION_UNIT, 2) == 3 else 1
     try:
-        x_dpi, y_dpi = (numerator / denominator * per_inch for numerator, denominator in map(page.tags.valueof, (X_RESOLUTION, Y_RESOLUTION)))
+        x_dpi, y_dpi = (
+            numerator / denominator * per_inch for numerator, denominator in map(page.tags.valueof, (X_RESOLUTION, Y_RESOLUTION))
+        )
     except (TypeError, ValueError, ZeroDivisionError):
         return None
     return x_dpi, y_dpi
@@ -196,7 +208,7 @@ def find_sample_levels(greys: Samples | None, page: Any) -> tuple[float, float]:
         finite = np.isfinite(greys)
         low = min(0.0, float(np.min(greys, where=finite, initial=0)))
         return low, find_white(float(np.max(greys, where=finite, initial=0)))
-    return (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1) if kind == SIGNED else (0.0, 2.0**bits - 1)
+    return (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1) if kind == SIGNED and bits > 8 else (0.0, 2.0**bits - 1)
 
 
 def scale_samples(band: Samples, levels: tuple[float, float]) -> NDArray[np.float32]:
