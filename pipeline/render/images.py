@@ -12,7 +12,7 @@ import math
 import re
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from enum import StrEnum
 
@@ -23,7 +23,7 @@ from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
 try:
     from pillow_heif import register_heif_opener
 except ImportError:
-    register_heif_opener = None
+    register_heif_opener = None  # type: ignore[assignment]
 
 from pipeline.budget import ImageSize, RenderSettings, count_visual_tokens, fit_content, fit_image
 from pipeline.errors import DocumentError
@@ -48,7 +48,7 @@ class DocumentKind(StrEnum):
 
 
 FIRST_FRAME = "an animation: only its first frame is read"
-ANIMATION_NOTES = {
+ANIMATION_NOTES: dict[str, str] = {
     **dict.fromkeys((DocumentKind.GIF, DocumentKind.WEBP, DocumentKind.PNG, DocumentKind.AVIF), FIRST_FRAME),
     DocumentKind.HEIF: "several images: only the primary one is read",
 }
@@ -140,7 +140,8 @@ def check_header(data: bytes, kind: DocumentKind, settings: RenderSettings) -> N
             check_image_size(width_px, height_px, settings)
     elif kind is DocumentKind.JPEG2000:
         if header := JP2_IHDR.search(data):
-            check_image_size(*struct.unpack(">II", header[1]), settings)
+            height_px, width_px = struct.unpack(">II", header[1])
+            check_image_size(width_px, height_px, settings)
         if header := J2K_SIZ.search(data):
             right, bottom, left, top = struct.unpack(">4I", header[1])
             check_image_size(right - left, bottom - top, settings)

@@ -24,13 +24,13 @@ try:
     import imagecodecs
     import tifffile
 except ImportError:
-    imagecodecs = tifffile = None
+    imagecodecs = tifffile = None  # type: ignore[assignment]
 
 from pipeline.budget import RenderSettings
 from pipeline.errors import DocumentError
 from pipeline.records import Page, Pixels
 from pipeline.render.fallback import OpenPages
-from pipeline.render.images import BAND_PIXELS, ORIENTATION, PHOTOMETRIC, check_image_size, draw_image, find_white
+from pipeline.render.images import BAND_PIXELS, ORIENTATION, check_image_size, draw_image, find_white
 
 RENDERER = "tifffile"
 X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT = 282, 283, 296
@@ -127,7 +127,8 @@ def read_samples(page: Any) -> Samples:
         samples = samples >> 16 | samples & 0xFF00 | (samples & 0xFF) << 16  # tifffile reads them as big-endian in any file
     if samples.dtype == np.int8:
         samples = samples.view(np.uint8)  # as libtiff and Pillow do: real files are tagged wrongly
-    return np.moveaxis(samples[:, 0], 0, -1).reshape(*samples.shape[2:4], -1) if samples.shape[-1] == 1 else samples[0, 0]
+    decoded: Samples = np.moveaxis(samples[:, 0], 0, -1).reshape(*samples.shape[2:4], -1) if samples.shape[-1] == 1 else samples[0, 0]
+    return decoded
 
 
 def decode_with_libtiff(data: bytes, page_no: int) -> Pixels:
@@ -177,7 +178,7 @@ def convert_samples(samples: Samples, page: Any) -> Pixels:
     return pixels
 
 
-def convert_colours(band: Samples, photometric: int, page: Any, levels: tuple[float, float]) -> NDArray[np.float32]:
+def convert_colours(band: Samples, photometric: int, page: Any, levels: tuple[float, float]) -> NDArray[Any]:
     """Return the colour samples of a band as RGB between 0 and 1."""
     if photometric == PALETTE:
         colours = np.asarray(page.colormap, np.float32)
@@ -188,7 +189,8 @@ def convert_colours(band: Samples, photometric: int, page: Any, levels: tuple[fl
     if photometric in GREYS:
         return np.repeat(1 - values if photometric == MIN_IS_WHITE else values, 3, axis=2)
     if photometric == SEPARATED:
-        return (1 - values[..., :3]) * (1 - values[..., 3:])
+        rgb: Samples = (1 - values[..., :3]) * (1 - values[..., 3:])
+        return rgb
     if photometric == YCBCR:
         light, blue, red = values[..., 0], values[..., 1] - 128 / 255, values[..., 2] - 128 / 255
         return np.stack([light + 1.402 * red, light - 0.344136 * blue - 0.714136 * red, light + 1.772 * blue], axis=2)
@@ -211,14 +213,14 @@ def find_sample_levels(greys: Samples | None, page: Any) -> tuple[float, float]:
     return (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1) if kind == SIGNED and bits > 8 else (0.0, 2.0**bits - 1)
 
 
-def scale_samples(band: Samples, levels: tuple[float, float]) -> NDArray[np.float32]:
+def scale_samples(band: Samples, levels: tuple[float, float]) -> NDArray[Any]:
     """Return samples as numbers between 0 and 1; what is no number is 1."""
     black, white = levels
     values = np.nan_to_num(band.astype(np.float64), nan=white)
     return np.clip((values - black) / ((white - black) or 1), 0, 1).astype(np.float32)
 
 
-def convert_lab(band: Samples, photometric: int, bits: int) -> NDArray[np.float32]:
+def convert_lab(band: Samples, photometric: int, bits: int) -> NDArray[Any]:
     """Return CIELAB samples of 8 or 16 bits as sRGB between 0 and 1.
 
     L* has the full range of the unsigned sample. a* and b* are signed numbers, in ICCLAB with an offset (TIFF 6.0, section 23;
@@ -235,4 +237,5 @@ def convert_lab(band: Samples, photometric: int, bits: int) -> NDArray[np.float3
     roots = np.stack([y + green_red / 500, y, y - blue_yellow / 200], axis=2)
     xyz = np.where(roots > 6 / 29, roots**3, (roots - 4 / 29) * 3 * (6 / 29) ** 2) * LAB_WHITE
     linear = np.clip(xyz @ np.transpose(XYZ_TO_RGB), 0, 1)
-    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055).astype(np.float32)
+    rgb: Samples = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055).astype(np.float32)
+    return rgb

@@ -9,8 +9,9 @@ from PIL import Image
 
 LEAF = "<</Type/Page/Parent 2 0 R/MediaBox[0 0 200 100]/Contents 4 0 R>>"
 ENCRYPTED_ATTACHMENTS = (
-    "<</Filter/Standard/V 4/R 4/Length 128/P -4/O(%s)/U(%s)/CF<</StdCF<</AuthEvent/EFOpen/CFM/AESV2/Length 16>>>>"
-    "/StmF/Identity/StrF/Identity/EFF/StdCF>>" % ("o" * 32, "u" * 32)
+    "<</Filter/Standard/V 4/R 4/Length 128/P -4/O(oooooooooooooooooooooooooooooooo)"
+    "/U(uuuuuuuuuuuuuuuuuuuuuuuuuuuuuuuu)/CF<</StdCF<</AuthEvent/EFOpen/CFM/AESV2/Length 16>>>>"
+    "/StmF/Identity/StrF/Identity/EFF/StdCF>>"
 )
 
 

@@ -1,4 +1,4 @@
-"""TIFF writer of the tests: samples of any depth and layout, uncompressed, so that expected pixels do not come from the library under test."""
+"""TIFF writer of the tests: samples of any depth and layout, uncompressed, independent of the library under test."""
 
 from __future__ import annotations
 
