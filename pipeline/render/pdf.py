@@ -1,4 +1,4 @@
-"""PDF renderer on MuPDF: takes the bytes of a PDF and returns its page count and a function that draws one page.
+"""PDF renderer on MuPDF: takes the bytes of a PDF and returns its pages, which are drawn one by one.
 
 Only MuPDF's PDF parser is used, not those for its other formats. Scripts, actions, embedded files and references to other
 files are not followed: JavaScript is never enabled, and nothing here reads the rest.
@@ -7,7 +7,7 @@ files are not followed: JavaScript is never enabled, and nothing here reads the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import islice
@@ -21,6 +21,7 @@ from pipeline.budget import ImageSize, RenderSettings, count_visual_tokens, fit_
 from pipeline.errors import DocumentError
 from pipeline.records import Page, Pixels, Word
 from pipeline.render.errors import ALLOCATION, MAX_WARNINGS, clean_text, convert_library_errors
+from pipeline.render.fallback import OpenPages
 from pipeline.render.images import pad_with_white
 
 MAX_WORDS = 20_000
@@ -58,8 +59,8 @@ class WarningCollector:
         return taken
 
 
-def open_pdf(data: bytes, settings: RenderSettings) -> tuple[int, Callable[[int], Page]]:
-    """Return the page count of a PDF and a function that draws one page. Raises DocumentError and MuPDF's errors."""
+def open_pdf(data: bytes, settings: RenderSettings) -> OpenPages:
+    """Return the pages of a PDF. Raises DocumentError and MuPDF's errors."""
     collector = WarningCollector()
     collector.install()
     pdf = parse_pdf(data)
@@ -79,7 +80,7 @@ def open_pdf(data: bytes, settings: RenderSettings) -> tuple[int, Callable[[int]
             collector.take()
             mupdf.fz_empty_store()  # otherwise MuPDF caches up to 256 MiB of fonts and images for the next page
 
-    return page_count, draw
+    return OpenPages(page_count, draw)
 
 
 def parse_pdf(data: bytes) -> Any:

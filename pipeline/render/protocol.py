@@ -25,6 +25,7 @@ MAX_HEADER_BYTES = 4 * 2**20
 MAX_MESSAGE_CHARS = 1000
 LENGTHS = struct.Struct(">IQ")
 KIND = re.compile("[a-z_]{1,32}")
+RENDERER = re.compile("[a-z]{0,32}")
 
 Header = dict[str, Any]
 
@@ -70,7 +71,7 @@ def read_exactly(connection: socket.socket, count: int, deadline: float | None) 
 def pack_page(page: Page) -> Header:
     """Return the header of a page: all of its fields except the pixels."""
     words = [(word.text, word.x0_pt, word.y0_pt, word.x1_pt, word.y1_pt) for word in page.words]
-    scalars = {name: getattr(page, name) for name in ("page_no", "dpi", "width_pt", "height_pt", "warnings")}
+    scalars = {name: getattr(page, name) for name in ("page_no", "dpi", "width_pt", "height_pt", "warnings", "renderer")}
     return scalars | {"shape": page.pixels.shape, "words": words}
 
 
@@ -79,11 +80,14 @@ def unpack_page(header: Header, body: bytearray, page_no: int) -> Page:
     height_px, width_px, colours = header["shape"]
     if header["page_no"] != page_no or colours != 3 or height_px % CELL_PX or width_px % CELL_PX or min(height_px, width_px) < 1:
         raise ValueError(f"page {header['page_no']} of {width_px}x{height_px}x{colours} in place of page {page_no}")
+    if not RENDERER.fullmatch(header["renderer"]):
+        raise ValueError(f"a page by the renderer {header['renderer'][:50]!r}")
     pixels = np.frombuffer(body, np.uint8).reshape(height_px, width_px, 3)
     words = tuple(Word(str(text), *map(float, corners)) for text, *corners in header["words"])
     measures = {name: float(header[name]) for name in ("dpi", "width_pt", "height_pt")}
     tokens = count_visual_tokens(ImageSize(width_px, height_px))
-    return Page(page_no, pixels, visual_tokens=tokens, words=words, warnings=tuple(map(str, header["warnings"])), **measures)
+    warnings = tuple(map(str, header["warnings"]))
+    return Page(page_no, pixels, visual_tokens=tokens, words=words, warnings=warnings, renderer=header["renderer"], **measures)
 
 
 def parse_page_count(header: Header, most: int) -> int:

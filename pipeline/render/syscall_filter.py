@@ -2,7 +2,7 @@
 
     refused always        REFUSED_CALLS: network, processes, other processes, changes of files, shared memory and messages
     refused as unknown    FIRST_NEW_CALL and later: no library needs them, because kernels of 2018 did not have them
-    refused by argument   signals to other processes, limits of others, commands of fcntl and ioctl, opening files
+    refused by argument   signals to and limits of other processes, commands of fcntl and ioctl, opening files, clone for a process
 
 It holds also after an execve and is the same whoever the user is. A filter cannot read what a pointer points to, so it cannot tell one
 path from another: that is done by Landlock (`landlock.py`).
@@ -23,7 +23,7 @@ REFUSED_CALLS: dict[str, tuple[int | None, int | None]] = {
     # network
     "socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201),
     # new processes and programs, namespaces, the kernel's interpreters
-    "clone": (56, 220), "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281), "unshare": (272, 97),
+    "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281), "unshare": (272, 97),
     "setns": (308, 268), "perf_event_open": (298, 241), "bpf": (321, 280), "userfaultfd": (323, 282), "io_setup": (206, 0),
     # other processes
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272),
@@ -48,8 +48,8 @@ REFUSED_CALLS: dict[str, tuple[int | None, int | None]] = {
 }  # fmt: skip
 """System call -> its numbers in asm/unistd_64.h (x86-64) and asm-generic/unistd.h (ARM64, which lacks some); it fails with EPERM."""
 CHECKED_CALLS: dict[str, tuple[int | None, int | None]] = {
-    "open": (2, None), "openat": (257, 56), "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "prlimit64": (302, 261),
-    "fcntl": (72, 25), "ioctl": (16, 29),
+    "clone": (56, 220), "open": (2, None), "openat": (257, 56), "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131),
+    "prlimit64": (302, 261), "fcntl": (72, 25), "ioctl": (16, 29),
 }  # fmt: skip
 """System calls that are refused or not by one argument."""
 FIRST_NEW_CALL = 424
@@ -59,6 +59,8 @@ FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030)
 """F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC: not F_SETOWN, which has the kernel send signals to others."""
 IOCTL_COMMANDS = (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)
 """TCGETS (isatty), FIONREAD, FIONBIO, FIONCLEX, FIOCLEX: not FIOSETOWN, nor TIOCSTI, which types into a terminal."""
+CLONE_THREAD = 0x10000
+"""The flag of a clone that starts a thread and no process. libde265 (HEIC) decodes in one; threads share all limits of their process."""
 WRITING_FLAGS = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
@@ -91,6 +93,7 @@ def build_filter(machine: str, process: int, may_read: bool) -> list[Instruction
     for numbers in REFUSED_CALLS.values():
         program += match_call(numbers[column], [(RETURN, 0, 0, REFUSE)])
     checks = {name: allow_values(0, (process,)) for name in ("kill", "tkill", "tgkill")}
+    checks["clone"] = allow_bits(0, CLONE_THREAD)
     checks["prlimit64"] = allow_values(0, (0, process))
     checks |= {"fcntl": allow_values(1, FCNTL_COMMANDS), "ioctl": allow_values(1, IOCTL_COMMANDS)}
     for argument, name in enumerate(("open", "openat"), 1):
@@ -109,6 +112,11 @@ def allow_values(argument: int, values: tuple[int, ...]) -> list[Instruction]:
     """Return the instructions that allow a call if this argument has one of these values, and refuse it otherwise."""
     tests: list[Instruction] = [(EQUAL, len(values) - index, 0, value) for index, value in enumerate(values)]
     return [(LOAD, 0, 0, FIRST_ARGUMENT + 8 * argument), *tests, (RETURN, 0, 0, REFUSE), (RETURN, 0, 0, ALLOW)]
+
+
+def allow_bits(argument: int, bits: int) -> list[Instruction]:
+    """Return the instructions that allow a call if this argument has any of these bits, and refuse it otherwise."""
+    return [(LOAD, 0, 0, FIRST_ARGUMENT + 8 * argument), (ANY_BIT, 0, 1, bits), (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, REFUSE)]
 
 
 def refuse_bits(argument: int, bits: int) -> list[Instruction]:

@@ -134,4 +134,5 @@ def describe_page(page: Page) -> PageRow:
         "dpi": page.dpi,
         "visual_tokens": page.visual_tokens,
         "warnings": list(page.warnings),
+        "renderer": page.renderer or None,
     }

@@ -48,6 +48,10 @@ PROVENANCE_COLUMNS = {
     "_answer": (pa.string(), "The merged answer as JSON, where it is invalid."),
     "_pages": (pa.int32(), "Pages of the document."),
     "_requests": (pa.int32(), "Requests it took."),
+    "_renderer": (
+        pa.string(),
+        "`pdfium` or `tifffile` where one of the pages was drawn by this second renderer, because the first, MuPDF or Pillow, could not.",
+    ),
     "_visual_tokens": (pa.int64(), "Visual tokens of these pages."),
     "_prompt_tokens": (pa.int64(), "Tokens read by the model, visual ones and re-asks included."),
     "_completion_tokens": (pa.int64(), "Tokens written by the model."),
@@ -80,6 +84,7 @@ class ProvenanceRow(TypedDict, total=False):
     _answer: str | None
     _pages: int | None
     _requests: int
+    _renderer: str | None
     _visual_tokens: int
     _prompt_tokens: int
     _completion_tokens: int
@@ -225,10 +230,12 @@ def make_invalid_columns(kind: str, message: str, errors: list[str], answer: str
 
 
 def sum_provenance(requests: Sequence[LedgerRow]) -> ProvenanceRow:
-    """Return what a record's requests cost, and which engine and model answered them."""
+    """Return what a record's requests cost, which engine and model answered them, and what drew their pages."""
+    pages = [page for request in requests for page in request.get("pages") or []]
     return {
         "_requests": sum(1 for request in requests if request.get("asks")),
-        "_visual_tokens": sum(page["visual_tokens"] for request in requests for page in request.get("pages") or []),
+        "_renderer": next((page["renderer"] for page in pages if page.get("renderer")), None),
+        "_visual_tokens": sum(page["visual_tokens"] for page in pages),
         "_prompt_tokens": sum(request.get("prompt_tokens") or 0 for request in requests),
         "_completion_tokens": sum(request.get("completion_tokens") or 0 for request in requests),
         "_errors": [],

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline.budget import RenderSettings
 from pipeline.render.document import FILE_SIGNATURES, render_pages
@@ -28,7 +29,7 @@ from pipeline.render.landlock import query_landlock_abi
 from pipeline.render.sandbox import Sandbox, describe_confinement
 from pipeline.render.syscall_filter import CHECKED_CALLS, MACHINES, REFUSED_CALLS
 from tests.support.hostile_files import make_hostile_files
-from tests.support.pdfs import make_page_pdf
+from tests.support.pdfs import encode_image, make_page_pdf
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or platform.machine() not in MACHINES, reason="confined on Linux only")
 
@@ -158,7 +159,7 @@ STARTS = {
     "a copy": "os.fork()",
     "a program": "subprocess.run(['/bin/true'])",
     "another program": "os.execv('/bin/true', ['true'])",
-    "a thread": "threading.Thread(target=int).start()",
+    "a process by clone": f"call({CALL['clone']}, 0x11, 0, 0, 0, 0)",
     "a process by clone3": "call(435, struct.pack('11Q', *[0] * 11), 88)",
     "a namespace": f"call({CALL['unshare']}, 0x10000000)",
     "a ring of calls": "call(425, 1, bytes(120))",
@@ -318,7 +319,12 @@ def test_without_confinement_the_attempts_succeed(planted: dict[str, object], tm
 
 # ---- What it needs is left to it --------------------------------------------------------------------------------------
 
-WHOLE = {name: data for name, data in make_hostile_files().items() if name.startswith("whole.")}
+pillow_heif = pytest.importorskip("pillow_heif")
+pillow_heif.register_heif_opener()
+NOISE = Image.effect_noise((280, 420), 90).convert("RGB")
+NEWER = {f"whole.{kind.lower()}": encode_image(NOISE, kind) for kind in ("JPEG2000", "AVIF", "HEIF")}
+FILES = make_hostile_files() | NEWER
+WHOLE = {name: data for name, data in FILES.items() if name.startswith("whole.")}
 OLDER_KERNEL = f"""
 import sys
 from pipeline.render import landlock, worker
@@ -335,7 +341,7 @@ def test_every_kind_of_document_is_tried_below() -> None:
 
 @pytest.mark.parametrize("name", [*WHOLE, "several.mpo.jpeg", "palette-with-holes.gif", "page.pdf"])
 def test_no_file_is_opened_to_draw_a_document(tmp_path: Path, name: str) -> None:
-    data = make_page_pdf(content=b"BT /F 20 Tf 60 60 Td (Gr\374n 1) Tj ET") if name == "page.pdf" else make_hostile_files()[name]
+    data = make_page_pdf(content=b"BT /F 20 Tf 60 60 Td (Gr\374n 1) Tj ET") if name == "page.pdf" else FILES[name]
     (tmp_path / "worker.py").write_text(OLDER_KERNEL)
     with Sandbox(RenderSettings()) as sandbox:
         sandbox.program = (str(tmp_path / "worker.py"),)

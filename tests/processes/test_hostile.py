@@ -176,7 +176,7 @@ OUTCOMES = {
     "paper.xps": "unrecognised",
     "book.fb2": "unrecognised",
     "picture.psd": "unrecognised",
-    "picture.jp2": "unrecognised",
+    "picture.jp2": "broken",
     "picture.eps": "unrecognised",
     "picture.ppm": "unrecognised",
     "a name with spaces.pdf": "ok",

@@ -52,7 +52,7 @@ worker is confined."""
 
 @pytest.fixture(scope="module")
 def real() -> Iterator[Sandbox]:
-    with Sandbox(RenderSettings(budget=PixelBudget(784, 78400), timeout_s=30)) as sandbox:
+    with Sandbox(RenderSettings(budget=PixelBudget(784, 78400), timeout_s=30, text_layer=True)) as sandbox:
         yield sandbox
 
 
@@ -148,6 +148,7 @@ def test_a_worn_out_renderer_is_replaced_before_a_document_lacks_memory(stub: Sa
 
 
 HONEST = {"page_no": 2, "shape": [28, 28, 3], "words": [["a", 1, 2, 3, 4]], "warnings": ["b"], "dpi": 1, "width_pt": 1, "height_pt": 1}
+HONEST["renderer"] = "pdfium"
 LIES: dict[str, dict[str, Any]] = {
     "another page": {"page_no": 3},
     "half a cell": {"shape": [14, 56, 3]},
@@ -158,11 +159,14 @@ LIES: dict[str, dict[str, Any]] = {
     "words that are none": {"words": [1]},
     "words without places": {"words": [["a", 1, 2, 3]]},
     "an endless number": {"dpi": 10**400},
+    "no renderer": {"renderer": None},
+    "a renderer with a long name": {"renderer": "a" * 100},
 }
 
 
 def test_a_page_is_unpacked() -> None:
-    assert protocol.unpack_page(HONEST, bytearray(28 * 28 * 3), 2).words == (Word("a", 1, 2, 3, 4),)
+    page = protocol.unpack_page(HONEST, bytearray(28 * 28 * 3), 2)
+    assert (page.words, page.renderer) == ((Word("a", 1, 2, 3, 4),), "pdfium")
 
 
 @pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
@@ -346,7 +350,6 @@ ATTEMPTS = {
     "open a local socket": "socket.socket(socket.AF_UNIX)",
     "start a program": "subprocess.run(['true'])",
     "start a process": "os.fork() or os._exit(0)",
-    "start a thread": "threading.Thread(target=int).start()",
     "become a program": "os.execv('/bin/sleep', ['sleep', '60'])",
 }
 
@@ -356,6 +359,11 @@ ATTEMPTS = {
 def test_the_child_is_confined(stub: Sandbox, attempt: str) -> None:
     stub.open(attempt.encode())
     assert find_failure_kind(stub, 2) == "crash"
+
+
+def test_the_child_may_start_threads(stub: Sandbox) -> None:
+    stub.open(b"import threading; t = threading.Thread(target=exec, args=('global said; said = [1]', globals())); t.start(); t.join()")
+    assert next(stub.draw_pages(2)).warnings == ("1",)
 
 
 ORPHAN = """

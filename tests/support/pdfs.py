@@ -7,6 +7,13 @@ from typing import Any
 
 from PIL import Image
 
+LEAF = "<</Type/Page/Parent 2 0 R/MediaBox[0 0 200 100]/Contents 4 0 R>>"
+ENCRYPTED_ATTACHMENTS = (
+    "<</Filter/Standard/V 4/R 4/Length 128/P -4/O(oooooooooooooooooooooooooooooooo)"
+    "/U(uuuuuuuuuuuuuuuuuuuuuuuuuuuuuuuu)/CF<</StdCF<</AuthEvent/EFOpen/CFM/AESV2/Length 16>>>>"
+    "/StmF/Identity/StrF/Identity/EFF/StdCF>>"
+)
+
 
 def make_stream(content: bytes, entries: str = "") -> bytes:
     """Return a PDF stream object."""
@@ -55,6 +62,21 @@ def make_endless_pdf(depth: int = 30) -> bytes:
         *forms,
         make_stream(b"0 0 9 9 re f", form),
     )
+
+
+def make_one_page(content: bytes, *objects: str) -> bytes:
+    return make_pdf("<</Type/Catalog/Pages 2 0 R>>", "<</Type/Pages/Kids[3 0 R]/Count 1>>", LEAF, make_stream(content), *objects)
+
+
+def make_unopened_pdf() -> bytes:
+    """Return a PDF of which only the attachments are encrypted: MuPDF wants their password to open it at all."""
+    made = make_one_page(b"0 0 50 50 re f", ENCRYPTED_ATTACHMENTS)
+    return made.replace(b"trailer<<", b"trailer<</Encrypt 5 0 R/ID[(a)(a)]")
+
+
+def make_undrawn_pdf(content: bytes = b"0 0 50 50 re f ") -> bytes:
+    """Return a PDF whose page saves its state more often than MuPDF allows."""
+    return make_one_page(content + b"q " * 10**6)
 
 
 def draw_corners(width: float, height: float, side: float) -> bytes:

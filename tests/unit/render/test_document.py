@@ -227,9 +227,11 @@ def test_a_page_that_is_named_twice_is_two_pages() -> None:
 # ---- Kinds --------------------------------------------------------------------------------------------------------
 
 PICTURE = Image.new("RGB", (560, 560), (200, 30, 30))
+IMAGE_KINDS = [kind for kind in DocumentKind if kind not in (DocumentKind.PDF, DocumentKind.HEIF)]
+"""All that need no package of an extra; HEIF is in `test_images.py`."""
 
 
-@pytest.mark.parametrize("kind", [kind for kind in DocumentKind if kind is not DocumentKind.PDF])
+@pytest.mark.parametrize("kind", IMAGE_KINDS)
 def test_every_kind_of_image_is_a_page(kind: DocumentKind) -> None:
     opened = open_document(encode_image(PICTURE, kind), SETTINGS)
     assert (opened.kind, opened.page_count) == (kind, 1)
@@ -443,7 +445,7 @@ def test_what_cannot_be_read_has_a_kind(kind: str) -> None:
     assert render_failure(BROKEN[kind], RenderSettings(max_pages=10, max_image_pixels=10_000_000)).kind == kind
 
 
-@pytest.mark.parametrize("kind", [kind for kind in DocumentKind if kind is not DocumentKind.PDF])
+@pytest.mark.parametrize("kind", IMAGE_KINDS)
 def test_a_cut_off_image_is_broken(kind: DocumentKind) -> None:
     noise = Image.effect_noise((300, 300), 90).convert("RGB")
     data = encode_image(noise, kind)

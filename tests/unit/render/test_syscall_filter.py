@@ -94,6 +94,12 @@ def test_commands_that_reach_others_are_refused(machine: str, call: str, allowed
 
 
 @pytest.mark.parametrize("machine", MACHINES)
+def test_a_thread_may_be_started_and_no_process(machine: str) -> None:
+    assert decide(machine, "clone", 0x3D0F00) == ALLOW  # the flags of pthread_create
+    assert decide(machine, "clone", 0x1200011) == REFUSE  # those of fork
+
+
+@pytest.mark.parametrize("machine", MACHINES)
 def test_the_numbers_are_those_of_the_headers(machine: str) -> None:
     header = next((Path(path) for path in HEADERS[machine] if Path(path).exists()), None)
     if header is None:

@@ -60,6 +60,14 @@ def record(stage: SettleStage, listed: Row, *answers: str | dict[str, Any]) -> R
 # --- one document
 
 
+def test_a_record_says_which_second_renderer_drew_a_page(stage: SettleStage) -> None:
+    listed = document(page_count=3)
+    rows = ledger(stage, listed, VALID, VALID)
+    assert stage.build_table([listed], rows).to_pylist()[0]["_renderer"] is None
+    rows[1]["pages"][0]["renderer"] = "pdfium"
+    assert stage.build_table([listed], rows).to_pylist()[0]["_renderer"] == "pdfium"
+
+
 def test_an_answer_becomes_typed_columns(stage: SettleStage) -> None:
     row = record(stage, document(), '{"currency":"EUR","total":19.99,"lines":[{"amount":7}]}')
     assert (row["currency"], row["total"], row["lines"]) == ("EUR", Decimal("19.99"), [{"amount": Decimal("7.00")}])
