@@ -49,7 +49,7 @@ def render_preview(job: Job, file: Path | str, page_no: int) -> PreviewPage:
     with Sandbox(plan.settings) as sandbox:
         page_count = sandbox.open(data)
         if page_no > page_count:
-            raise JobError(f"{file} has {page_count} pages, there is no page {page_no}")
+            raise JobError(f"{file} has {page_count} pages, there is no page {page_no}", file, "--page")
         page = next(iter(sandbox.draw_pages(page_no, page_no)))
     facts: PreviewFacts = {**describe_page(page), "file": str(file), "page_count": page_count, "words": len(page.words)}
     return PreviewPage(page, facts, str(prompt.build_messages(job.system_message, [page.pixels])[-1].parts[-1]))
@@ -65,7 +65,7 @@ def read_preview_bytes(plan: RenderPlan, file: Path | str) -> bytes:
     try:
         return Path(file).read_bytes()
     except OSError as error:
-        raise JobError(f"cannot read {file}: {error.strerror}") from None
+        raise JobError(f"cannot read {file}: {error.strerror}", file) from None
 
 
 def write_preview_png(preview: PreviewPage, file: Path) -> None:
@@ -73,7 +73,7 @@ def write_preview_png(preview: PreviewPage, file: Path) -> None:
     try:
         file.write_bytes(encode_page_png(preview.page.pixels))
     except OSError as error:
-        raise JobError(f"cannot write {file}: {error.strerror}") from None
+        raise JobError(f"cannot write {file}: {error.strerror}", file, "--png") from None
 
 
 class PreviewAnswer(TypedDict):

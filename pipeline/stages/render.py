@@ -49,7 +49,9 @@ def make_render_settings(job: Job) -> RenderSettings:
     """Return how documents are rendered. Raises JobError where the environment lacks the password that the job names."""
     limits, name = job.sections.limits, job.sections.source.password_env
     if name and name not in os.environ:
-        raise JobError(f"{job.file}: source.password_env names the environment variable {name}, which is not set")
+        raise JobError(
+            f"{job.file}: source.password_env names the environment variable {name}, which is not set", job.file, "source.password_env"
+        )
     return RenderSettings(
         budget=job.sections.pages.budget,
         dpi=job.sections.pages.dpi,
