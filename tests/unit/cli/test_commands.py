@@ -10,14 +10,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
+from ray.job_submission import JobStatus
 
 from pipeline import cli, engines, flow
 from pipeline.cli import console, exit_codes
+from pipeline.cli.exit_codes import Terminated
 from pipeline.errors import DamagedShard, DocumentError, EngineDead, JobError, RunError, SourceError
 from pipeline.output import Output
 from pipeline.output.ledger import LedgerWriter
@@ -344,6 +347,46 @@ def test_status_prints_json_alone(output: Output) -> None:
 
 def test_status_of_something_else_is_refused(workspace: Workspace) -> None:
     assert "was not written by a run" in refusal("status", workspace.folder)
+
+
+# --- submit
+
+
+class FollowedServer:
+    """A job server whose run ends as it is told to: a real one needs a cluster, and minutes to be lost (`tests/ray/test_submit.py`)."""
+
+    address = "http://head:8265"
+
+    def __init__(self, end: BaseException | ExitCode) -> None:
+        self.end = end
+
+    def follow(self, run: str, write: Callable[[str], object]) -> Any:
+        if isinstance(self.end, BaseException):
+            raise self.end
+        return SimpleNamespace(status=JobStatus.FAILED if self.end else JobStatus.SUCCEEDED, driver_exit_code=int(self.end), message=None)
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "kind", "message"),
+    [
+        (ExitCode.OK, 0, None, None),
+        (ExitCode.DOCUMENTS_FAILED, 1, None, None),
+        (ExitCode.JOB_WRONG, 2, "job", "the run on the cluster ended with exit code 2; its log says why"),
+        (ExitCode.RUN_BROKEN, 3, "run", "the run on the cluster ended with exit code 3; its log says why"),
+        (RunError("it does not answer any more"), 3, "run", "it does not answer any more"),
+        (KeyboardInterrupt(), 130, "interrupted", "no longer following; the run goes on"),
+        (Terminated(), 143, "terminated", "no longer following; the run goes on"),
+    ],
+)
+def test_who_follows_a_run_has_its_id_beside_the_error(
+    capsys: pytest.CaptureFixture[str], end: BaseException | ExitCode, code: int, kind: str | None, message: str | None
+) -> None:
+    server: Any = FollowedServer(end)
+    assert cli.follow_submission(server, "raysubmit_1", None, as_json=True) == code
+    found = json.loads(capsys.readouterr().out)
+    error = found.pop("error", {})
+    assert (found, error.get("kind")) == ({"submission_id": "raysubmit_1", "exit_code": code}, kind)
+    assert error.get("message", "").startswith(message or "")
 
 
 # --- what ends a command
