@@ -100,7 +100,7 @@ def run_matrix() -> Iterator[tuple[str, Resolved, str]]:
         with tempfile.TemporaryDirectory(dir=ROOT, prefix=".venv-matrix-") as folder:
             venv.create(folder, with_pip=True)
             python, started_s, before_s = str(Path(folder, "bin", "python")), time.monotonic(), read_cpu_time()
-            install = [python, "-m", "pip", "install", "--quiet", f"{ROOT}[dev]", *pins]
+            install = [python, "-m", "pip", "install", "--quiet", "--editable", f"{ROOT}[dev]", *pins]
             installed = subprocess.run(install, capture_output=True, text=True, check=False)
             seconds, cpu_s = time.monotonic() - started_s, read_cpu_time() - before_s
             if installed.returncode:

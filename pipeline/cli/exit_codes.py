@@ -93,7 +93,7 @@ def convert_to_exit_code(command: Callable[..., ExitCode | None], stopped: str =
         with raise_on_signals() as received:
             try:
                 code = command(*args, **kwargs) or ExitCode.OK
-            except (click.ClickException, click.exceptions.Exit):
+            except (click.ClickException, click.exceptions.Exit, BrokenPipeError):  # the last as in `pipeline check JOB | head`
                 raise
             except (Exception, KeyboardInterrupt) as error:
                 found = describe_error(error, stopped, signal.SIGTERM in received, kwargs.get("job_file"))

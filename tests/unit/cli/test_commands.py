@@ -486,6 +486,17 @@ def test_a_defect_says_where_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert said.endswith("\nerror: ZeroDivisionError: division by zero; this is a defect of the program: please report it\n")
 
 
+def test_who_reads_only_the_first_lines_is_told_of_no_defect(workspace: Workspace) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", "check", workspace.file],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[3],
+    ) as check:  # fmt: skip
+        assert check.stdout is not None
+        check.stdout.close()
+        assert check.stderr is not None
+        assert check.stderr.read() == b""
+
+
 @pytest.mark.parametrize("code", [None, ExitCode.OK, ExitCode.DOCUMENTS_FAILED])
 def test_what_a_command_returns_is_its_code(code: ExitCode | None) -> None:
     assert ended(lambda: code) == (code or 0)
