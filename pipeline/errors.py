@@ -11,13 +11,31 @@
 Every error is built from plain positional values, so that it survives pickling between Ray's processes.
 """
 
+from __future__ import annotations
+
+from pathlib import PurePath
+
 
 class PipelineError(Exception):
-    """Base class of all exceptions that this package raises on purpose."""
+    """Base class of all exceptions that this package raises on purpose.
+
+    `file` and `key` say for programs what the message says for people: the file that is wrong, and the dotted key of the job or the option
+    of the command line; None where there is none, or where the place that raised the error does not know it.
+    """
+
+    file: str | None = None
+    key: str | None = None
 
 
 class JobError(PipelineError):
     """The user's input cannot be run; the message says in one sentence where, what was found and what is allowed."""
+
+    def __init__(self, message: str, file: str | PurePath | None = None, key: str | None = None) -> None:
+        super().__init__(message, None if file is None else str(file), key)
+        self.message, self.file, self.key = self.args
+
+    def __str__(self) -> str:
+        return str(self.message)
 
 
 class SourceError(JobError):
@@ -49,6 +67,8 @@ class EngineDead(RunError):
 
 class DamagedShard(RunError):
     """A shard of the output folder cannot be read or has other contents than were written. `file` is its path."""
+
+    file: str
 
     def __init__(self, file: str, reason: str) -> None:
         super().__init__(file, reason)

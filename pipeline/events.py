@@ -81,7 +81,7 @@ def write_events_to(file: Path | None) -> Iterator[None]:
     try:
         handler = logging.StreamHandler() if str(file) == "-" else PrivateFileHandler(file, encoding="utf-8")
     except OSError as error:
-        raise JobError(f"cannot write the log {file}: {error.strerror}") from None
+        raise JobError(f"cannot write the log {file}: {error.strerror}", file, "--log") from None
     handler.setFormatter(JsonLinesFormatter())
     with attach_handler(handler):
         yield

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from pipeline.cli.console import (
     describe_demo_model,
     detach_streams,
     erase_line,
-    print_data,
+    print_json,
     print_message,
     show_answer,
     show_job,
@@ -31,7 +31,8 @@ from pipeline.cli.console import (
     show_status,
     show_waiting,
 )
-from pipeline.cli.exit_codes import Terminated, call_on_signal, convert_to_exit_code
+from pipeline.cli.exit_codes import CommandError, CommandGroup, ErrorKind, Terminated, call_on_signal, convert_to_exit_code
+from pipeline.errors import RunError
 from pipeline.processes import hide_process
 from pipeline.report import ExitCode
 from pipeline.scratch import PRIVATE_UMASK
@@ -51,10 +52,10 @@ LIMIT = click.option("--limit", type=click.IntRange(min=1), help="Take only the 
 RETRY = click.option("--retry", metavar="failed[:KIND]", help="Ask once more what failed, all or one kind of it (failed:timeout).")
 SHARED = click.option("--shared-filesystem", is_flag=True, help="The cluster's machines have the job's local paths at the same place.")
 CLUSTER = click.option("--address", metavar="ADDRESS", help="Ray cluster to join instead of the job's: auto or HOST:6379.")
-JSON = click.option("--json", "as_json", is_flag=True, help="Print data as JSON on stdout, nothing else.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print data, or the error, as JSON on stdout, nothing else.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
     """Turn folders of PDFs and images into typed, validated Parquet with an open vision-language model."""
@@ -143,7 +144,7 @@ def submit_command(job_file: Path | None, address: str, attach: str | None, stop
     if stop:
         status = server.stop(stop).value
         if as_json:
-            click.echo(json.dumps({"submission_id": stop, "status": status}))
+            print_json({"submission_id": stop, "status": status})
         else:
             print_message(f"{stop} has ended: {status}; the answers so far are kept: submit the job again to go on")
         return ExitCode.OK
@@ -154,7 +155,7 @@ def submit_command(job_file: Path | None, address: str, attach: str | None, stop
     if attach or wait:
         return follow_submission(server, run, log, as_json)
     if as_json:
-        click.echo(json.dumps({"submission_id": run}))
+        print_json({"submission_id": run})
     return ExitCode.OK
 
 
@@ -169,7 +170,10 @@ def send_submission(server: JobServer, job: Job, arguments: list[str]) -> str:
 
 
 def follow_submission(server: JobServer, run: str, log: TextIO | None, as_json: bool) -> ExitCode:
-    """Print a run's log to its end and return its exit code. Ctrl-C ends the printing, not the run."""
+    """Print a run's log to its end and return its exit code. Ctrl-C ends the printing, not the run.
+
+    The JSON has the submission's id also beside an error: the run may go on.
+    """
     from pipeline.cluster.submit import LogSplitter, read_exit_code
 
     shown = LogSplitter(lambda text: print_message(text.replace("\t", " "), end=""), log)
@@ -179,11 +183,25 @@ def follow_submission(server: JobServer, run: str, log: TextIO | None, as_json: 
         code = ExitCode.TERMINATED if isinstance(stop, Terminated) else ExitCode.INTERRUPTED
         back = f"pipeline submit --address {server.address}"
         word = f"no longer following; the run goes on: `{back} --attach {run}` follows it again, `{back} --stop {run}` stops it"
+    except RunError as error:
+        code, word = ExitCode.RUN_BROKEN, f"error: {error}"
     if word:
         print_message(word)
     if as_json:
-        click.echo(json.dumps({"submission_id": run, "exit_code": int(code)}))
+        kind = REMOTE_ERRORS.get(code)
+        message = word.removeprefix("error: ") or f"the run on the cluster ended with exit code {int(code)}; its log says why"
+        failed = {"error": CommandError(kind, message).fields} if kind else {}
+        print_json({"submission_id": run, **failed, "exit_code": int(code)})
     return code
+
+
+REMOTE_ERRORS = {
+    ExitCode.JOB_WRONG: ErrorKind.JOB,
+    ExitCode.RUN_BROKEN: ErrorKind.RUN,
+    ExitCode.INTERRUPTED: ErrorKind.INTERRUPTED,
+    ExitCode.TERMINATED: ErrorKind.TERMINATED,
+}
+"""The kind of error that the exit code of a run on a cluster means."""
 
 
 @main.command("check")
@@ -211,7 +229,7 @@ def check_command(job_file: Path, settings: tuple[str, ...], as_json: bool) -> N
         "not_confined": list(describe_confinement()),
     }
     if as_json:
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        print_json(found)
         return
     show_job(found)
 
@@ -243,9 +261,7 @@ def preview_command(
         with show_waiting("asking the model", quiet=as_json):
             answer = ask_preview(job, seen, on_demo)
     if as_json:
-        click.echo(
-            json.dumps({**seen.facts, "prompt": job.system_message, "ask": seen.ask, **(answer or {})}, indent=2, ensure_ascii=False)
-        )
+        print_json({**seen.facts, "prompt": job.system_message, "ask": seen.ask, **(answer or {})})
     elif answer:
         show_answer(answer)
     return ExitCode.DOCUMENTS_FAILED if answer and answer["failure"] else ExitCode.OK
@@ -263,9 +279,27 @@ def status_command(folder: str, as_json: bool) -> None:
 
     found = read_status(Output(parse_location(folder)))
     if as_json:
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        print_json(found)
         return
     show_status(found, folder)
+
+
+@main.command("init")
+@click.option(
+    "--sample", type=click.Path(path_type=Path), metavar="DIR", required=True, help="Folder to write this package's samples into."
+)
+@JSON
+@convert_to_exit_code
+def init_command(sample: Path, as_json: bool) -> None:
+    """Write sample jobs, their schemas and documents into a folder, to run and to copy from. Overwrites nothing."""
+    from pipeline.demo.sample_folder import FIRST_JOB, write_sample_folder
+
+    written = write_sample_folder(sample)
+    command = f"pipeline run {shlex.quote(str(sample / FIRST_JOB))}"
+    if as_json:
+        print_json({"folder": str(sample), "files": written, "next": command})
+        return
+    print_message(f"{len(written)} files written to {sample}; next: {command}")
 
 
 def load_job(
@@ -285,7 +319,7 @@ def show_run(work: Callable[[ProgressDisplay], Report], stopping: str, as_json: 
         if not as_json:
             show_report(report, console)
     if as_json:
-        print_data(json.dumps(report.as_dict(), indent=2))
+        print_json(report.as_dict())
     return report.exit_code
 
 
@@ -311,13 +345,14 @@ def run_main() -> int:
         main()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else bool(end.code)
-    except Exception:
-        print_message(traceback.format_exc())
-        raise
     return ExitCode.OK
 
 
 def report_broken_run(how: str) -> int:
     erase_line()
-    print_message(f"error: the run's process is gone: {how}; the answers written so far are kept: run the same command again to go on")
+    """Say that the process of `run` or `settle` has died, and how, and return the exit code."""
+    word = f"the run's process is gone: {how}; the answers written so far are kept: run the same command again to go on"
+    print_message(f"error: {word}")
+    if "--json" in sys.argv[1:]:
+        CommandError(ErrorKind.RUN, word).print_as_json()
     return ExitCode.RUN_BROKEN

@@ -14,6 +14,7 @@ File names and messages from documents are printed without control characters.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -51,6 +52,8 @@ COUNTING = (Phase.LISTING, Phase.ASKING, Phase.SETTLING)
 TAIL_BYTES = 4000
 """What is printed of Ray's output when Ray breaks a run."""
 COLOR = re.compile(r"\x1b\[[0-9;]*m")
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""What bytes of a file's name that are not UTF-8 become in Python. A stream cannot write it."""
 
 
 @dataclass
@@ -73,6 +76,12 @@ def print_message(text: str, end: str = "\n") -> None:
 def print_data(text: str) -> None:
     """Print text on stdout."""
     click.echo(text, file=OWN.stdout or sys.stdout)
+
+
+def print_json(found: object) -> None:
+    """Print an object as JSON on stdout."""
+    text = json.dumps(found, indent=2, ensure_ascii=False)
+    print_data(SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 def strip_control_characters(text: str) -> str:

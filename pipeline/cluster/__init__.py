@@ -189,7 +189,7 @@ def join_cluster(address: str) -> None:
     try:
         ray.init(address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, ImportError, RayError, SystemExit) as error:  # Ray raises the last on its own SIGTERM
-        raise JobError(f"there is no Ray cluster to join at {address}: {explain_join_error(error)}") from None
+        raise JobError(f"there is no Ray cluster to join at {address}: {explain_join_error(error)}", key="ray.address") from None
 
 
 def explain_join_error(error: BaseException) -> str:

@@ -50,13 +50,17 @@ def make_portable_path(job: Job, key: str, path: str) -> str:
     if parse_scheme(path) not in ("", "file"):
         if has_secret(path):
             raise JobError(
-                f"{job.file}: {key} is {redact_url(path)!r}, which holds a password: the cluster's own environment has to have that"
+                f"{job.file}: {key} is {redact_url(path)!r}, which holds a password: the cluster's own environment has to have that",
+                job.file,
+                key,
             )
         return path
     if not job.sections.ray.shared_filesystem:
         raise JobError(
             f"{job.file}: {key} is {path!r}, a path on this machine that the cluster does not see: name an object store (s3://, gs://, "
-            "az://) or an http(s) URL, or say --shared-filesystem if the cluster's machines have it at the same path"
+            "az://) or an http(s) URL, or say --shared-filesystem if the cluster's machines have it at the same path",
+            job.file,
+            key,
         )
     return make_absolute(os.path.expanduser(path), os.path.realpath(job.file.parent))
 

@@ -26,6 +26,7 @@ from pipeline.cluster import bundle
 from pipeline.errors import JobError, PipelineError, RunError
 from pipeline.job import Job
 from pipeline.report import ExitCode
+from pipeline.version import DISTRIBUTION
 
 CHATTY = [f"ray.{name}" for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging")]
 """Loggers of Ray that write into the command's messages."""
@@ -57,9 +58,9 @@ class JobServer:
     def __init__(self, address: str) -> None:
         """Connect to the job server at this address. Raises JobError where none answers."""
         if find_spec("aiohttp") is None:
-            raise JobError("talking to a job server needs ray[default], which is not installed: pip install 'pipeline[cluster]'")
+            raise JobError(f"talking to a job server needs ray[default], which is not installed: pip install '{DISTRIBUTION}[cluster]'")
         if not re.fullmatch(r"https?://[^\s/@]+/?", address):
-            raise JobError(f"--address is {address!r}, expected a cluster's job server, such as http://HEAD:8265")
+            raise JobError(f"--address is {address!r}, expected a cluster's job server, such as http://HEAD:8265", key="--address")
         for name in CHATTY:
             logging.getLogger(name).setLevel(logging.WARNING)
         self.address = address
@@ -164,7 +165,8 @@ def convert_client_errors(address: str) -> Iterator[None]:
         raise
     except AuthenticationError:
         raise JobError(
-            f"{address} wants the cluster's token: set RAY_AUTH_MODE=token, and the token in RAY_AUTH_TOKEN or in ~/.ray/auth_token"
+            f"{address} wants the cluster's token: set RAY_AUTH_MODE=token, and the token in RAY_AUTH_TOKEN or in ~/.ray/auth_token",
+            key="--address",
         ) from None
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise JobError(f"{address}: {format_client_error(error)}") from None

@@ -19,6 +19,7 @@ from pipeline.records import Completion, Request
 from pipeline.schema import grammar
 from pipeline.schema.request_schema import list_unforced_keywords
 from pipeline.storage.location import is_store_url
+from pipeline.version import DISTRIBUTION
 
 DEMO_CHECKPOINT = Path(__file__).parents[1] / "demo" / "checkpoint"
 """The folder of the demonstration model in this package."""
@@ -72,7 +73,9 @@ def resolve_engine(job: Job, gpus: float) -> Job:
     if not gpus and model.without_gpu != "cpu":
         raise JobError(
             f"{job.file}: there is no GPU for {model.name}; set model.without_gpu to demo (the small demonstration model) or cpu (very "
-            "slow), or run on a machine with one"
+            "slow), or run on a machine with one",
+            job.file,
+            "model.without_gpu",
         )
     if is_store_url(model.name):
         return job.with_model(revision=model_cache.resolve_store_revision(model.name, model.revision))
@@ -91,7 +94,9 @@ def resolve_hub_revision(job: Job) -> str:
         return Path(hf_hub_download(model.name, "config.json", revision=model.revision)).parent.name  # …/snapshots/COMMIT/config.json
     except (OSError, ValueError) as error:  # the hub's errors are OSErrors, a malformed id is a ValueError
         reason = " ".join(str(error).split())[:300]
-        raise JobError(f"{job.file}: model.name is {model.name!r}, neither a folder nor known to the hub: {reason}") from None
+        raise JobError(
+            f"{job.file}: model.name is {model.name!r}, neither a folder nor known to the hub: {reason}", job.file, "model.name"
+        ) from None
 
 
 def check_package(job: Job) -> None:
@@ -99,7 +104,11 @@ def check_package(job: Job) -> None:
     engine = job.sections.model.engine
     if engine in ENGINE_PACKAGES and find_spec(ENGINE_PACKAGES[engine]) is None:
         package = ENGINE_PACKAGES[engine]
-        raise JobError(f"{job.file}: model.engine is {engine}, which needs the package {package}: pip install 'pipeline[{engine}]'")
+        raise JobError(
+            f"{job.file}: model.engine is {engine}, which needs the package {package}: pip install '{DISTRIBUTION}[{engine}]'",
+            job.file,
+            "model.engine",
+        )
 
 
 def count_gpus() -> int:
@@ -130,11 +139,19 @@ def check_engine(job: Job) -> tuple[str, ...]:
         model_cache.resolve_store_revision(name, job.sections.model.revision)
     elif job.uses_demo or job.is_local_path(name):
         if not (find_model_folder(job) / "config.json").is_file():
-            raise JobError(f"{job.file}: model.name is {name!r}, but {find_model_folder(job)} holds no checkpoint (no config.json)")
+            raise JobError(
+                f"{job.file}: model.name is {name!r}, but {find_model_folder(job)} holds no checkpoint (no config.json)",
+                job.file,
+                "model.name",
+            )
         checkpoint_files.check_checkpoint_files(find_model_folder(job), any_quantization=uses_vllm)
     if lora and job.is_local_path(lora):
         if not (job.resolve_local_path(lora) / "adapter_model.safetensors").is_file():
-            raise JobError(f"{job.file}: model.lora is {lora!r}, but {job.resolve_local_path(lora)} holds no adapter_model.safetensors")
+            raise JobError(
+                f"{job.file}: model.lora is {lora!r}, but {job.resolve_local_path(lora)} holds no adapter_model.safetensors",
+                job.file,
+                "model.lora",
+            )
         checkpoint_files.read_safetensors_header(job.resolve_local_path(lora) / "adapter_model.safetensors")
     notes = grammar.check_grammar(job.request_schema)
     unforced = list_unforced_keywords(job.schema) if job.sections.extract.absent == "allow" else []

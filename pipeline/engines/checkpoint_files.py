@@ -37,11 +37,11 @@ def check_checkpoint_files(folder: Path, any_quantization: bool = False) -> None
     """
     config = read_json_file(folder / "config.json")
     if config.get("model_type") not in MODEL_TYPES:
-        raise JobError(f"{folder}: model_type is {config.get('model_type')!r}; allowed: {', '.join(MODEL_TYPES)}")
+        raise JobError(f"{folder}: model_type is {config.get('model_type')!r}; allowed: {', '.join(MODEL_TYPES)}", folder / "config.json")
     block = config.get("quantization_config") or {}
     if block and not any_quantization and (not isinstance(block, dict) or block.get("quant_method") != "awq"):
         method = block.get("quant_method") if isinstance(block, dict) else block
-        raise JobError(f"{folder}: config.json says quantization by {method!r}; allowed are none and 'awq'")
+        raise JobError(f"{folder}: config.json says quantization by {method!r}; allowed are none and 'awq'", folder / "config.json")
     for part, choices in REQUIRED_FILES.items():
         if not any(all((folder / name).is_file() for name in names) for names in choices):
             raise JobError(f"{folder}: its {part} is missing: there is no {' and no '.join(' with '.join(names) for names in choices)}")
@@ -62,7 +62,7 @@ def list_weights_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file() and not (folder / "model.safetensors").is_file():
         named = read_json_file(folder / INDEX).get("weight_map")
         if not isinstance(named, dict) or not named:
-            raise JobError(f"{folder / INDEX}: it has no weight_map that says which file holds which weight")
+            raise JobError(f"{folder / INDEX}: it has no weight_map that says which file holds which weight", folder / INDEX)
         files = [folder / name for name in dict.fromkeys(map(str, named.values()))]
         if missing := [file.name for file in files if not file.is_file()]:
             raise JobError(f"{folder}: the weights file {missing[0]} is missing (of {len(files)} that {INDEX} names, {len(missing)} are)")
@@ -84,11 +84,11 @@ def read_safetensors_header(file: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(file, "np") as tensors:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118  not a mapping
     except OSError as error:
-        raise JobError(f"{file} cannot be read: {error.strerror or error}") from None
+        raise JobError(f"{file} cannot be read: {error.strerror or error}", file) from None
     except SafetensorError as error:
         if start[8:] != b"{":  # the format's first byte after the length of its header
-            raise JobError(f"{file} is not a safetensors file ({size_bytes:,} bytes that begin with {start[:8]!r})") from None
-        raise JobError(f"{file} is damaged or incomplete ({size_bytes:,} bytes): {error}; fetch it again") from None
+            raise JobError(f"{file} is not a safetensors file ({size_bytes:,} bytes that begin with {start[:8]!r})", file) from None
+        raise JobError(f"{file} is damaged or incomplete ({size_bytes:,} bytes): {error}; fetch it again", file) from None
 
 
 def read_json_file(file: Path) -> dict[str, Any]:
@@ -96,9 +96,9 @@ def read_json_file(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_bytes())
     except OSError as error:
-        raise JobError(f"{file} cannot be read: {error.strerror}") from None
+        raise JobError(f"{file} cannot be read: {error.strerror}", file) from None
     except (ValueError, RecursionError) as error:
-        raise JobError(f"{file} is not JSON: {error}") from None
+        raise JobError(f"{file} is not JSON: {error}", file) from None
     if not isinstance(found, dict):
-        raise JobError(f"{file}: expected a JSON object, found {type(found).__name__}")
+        raise JobError(f"{file}: expected a JSON object, found {type(found).__name__}", file)
     return found

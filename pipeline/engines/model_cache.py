@@ -39,11 +39,13 @@ def resolve_store_revision(uri: str, wanted: str | None = None) -> str:
     if is_offline():
         copies = sorted(find_cache_folder().glob(f"{escape(make_folder_stem(uri))}-*"), key=lambda copy: copy.stat().st_mtime)
         if not copies or wanted:
-            raise JobError(f"the model {uri} is not in {find_cache_folder()}, and {OFFLINE_ENV} forbids fetching it")
+            raise JobError(f"the model {uri} is not in {find_cache_folder()}, and {OFFLINE_ENV} forbids fetching it", key="model.name")
         return copies[-1].name.rpartition("-")[2]
     found = compute_digest(list_checkpoint_files(uri))
     if wanted not in (None, found):
-        raise JobError(f"model.revision is {wanted!r}, {uri} has the revision {found} now: leave the key out to take that")
+        raise JobError(
+            f"model.revision is {wanted!r}, {uri} has the revision {found} now: leave the key out to take that", key="model.revision"
+        )
     return found
 
 
@@ -88,13 +90,13 @@ def list_checkpoint_files(uri: str) -> list[StoredObject]:
     try:
         found = object_store.list_objects(uri)
     except OSError as error:
-        raise JobError(f"the model {uri} cannot be listed: {object_store.format_os_error(error)}") from None
+        raise JobError(f"the model {uri} cannot be listed: {object_store.format_os_error(error)}", key="model.name") from None
     prefix = f"{uri.rstrip('/')}/"
     inside = [file for file in found if file.url.partition(prefix)[2] == find_file_name(file)]
     files = [file for file in inside if any(fnmatchcase(find_file_name(file), pattern) for pattern in CHECKPOINT_FILES)]
     for needed in ("config.json", "*.safetensors"):
         if not any(fnmatchcase(find_file_name(file), needed) for file in files):
-            raise JobError(f"model.name is {uri!r}, which holds no checkpoint (no {needed})")
+            raise JobError(f"model.name is {uri!r}, which holds no checkpoint (no {needed})", key="model.name")
     return sorted(files, key=find_file_name)
 
 

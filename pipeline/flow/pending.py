@@ -26,13 +26,16 @@ def list_documents(job: Job) -> pa.Table:
     Raises JobError, and SourceError when there is no document at all.
     """
     source = job.sections.source
-    listing = sources.find_documents(source.paths, job.file.parent, allow_outside=source.allow_outside, keep_query=source.keep_query)
+    try:
+        listing = sources.find_documents(source.paths, job.file.parent, allow_outside=source.allow_outside, keep_query=source.keep_query)
+    except SourceError as error:
+        raise SourceError(str(error), error.file or job.file, "source.paths") from None
     own = f"{job.output}/"
     if isinstance(job.output, Path):
         own = local.format_source(os.path.realpath(job.output), os.path.realpath(job.file.parent)) + "/"
     listing = listing.filter(pc.invert(pc.starts_with(listing["source"], own)))
     if not listing.num_rows:
-        raise SourceError(f"{job.file}: source.paths names nothing but the output folder {job.output}")
+        raise SourceError(f"{job.file}: source.paths names nothing but the output folder {job.output}", job.file, "source.paths")
     return listing
 
 

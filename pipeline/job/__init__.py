@@ -25,7 +25,7 @@ from pipeline import schema
 from pipeline.errors import JobError
 from pipeline.job.pydantic_model import is_model_name, load_model_schema
 from pipeline.job.sections import JobSections
-from pipeline.job.yaml_file import apply_setting, explain_errors, read_yaml
+from pipeline.job.yaml_file import apply_setting, build_job_error, read_yaml
 from pipeline.records import Sampling
 from pipeline.schema import prompt
 from pipeline.schema.request_schema import build_request_schema
@@ -66,7 +66,7 @@ class Job:
         try:
             sections = JobSections.model_validate(data)
         except ValidationError as error:
-            raise JobError(explain_errors(error, JobSections, path, positions)) from None
+            raise build_job_error(error, JobSections, path, positions) from None
         target = parse_location(str(output) if output else sections.output.path)
         if isinstance(target, Path):
             target = target.absolute() if output else (path.parent / target.expanduser()).resolve()
@@ -74,7 +74,7 @@ class Job:
         try:
             _ = job.system_message  # raises for instructions or a schema that hold a control token
         except JobError as error:
-            raise JobError(f"{path}: {error}") from None
+            raise JobError(f"{path}: {error}", path) from None
         return job
 
     @cached_property

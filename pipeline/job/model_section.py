@@ -27,7 +27,7 @@ class ModelSection(Section):
     engine: Literal["auto", "transformers", "vllm", "openai"] = Field(
         "auto",
         description="What runs the model. `auto` is `transformers`, in this process. `vllm` answers many more requests at once on a "
-        "GPU; it must be installed (`pipeline[vllm]`), takes a minute or more to start and nearly all of the GPU's "
+        "GPU; it must be installed (`pipeline-documents[vllm]`), takes a minute or more to start and nearly all of the GPU's "
         "memory. `openai` is any Chat Completions server at `model.base_url`: it needs no GPU here, and every page leaves "
         "this machine.",
     )

@@ -170,7 +170,8 @@ class LimitsSection(Section):
 class OutputSection(Section):
     path: str = Field(
         description="Folder of the results, relative to the job file, or a prefix in an object store: s3://bucket/out, gs://, az:// "
-        "(`pip install 'pipeline[s3]'`, `[gcs]`, `[azure]`). A store costs two requests every few seconds and one per shard read.",
+        "(`pip install 'pipeline-documents[s3]'`, `[gcs]`, `[azure]`). A store costs two requests every few "
+        "seconds and one per shard read.",
     )
 
     @field_validator("path")

@@ -28,18 +28,18 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], KeyPositions]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise JobError(f"cannot read the job file {path}: {describe_read_error(error)}") from None
+        raise JobError(f"cannot read the job file {path}: {describe_read_error(error)}", path) from None
     try:
         for event in yaml.parse(text, yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
                 line = event.start_mark.line + 1 if event.start_mark else 1
-                raise JobError(f"{path}:{line}: YAML aliases (*{event.anchor}) are not allowed; write the value out")
+                raise JobError(f"{path}:{line}: YAML aliases (*{event.anchor}) are not allowed; write the value out", path)
         node = yaml.compose(text, yaml.SafeLoader)
         data = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise JobError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise JobError(f"{path} is not valid YAML: {' '.join(str(error).split())}", path) from None
     if not isinstance(node, yaml.MappingNode):
-        raise JobError(f"{path}: a job file is a mapping of keys (name, source, extract, model, output, …)")
+        raise JobError(f"{path}: a job file is a mapping of keys (name, source, extract, model, output, …)", path)
     positions: KeyPositions = {}
     record_positions(node, (), positions, path)
     return data, positions
@@ -52,10 +52,11 @@ def describe_read_error(error: Exception) -> str:
 def record_positions(node: yaml.Node, prefix: tuple[str | int, ...], positions: KeyPositions, path: Path) -> None:
     """Add the position of each key below a node to `positions`. Raises JobError for a duplicate key."""
     if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            name, position = (*prefix, str(key.value)), f"{path}:{key.start_mark.line + 1}"
+        for written, value in node.value:
+            name, position = (*prefix, str(written.value)), f"{path}:{written.start_mark.line + 1}"
             if name in positions:
-                raise JobError(f"{position}: the key {'.'.join(map(str, name))} is given twice")
+                key = ".".join(map(str, name))
+                raise JobError(f"{position}: the key {key} is given twice", path, key)
             positions[name] = position
             record_positions(value, name, positions, path)
     elif isinstance(node, yaml.SequenceNode):
@@ -67,7 +68,7 @@ def apply_setting(data: dict[str, Any], setting: str, positions: KeyPositions) -
     """Apply one `section.key=value` option, its value parsed as YAML, to `data`, and record it as the key's position."""
     key, equals, value = setting.partition("=")
     if not equals or not key.strip():
-        raise JobError(f"--set {setting!r}: expected key=value, for example --set sampling.max_tokens=512")
+        raise JobError(f"--set {setting!r}: expected key=value, for example --set sampling.max_tokens=512", key="--set")
     *sections, last = path = tuple(key.strip().split("."))
     section = data
     for name in sections:
@@ -75,24 +76,24 @@ def apply_setting(data: dict[str, Any], setting: str, positions: KeyPositions) -
             section[name] = {}
         section = section[name]
         if not isinstance(section, dict):
-            raise JobError(f"--set {setting!r}: {name} is a value, not a section")
+            raise JobError(f"--set {setting!r}: {name} is a value, not a section", key=key.strip())
     try:
         section[last] = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise JobError(f"--set {setting!r}: the value is not valid YAML") from None
+        raise JobError(f"--set {setting!r}: the value is not valid YAML", key=key.strip()) from None
     for overridden in [name for name in positions if name[: len(path)] == path]:
         del positions[overridden]
     positions[path] = f"--set {hide_query(redact_url(setting))}"
 
 
-def explain_errors(error: ValidationError, model: type[BaseModel], path: Path, positions: KeyPositions) -> str:
-    """Return one sentence about the first error, with its position and the number of further errors."""
+def build_job_error(error: ValidationError, model: type[BaseModel], path: Path, positions: KeyPositions) -> JobError:
+    """Return a JobError about the first error: one sentence with its position and the number of further errors."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")  # a misspelt key is also a missing one
     first = problems[0]
     name = first["loc"]
     where = next((positions[name[:n]] for n in range(len(name), 0, -1) if name[:n] in positions), path)
     more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{where}: {describe_problem(first, model)}{more}"
+    return JobError(f"{where}: {describe_problem(first, model)}{more}", path, ".".join(map(str, name)) or None)
 
 
 def describe_problem(problem: Any, model: type[BaseModel]) -> str:

@@ -47,7 +47,9 @@ class Output:
                 folder.create()
             self.root.check_writable()
         except OSError as error:
-            raise JobError(f"cannot write to the output folder {self.root}: {format_os_error(error)}") from None
+            raise JobError(
+                f"cannot write to the output folder {self.root}: {format_os_error(error)}", str(self.root), "output.path"
+            ) from None
 
     def remove_leftovers(self) -> None:
         """Remove half-written files of a killed run. Must not be called while another run writes. Raises RunError."""
@@ -65,9 +67,9 @@ class Output:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise JobError(f"cannot read {file}: {error}") from None
+            raise JobError(f"cannot read {file}: {error}", file) from None
         if found is not None and not (isinstance(found, dict) and found.keys() >= {"job", "fingerprint", "asked"}):
-            raise JobError(f"{file} was not written by a run: choose another output folder")
+            raise JobError(f"{file} was not written by a run: choose another output folder", file, "output.path")
         return found
 
     def remove_other_records(self, names: Set[str]) -> None:

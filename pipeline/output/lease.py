@@ -106,17 +106,17 @@ class Lease:
         try:
             self.lock.acquire(timeout=LOCK_TIMEOUT_S)
         except Timeout:
-            raise JobError(format_lease_conflict(self.store, self.read_holder())) from None
+            raise JobError(format_lease_conflict(self.store, self.read_holder()), key="output.path") from None
         try:
             other = self.read_holder()
             if other is not None and not other.is_expired and not other.is_here:
-                raise JobError(format_lease_conflict(self.store, other))
+                raise JobError(format_lease_conflict(self.store, other), key="output.path")
             self.store.put(NAME, self.mine.to_json())
             if not isinstance(self.store, FolderStore):  # two machines may have written at the same time: the last one stays
                 time.sleep(LOOK_AGAIN_S)
                 other = self.read_holder()
                 if other is not None and other.holder != self.mine.holder:
-                    raise JobError(format_lease_conflict(self.store, other))
+                    raise JobError(format_lease_conflict(self.store, other), key="output.path")
         except BaseException:
             self.lock.release()
             raise
@@ -128,7 +128,7 @@ class Lease:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise JobError(f"cannot read {self.store / NAME}: {error}") from None
+            raise JobError(f"cannot read {self.store / NAME}: {error}", str(self.store / NAME)) from None
 
     def renew(self) -> None:
         """Renew until the block ends, or until another run has taken the lease while this process was suspended."""

@@ -92,7 +92,7 @@ class RetryFilter:
         """Return the filter written as `failed`, `failed:KIND` or `failed:STAGE/KIND`. Raises JobError."""
         found = RETRY_PATTERN.fullmatch(text)
         if not found:
-            raise JobError(f"retry is {text!r}; allowed are failed, failed:KIND and failed:STAGE/KIND, as in failed:timeout")
+            raise JobError(f"retry is {text!r}; allowed are failed, failed:KIND and failed:STAGE/KIND, as in failed:timeout", key="--retry")
         return cls(**found.groupdict())
 
     def matches(self, row: LedgerRow) -> bool:

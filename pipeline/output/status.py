@@ -74,7 +74,7 @@ def read_status(output: Output) -> RunStatus:
     """
     job = output.read_job()
     if job is None:
-        raise JobError(f"{output.root} is not an output folder: it has no job.yaml")
+        raise JobError(f"{output.root} is not an output folder: it has no job.yaml", str(output.root))
     reader = ShardReader()
     sources = complete_sources(reader.read_intact_shards(output.sources, ["source", "doc_id", "page_count"], SOURCE_SCHEMA))
     ledger = reader.read_intact_shards(output.requests, [*OUTCOME_COLUMNS, "source"], LEDGER_SCHEMA)

@@ -41,6 +41,7 @@ from pipeline.errors import DocumentError
 from pipeline.records import Page, Pixels
 from pipeline.render.errors import MAX_WARNINGS, clean_text, convert_library_errors
 from pipeline.render.fallback import OpenPages
+from pipeline.version import DISTRIBUTION
 
 
 class DocumentKind(StrEnum):
@@ -151,7 +152,7 @@ def open_image(data: bytes, settings: RenderSettings, kind: DocumentKind) -> Ope
 def register_heif() -> None:
     """Have Pillow read HEIF, as phones write it. Raises DocumentError where the package for it is not installed."""
     if register_heif_opener is None:
-        raise DocumentError("unsupported", "HEIF images (HEIC) need the package pillow-heif: pip install 'pipeline[formats]'")
+        raise DocumentError("unsupported", f"HEIF images (HEIC) need the package pillow-heif: pip install '{DISTRIBUTION}[formats]'")
     register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
 
 

@@ -31,6 +31,7 @@ from pipeline.errors import DocumentError
 from pipeline.records import Page, Pixels
 from pipeline.render.fallback import OpenPages
 from pipeline.render.images import BAND_PIXELS, ORIENTATION, check_image_size, draw_image, find_white
+from pipeline.version import DISTRIBUTION
 
 RENDERER = "tifffile"
 X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT = 282, 283, 296
@@ -63,7 +64,7 @@ Samples = NDArray[Any]
 def open_tiff(data: bytes, settings: RenderSettings) -> OpenPages:
     """Return the pages of a TIFF. Raises DocumentError and tifffile's errors."""
     if tifffile is None:
-        needed = "this kind of TIFF may need the packages tifffile and imagecodecs: pip install 'pipeline[formats]'"
+        needed = f"this kind of TIFF may need the packages tifffile and imagecodecs: pip install '{DISTRIBUTION}[formats]'"
         raise DocumentError("unsupported", needed)
     logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)  # it writes a line for each damaged tag
     file = tifffile.TiffFile(io.BytesIO(data))

@@ -108,11 +108,13 @@ def load_schema(path: str | Path) -> Schema:
     try:
         return check_schema(parse_json(Path(path).read_text(encoding="utf-8-sig")))
     except OSError as error:
-        raise JobError(f"schema {path} cannot be read: {error.strerror}") from None
+        raise JobError(f"schema {path} cannot be read: {error.strerror}", path, "extract.schema") from None
     except UnicodeDecodeError as error:
-        raise JobError(f"schema {path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
+        raise JobError(
+            f"schema {path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}", path, "extract.schema"
+        ) from None
     except ValueError as error:
-        raise JobError(f"schema {path}: {error}") from None
+        raise JobError(f"schema {path}: {error}", path, "extract.schema") from None
 
 
 def check_schema(schema: Any) -> Schema:

@@ -32,14 +32,14 @@ def read_manifest(path: str) -> Manifest:
     try:
         names, columns = READERS[find_suffix(path)](path)
     except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}", path) from None
     for row, name in enumerate(names, 1):
         if not isinstance(name, str) or not name:
-            raise SourceError(f"{path}, row {row}: `{PATH_COLUMN}` is {name!r}; it must be a path")
+            raise SourceError(f"{path}, row {row}: `{PATH_COLUMN}` is {name!r}; it must be a path", path)
     for name in columns:
         if not name or name.startswith("_") or name in RESERVED_COLUMNS:
             reserved = f"names that begin with `_` and {', '.join(RESERVED_COLUMNS)} are reserved"
-            raise SourceError(f"{path}: a column may not be called {name!r}: {reserved}")
+            raise SourceError(f"{path}: a column may not be called {name!r}: {reserved}", path)
     return names, {name: make_arrow_column(values, f"{path}: column {name!r}") for name, values in columns.items()}
 
 
@@ -61,15 +61,15 @@ def read_csv(path: str) -> tuple[list[str], Columns]:
         try:
             header = next(reader, [])
             if PATH_COLUMN not in header or len(set(header)) < len(header):
-                raise SourceError(f"{path}: the first line must name a column `{PATH_COLUMN}`, and each column once; found {header}")
+                raise SourceError(f"{path}: the first line must name a column `{PATH_COLUMN}`, and each column once; found {header}", path)
             rows = []
             for cells in reader:
                 if cells and len(cells) != len(header):
-                    raise SourceError(f"{path}, line {reader.line_num}: {len(cells)} cells, but {len(header)} columns")
+                    raise SourceError(f"{path}, line {reader.line_num}: {len(cells)} cells, but {len(header)} columns", path)
                 if cells:
                     rows.append([cell or None for cell in cells])
         except csv.Error as error:
-            raise SourceError(f"{path}, line {reader.line_num}: {error}") from None
+            raise SourceError(f"{path}, line {reader.line_num}: {error}", path) from None
     return split_columns(dict(zip(header, map(list, zip(*rows, strict=True)), strict=False)))
 
 
@@ -79,7 +79,7 @@ def read_jsonl(path: str) -> tuple[list[str], Columns]:
     with open(path, encoding="utf-8-sig") as file:
         for row, (number, item) in enumerate(iterate_json_objects(path, file)):
             if PATH_COLUMN not in item:
-                raise SourceError(f"{path}, line {number}: no key `{PATH_COLUMN}`; found {sorted(item)}")
+                raise SourceError(f"{path}, line {number}: no key `{PATH_COLUMN}`; found {sorted(item)}", path)
             for name in item:
                 columns.setdefault(name, [None] * row)
             for name, values in columns.items():
@@ -95,10 +95,10 @@ def iterate_json_objects(path: str, lines: Iterator[str]) -> Iterator[tuple[int,
             if line.strip():
                 item = json.loads(line)
                 if not isinstance(item, dict):
-                    raise SourceError(f"{path}, line {number}: found {line.strip()[:40]!r}; each line must be a JSON object")
+                    raise SourceError(f"{path}, line {number}: found {line.strip()[:40]!r}; each line must be a JSON object", path)
                 yield number, item
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}, line {number}: not JSON in UTF-8: {error}") from None
+        raise SourceError(f"{path}, line {number}: not JSON in UTF-8: {error}", path) from None
 
 
 def read_parquet(path: str) -> tuple[list[str], Columns]:
@@ -106,9 +106,9 @@ def read_parquet(path: str) -> tuple[list[str], Columns]:
     try:
         table = pq.ParquetFile(path).read()
     except pa.ArrowException as error:
-        raise SourceError(f"{path} is not a readable Parquet file: {error}") from None
+        raise SourceError(f"{path} is not a readable Parquet file: {error}", path) from None
     if PATH_COLUMN not in table.column_names:
-        raise SourceError(f"{path}: no column `{PATH_COLUMN}`; found {table.column_names}")
+        raise SourceError(f"{path}: no column `{PATH_COLUMN}`; found {table.column_names}", path)
     return table[PATH_COLUMN].to_pylist(), {name: table[name] for name in table.column_names if name != PATH_COLUMN}
 
 

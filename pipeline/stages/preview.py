@@ -51,7 +51,7 @@ def render_preview(job: Job, file: Path | str, page_no: int) -> PreviewPage:
     with Sandbox(replace(plan.read_settings(), text_layer=True)) as sandbox:
         page_count = sandbox.open(data)
         if page_no > page_count:
-            raise JobError(f"{name} has {page_count} pages, there is no page {page_no}")
+            raise JobError(f"{name} has {page_count} pages, there is no page {page_no}", name, "--page")
         page = next(iter(sandbox.draw_pages(page_no, page_no)))
     facts: PreviewFacts = {**describe_page(page), "file": name, "page_count": page_count, "words": len(page.words)}
     ask = str(prompt.build_messages(job.system_message, [page.pixels])[-1].parts[-1])
@@ -68,7 +68,7 @@ def read_preview_bytes(plan: RenderPlan, file: Path | str) -> bytes:
     try:
         return Path(file).read_bytes()
     except OSError as error:
-        raise JobError(f"cannot read {file}: {error.strerror}") from None
+        raise JobError(f"cannot read {file}: {error.strerror}", file) from None
 
 
 def write_preview_png(preview: PreviewPage, file: Path) -> None:
@@ -76,7 +76,7 @@ def write_preview_png(preview: PreviewPage, file: Path) -> None:
     try:
         file.write_bytes(encode_page_png(preview.page.pixels))
     except OSError as error:
-        raise JobError(f"cannot write {file}: {error.strerror}") from None
+        raise JobError(f"cannot write {file}: {error.strerror}", file, "--png") from None
 
 
 class PreviewAnswer(TypedDict):

@@ -48,7 +48,11 @@ class RenderPlan:
         """Return a job's plan. Raises JobError where this machine's environment lacks the password that the job names."""
         password = job.sections.source.password_env
         if password and password not in os.environ:
-            raise JobError(f"{job.file}: source.password_env names the environment variable {password}, which is not set")
+            raise JobError(
+                f"{job.file}: source.password_env names the environment variable {password}, which is not set",
+                job.file,
+                "source.password_env",
+            )
         policy = DownloadPolicy(job.sections.source.allow_private, job.sections.limits.download_s)
         folder, name = job.file.parent, job.sections.name
         return cls(make_render_settings(job), policy, folder, job.pages_per_request, job.fingerprint, name, password_env=password)

@@ -81,4 +81,4 @@ def parse_location(text: str) -> Location:
     try:
         return check_store_url(text) if is_url(text) else Path(text)
     except ValueError as error:
-        raise JobError(f"output {redact_url(text)!r}: {error}") from None
+        raise JobError(f"output {redact_url(text)!r}: {error}", key="output.path") from None

@@ -21,6 +21,7 @@ import fsspec
 
 from pipeline.errors import JobError
 from pipeline.storage.location import STORE_PACKAGES, has_secret, parse_scheme, redact_url
+from pipeline.version import DISTRIBUTION
 
 STORE_ERROR_MODULES = (
     ("botocore.exceptions", "BotoCoreError"),
@@ -62,7 +63,7 @@ def check_store_available(url: str) -> None:
         raise JobError(f"{redact_url(url)} contains a user or a password; set them in the environment")
     library, extra = STORE_PACKAGES.get(parse_scheme(url), ("", ""))
     if library and find_spec(library) is None:
-        raise JobError(f"{url} needs the package {library}: pip install 'pipeline[{extra}]'")
+        raise JobError(f"{url} needs the package {library}: pip install '{DISTRIBUTION}[{extra}]'")
 
 
 def list_store_errors() -> tuple[type[Exception], ...]:

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -53,8 +54,8 @@ def run_in_terminal(folder: Path, columns: int = 80, command: list[str] = COMMAN
     return terminal
 
 
-def run_in_pipe(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+def run_in_pipe(folder: Path, *arguments: str, **given: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **given}
     return subprocess.run([*COMMAND, *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=120, env=variables)
 
 
@@ -156,6 +157,26 @@ def test_json_is_alone_on_stdout(folder: Path) -> None:
     ended = run_in_pipe(folder, "--json")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert json.loads(ended.stdout)["documents"] == DOCUMENTS
+
+
+def test_a_run_that_is_killed_is_json(folder: Path) -> None:
+    ended = run_in_pipe(folder, "--json", DIE_IN=Phase.ASKING.value)
+    found = json.loads(ended.stdout)
+    assert (ended.returncode, found["exit_code"], found["error"]["kind"]) == (3, 3, "run")
+    assert found["error"]["message"].startswith("the run's process is gone: it was killed, as the kernel does")
+    assert ended.stderr == f"error: {found['error']['message']}\n"
+
+
+def test_a_run_that_is_terminated_is_json(folder: Path, tmp_path: Path) -> None:
+    variables, log = {**os.environ, "PYTHONPATH": str(ROOT), "PAUSE_S": "1"}, tmp_path / "events.jsonl"
+    command = [*COMMAND, "--json", "--log", str(log)]
+    with subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=variables) as run:
+        while not (log.exists() and log.stat().st_size) and run.poll() is None:
+            time.sleep(0.05)
+        run.terminate()
+        found = json.loads(run.communicate(timeout=120)[0])
+    error = {"kind": "terminated", "message": STOPPED, "file": None, "key": None}
+    assert (run.returncode, found) == (143, {"error": error, "exit_code": 143})
 
 
 def test_events_on_stderr_are_not_mixed_with_a_bar(folder: Path) -> None:

@@ -120,7 +120,7 @@ def test_vllms_keys_do_not_change_the_fingerprint_of_other_engines(workspace: Wo
 
 def test_without_vllm_the_message_says_how_to_install_it(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "find_spec", lambda name: None)
-    with pytest.raises(JobError, match=r"model\.engine is vllm, which needs the package vllm: pip install 'pipeline\[vllm\]'"):
+    with pytest.raises(JobError, match=r"model\.engine is vllm, which needs the package vllm: pip install 'pipeline-documents\[vllm\]'"):
         engines.check_engine(make_vllm_job(workspace))
 
 

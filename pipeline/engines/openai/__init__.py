@@ -120,7 +120,7 @@ def inspect_server(job: Job, inspect: Callable[[OpenAIEngine], Coroutine[Any, An
         return engine.loop_thread.run_blocking(inspect(engine))
     except (RetryableError, DocumentError, JobError, EngineDead) as error:
         message = error.message if isinstance(error, RetryableError | DocumentError) else str(error)
-        raise JobError(f"{job.file}: model.base_url {job.sections.model.base_url}: {message}") from None
+        raise JobError(f"{job.file}: model.base_url {job.sections.model.base_url}: {message}", job.file, "model.base_url") from None
     finally:
         engine.close()
 
@@ -152,7 +152,13 @@ def read_api_key(job: Job) -> str | None:
         return None
     found = os.environ.get(name, "").strip()
     if not found:
-        raise JobError(f"{job.file}: model.api_key_env names the environment variable {name}, which is not set")
+        raise JobError(
+            f"{job.file}: model.api_key_env names the environment variable {name}, which is not set", job.file, "model.api_key_env"
+        )
     if not (found.isascii() and found.isprintable()):
-        raise JobError(f"{job.file}: the environment variable {name} (model.api_key_env) holds characters that cannot be part of a key")
+        raise JobError(
+            f"{job.file}: the environment variable {name} (model.api_key_env) holds characters that cannot be part of a key",
+            job.file,
+            "model.api_key_env",
+        )
     return found

@@ -73,7 +73,9 @@ def check_vllm_arguments(job: Job) -> None:
         if name not in known:
             near = get_close_matches(name, known, 1, 0.5)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise JobError(f"{job.file}: model.engine_args: the engine of this vLLM has no argument {name}{hint}")
+            raise JobError(
+                f"{job.file}: model.engine_args: the engine of this vLLM has no argument {name}{hint}", job.file, "model.engine_args"
+            )
 
 
 def prepare_environment(threads: int | None) -> int:

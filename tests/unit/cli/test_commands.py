@@ -10,15 +10,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
+from ray.job_submission import JobStatus
 
 from pipeline import cli, engines, flow
 from pipeline.cli import console, exit_codes
-from pipeline.errors import DocumentError, EngineDead, JobError, RunError, SourceError
+from pipeline.cli.exit_codes import Terminated
+from pipeline.errors import DamagedShard, DocumentError, EngineDead, JobError, RunError, SourceError
 from pipeline.output import Output
 from pipeline.output.ledger import LedgerWriter
 from pipeline.render import sandbox
@@ -26,7 +29,7 @@ from pipeline.report import ExitCode, Report
 from tests.support.engines import CUT, INVALID, VALID, ScriptedEngine, make_completion
 from tests.support.workspace import JOB, SCHEMA, Workspace
 
-COMMANDS = ("run", "settle", "submit", "check", "preview", "status")
+COMMANDS = ("run", "settle", "submit", "check", "preview", "status", "init")
 
 
 def invoke(*arguments: str | Path) -> Result:
@@ -45,6 +48,17 @@ def refusal(*arguments: str | Path) -> str:
     said, end = result.stderr.split("\n")
     assert (said.startswith("error: "), end) == (True, "")
     return said
+
+
+def read_error(*arguments: str | Path) -> tuple[int, dict[str, Any]]:
+    """Return the exit code and the error of a command with `--json`, whose sentence stands on stderr as it does without."""
+    result, plain = invoke(*arguments, "--json"), invoke(*arguments)
+    assert (result.stderr, result.exit_code, plain.stdout) == (plain.stderr, plain.exit_code, "")
+    found = json.loads(result.stdout)
+    assert (set(found), set(found["error"])) == ({"error", "exit_code"}, {"kind", "message", "file", "key"})
+    assert found["error"]["message"] in " ".join(result.stderr.split())
+    assert found["exit_code"] == result.exit_code
+    return result.exit_code, found["error"]
 
 
 # --- help
@@ -70,6 +84,25 @@ def test_a_wrong_command_line_is_exit_code_2(line: str) -> None:
     result = invoke(*line.split())
     assert (result.exit_code, result.stdout) == (2, "")
     assert "Usage: " in result.stderr
+
+
+WRONG_OPTIONS = {
+    **{f"{command} --jump": "--jump" for command in COMMANDS},
+    "run job.yaml --limit 0": "--limit",
+    "preview job.yaml a.pdf --page 0": "--page",
+    "submit job.yaml": "--address",
+    "init": "--sample",
+    "jump": None,
+    "status": None,
+    "submit --address http://127.0.0.1:1": None,
+}
+"""Command lines, and the option that their usage error is about."""
+
+
+@pytest.mark.parametrize("line", WRONG_OPTIONS)
+def test_a_usage_error_is_json_too(line: str) -> None:
+    code, error = read_error(*line.split())
+    assert (code, error["kind"], error["file"], error["key"]) == (2, "usage", None, WRONG_OPTIONS[line])
 
 
 # --- what is refused before anything starts
@@ -119,6 +152,65 @@ def test_a_wrong_job_is_refused_and_nothing_is_started(workspace: Workspace, cas
     spoiled(workspace)
     assert re.search(sentence, refusal("run", workspace.file, *arguments))
     assert not (workspace.folder / "out").exists()
+
+
+FILES_AND_KEYS = {
+    "no job": ("job", "job.yaml", None),
+    "no YAML": ("job", "job.yaml", None),
+    "unknown key": ("job", "job.yaml", "modle"),
+    "unknown key set": ("job", "job.yaml", "model.engin"),
+    "no schema": ("job", "schema.json", "extract.schema"),
+    "no source": ("source", "job.yaml", "source.paths"),
+    "no files": ("source", "job.yaml", "source.paths"),
+    "no password": ("job", "job.yaml", "source.password_env"),
+    "a Ray Client address": ("job", "job.yaml", "ray.address"),
+    "no checkpoint": ("job", "job.yaml", "model.name"),
+}
+"""The error of some of these jobs as JSON: its kind, its file in the workspace and its key."""
+
+
+@pytest.mark.parametrize("case", FILES_AND_KEYS)
+def test_a_wrong_job_is_json_that_names_file_and_key(workspace: Workspace, case: str) -> None:
+    spoiled, arguments, _ = WRONG[case]
+    workspace.put("a.pdf")
+    spoiled(workspace)
+    kind, file, key = FILES_AND_KEYS[case]
+    code, error = read_error("run", workspace.file, *arguments)
+    assert (code, error["kind"], error["file"], error["key"]) == (2, kind, str(workspace.folder / file), key)
+
+
+REFUSED: dict[str, tuple[list[str], str, str | None, str | None]] = {
+    "run": (["{0}/job.yaml", "--retry", "later"], "job", None, "--retry"),
+    "settle": (["{0}/job.yaml"], "job", "job.yaml", "output.path"),
+    "submit": (["{0}/job.yaml", "--address", "head:8265"], "job", None, "--address"),
+    "check": (["{0}/gone.yaml"], "job", "gone.yaml", None),
+    "preview": (["{0}/job.yaml", "{0}/gone.pdf"], "job", "gone.pdf", None),
+    "status": (["{0}/in"], "job", "in", None),
+    "init": (["--sample", "{0}/job.yaml"], "job", "job.yaml/jobs", "--sample"),
+}
+"""What each command refuses: its arguments, and the kind, the file in the workspace and the key of its error."""
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_every_command_refuses_in_json(workspace: Workspace, command: str) -> None:
+    arguments, kind, file, key = REFUSED[command]
+    workspace.put("a.pdf")
+    code, error = read_error(command, *(argument.format(workspace.folder) for argument in arguments))
+    assert (code, error["kind"], error["file"], error["key"]) == (2, kind, file and str(workspace.folder / file), key)
+
+
+def test_every_command_has_a_case() -> None:
+    assert [*REFUSED] == [*COMMANDS] == [*cli.main.commands]
+
+
+def test_a_file_name_that_is_not_utf_8_is_escaped(workspace: Workspace) -> None:
+    found = json.loads(invoke("check", workspace.folder / "gone\udc80.yaml", "--json").stdout)
+    assert found["error"]["file"] == f"{workspace.folder}/gone\udc80.yaml"
+
+
+def test_a_file_that_is_no_document_is_json(workspace: Workspace) -> None:
+    code, error = read_error("preview", workspace.file, workspace.put("a.pdf", b"Dear Sir"), "--no-answer")
+    assert (code, error["kind"], error["key"]) == (1, "document", None)
 
 
 ALONE = {
@@ -270,6 +362,46 @@ def test_status_of_something_else_is_refused(workspace: Workspace) -> None:
     assert "was not written by a run" in refusal("status", workspace.folder)
 
 
+# --- submit
+
+
+class FollowedServer:
+    """A job server whose run ends as it is told to: a real one needs a cluster, and minutes to be lost (`tests/ray/test_submit.py`)."""
+
+    address = "http://head:8265"
+
+    def __init__(self, end: BaseException | ExitCode) -> None:
+        self.end = end
+
+    def follow(self, run: str, write: Callable[[str], object]) -> Any:
+        if isinstance(self.end, BaseException):
+            raise self.end
+        return SimpleNamespace(status=JobStatus.FAILED if self.end else JobStatus.SUCCEEDED, driver_exit_code=int(self.end), message=None)
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "kind", "message"),
+    [
+        (ExitCode.OK, 0, None, None),
+        (ExitCode.DOCUMENTS_FAILED, 1, None, None),
+        (ExitCode.JOB_WRONG, 2, "job", "the run on the cluster ended with exit code 2; its log says why"),
+        (ExitCode.RUN_BROKEN, 3, "run", "the run on the cluster ended with exit code 3; its log says why"),
+        (RunError("it does not answer any more"), 3, "run", "it does not answer any more"),
+        (KeyboardInterrupt(), 130, "interrupted", "no longer following; the run goes on"),
+        (Terminated(), 143, "terminated", "no longer following; the run goes on"),
+    ],
+)
+def test_who_follows_a_run_has_its_id_beside_the_error(
+    capsys: pytest.CaptureFixture[str], end: BaseException | ExitCode, code: int, kind: str | None, message: str | None
+) -> None:
+    server: Any = FollowedServer(end)
+    assert cli.follow_submission(server, "raysubmit_1", None, as_json=True) == code
+    found = json.loads(capsys.readouterr().out)
+    error = found.pop("error", {})
+    assert (found, error.get("kind")) == ({"submission_id": "raysubmit_1", "exit_code": code}, kind)
+    assert error.get("message", "").startswith(message or "")
+
+
 # --- what ends a command
 
 
@@ -283,17 +415,19 @@ def test_the_end_of_a_run_is_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_run_that_is_interrupted_answers_at_once_and_how_to_go_on(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flow, "run", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     result = invoke("run", workspace.file, "--json")
-    assert (result.exit_code, result.stdout) == (130, "")
+    stopped = "stopped; the answers so far are kept: run the same command again to go on"
+    error = {"kind": "interrupted", "message": stopped, "file": None, "key": None}
+    assert (result.exit_code, json.loads(result.stdout)) == (130, {"error": error, "exit_code": 130})
     assert result.stderr.splitlines() == [
         "stopping: the answers so far are being written",
-        "stopped; the answers so far are kept: run the same command again to go on",
+        stopped,
     ]
 
 
-def ended(act: Callable[[], Any]) -> int:
-    """Return the exit code of a command that does this."""
+def ended(act: Callable[[], Any], **given: Any) -> int:
+    """Return the exit code of a command that does this, which was given these parameters."""
     with pytest.raises(SystemExit) as error:
-        exit_codes.convert_to_exit_code(act)()
+        exit_codes.convert_to_exit_code(lambda **_: act())(**given)
     return int(error.value.code or 0)
 
 
@@ -323,6 +457,57 @@ def fail(error: BaseException) -> Callable[[], Any]:
 def test_every_end_has_its_code_and_its_sentence(capsys: pytest.CaptureFixture[str], error: BaseException, code: int, said: str) -> None:
     assert ended(fail(error)) == code
     assert capsys.readouterr().err == said + "\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "kind", "file", "key"),
+    [
+        (JobError("bad job"), 2, "job", None, None),
+        (JobError("bad key", key="model.name"), 2, "job", "/the/job.yaml", "model.name"),
+        (JobError("bad option", key="--retry"), 2, "job", None, "--retry"),
+        (SourceError("no files", "/list.csv"), 2, "source", "/list.csv", None),
+        (ModuleNotFoundError(name="ray"), 2, "package", None, None),
+        (DocumentError("empty", "no bytes"), 1, "document", None, None),
+        (RunError("full disk"), 3, "run", None, None),
+        (EngineDead("no GPU"), 3, "run", None, None),
+        (DamagedShard("/out/a.parquet", "it is cut"), 3, "run", "/out/a.parquet", None),
+        (ZeroDivisionError("division by zero"), 3, "internal", None, None),
+        (KeyboardInterrupt(), 130, "interrupted", None, None),
+    ],
+)
+def test_every_error_is_json(
+    capsys: pytest.CaptureFixture[str], error: BaseException, code: int, kind: str, file: str | None, key: str | None
+) -> None:
+    assert ended(fail(error), as_json=True, job_file=Path("/the/job.yaml")) == code
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    message = found["error"].pop("message")
+    assert found == {"error": {"kind": kind, "file": file, "key": key}, "exit_code": code}
+    assert printed.err.endswith(f"{message}\n")
+
+
+def test_a_terminated_command_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(lambda: os.kill(os.getpid(), signal.SIGTERM), as_json=True) == 143
+    found = json.loads(capsys.readouterr().out)
+    assert (found["error"]["kind"], found["exit_code"]) == ("terminated", 143)
+
+
+def test_a_defect_says_where_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(fail(ZeroDivisionError("division by zero"))) == 3
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback")
+    assert said.endswith("\nerror: ZeroDivisionError: division by zero; this is a defect of the program: please report it\n")
+
+
+def test_who_reads_only_the_first_lines_is_told_of_no_defect(workspace: Workspace) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", "check", workspace.file],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[3],
+    ) as check:  # fmt: skip
+        assert check.stdout is not None
+        check.stdout.close()
+        assert check.stderr is not None
+        assert check.stderr.read() == b""
 
 
 @pytest.mark.parametrize("code", [None, ExitCode.OK, ExitCode.DOCUMENTS_FAILED])

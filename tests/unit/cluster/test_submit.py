@@ -88,7 +88,7 @@ def test_where_no_job_server_is_is_said_at_once() -> None:
 
 def test_without_the_clients_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submit, "find_spec", lambda name: None)
-    with pytest.raises(JobError, match=r"pip install 'pipeline\[cluster\]'"):
+    with pytest.raises(JobError, match=r"pip install 'pipeline-documents\[cluster\]'"):
         submit.JobServer("http://127.0.0.1:1")
 
 

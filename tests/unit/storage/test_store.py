@@ -223,7 +223,7 @@ def test_what_cannot_be_an_output_is_refused(url: str) -> None:
 @pytest.mark.parametrize(("scheme", "package", "extra"), [("gs", "gcsfs", "gcs"), ("az", "adlfs", "azure")])
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, scheme: str, package: str, extra: str) -> None:
     monkeypatch.setattr(object_store, "find_spec", lambda _: None)
-    with pytest.raises(JobError, match=rf"{scheme}://bucket/.* needs the package {package}: pip install 'pipeline\[{extra}\]'"):
+    with pytest.raises(JobError, match=rf"{scheme}://bucket/.* needs the package {package}: pip install 'pipeline-documents\[{extra}\]'"):
         Output(f"{scheme}://bucket/out").create()
 
 

@@ -1,0 +1,143 @@
+"""The wheel, installed where the repository is not: it contains the sample jobs, and runs them from any folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BUILT_FROM = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "pipeline", "jobs", "schemas")
+WITHOUT_NETWORK = {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+PATIENCE_S = 300
+
+
+def run_python(*arguments: str | Path, folder: Path, python: Path | str = sys.executable) -> subprocess.CompletedProcess[str]:
+    """Run Python in a folder, without the repository on its path."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | WITHOUT_NETWORK
+    return subprocess.run([python, *arguments], cwd=folder, env=variables, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+
+
+def build_wheel(source: Path, into: Path) -> Path:
+    """Build a folder's wheel with what is installed here."""
+    options = ("--no-build-isolation", "--no-deps", "--wheel-dir")
+    ended = run_python("-m", "pip", "wheel", "--quiet", *options, into, source, folder=into)
+    assert ended.returncode == 0, ended.stderr
+    [wheel] = into.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the wheel is built from: a build leaves folders behind."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in BUILT_FROM:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(source, tmp_path_factory.mktemp("wheel"))
+
+
+def list_content(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return sorted(name for name in archive.namelist() if ".dist-info/" not in name)
+
+
+def list_repository_samples() -> list[Path]:
+    """Return what git knows of the samples."""
+    kinds = ("jobs/*.yaml", "jobs/samples", "schemas")
+    found = subprocess.run(["git", "ls-files", "-z", *kinds], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return sorted(Path(name) for name in found.split("\0") if name and Path(name).parts[:2] != ("jobs", "cluster"))
+
+
+def test_the_wheel_has_the_package_and_its_samples(wheel: Path) -> None:
+    package = [file.relative_to(ROOT) for file in (ROOT / "pipeline").rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+    samples = ["pipeline/demo/sample" / name for name in list_repository_samples()]
+    assert len(samples) > 20
+    assert list_content(wheel) == sorted(map(str, (*package, *samples)))
+
+
+def test_a_source_distribution_gives_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    assert run_python("-c", build, tmp_path, folder=source).returncode == 0
+    [archive] = tmp_path.glob("pipeline_documents-*.tar.gz")
+    with tarfile.open(archive) as opened:
+        opened.extractall(tmp_path, filter="data")
+    (tmp_path / "wheel").mkdir()
+    [unpacked] = tmp_path.glob("pipeline_documents-*/")
+    assert list_content(build_wheel(unpacked, tmp_path / "wheel")) == list_content(wheel)
+
+
+def test_a_copy_without_samples_builds_nothing(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "source", ignore=shutil.ignore_patterns("schemas", "build"))
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    ended = run_python("-c", build, tmp_path, folder=tmp_path / "source")
+    assert ended.returncode == 1
+    assert "no file is there for schemas/*.json: build in a complete copy of the repository" in ended.stderr
+
+
+@dataclass(frozen=True)
+class InstalledWheel:
+    """An environment with the wheel, and an empty folder that the program runs in."""
+
+    bin: Path
+    folder: Path
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return run_python(self.bin / "pipeline", *arguments, folder=self.folder, python=self.bin / "python")
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> InstalledWheel:
+    """An environment of the wheel and, from this one, its dependencies: a path in a .pth file brings no editable install with it."""
+    place = tmp_path_factory.mktemp("installed")
+    made = InstalledWheel(place / "venv" / "bin", tmp_path_factory.mktemp("empty"))
+    assert run_python("-m", "venv", "--without-pip", place / "venv", folder=place).returncode == 0
+    [packages] = (place / "venv" / "lib").glob("python*/site-packages")
+    (packages / "dependencies.pth").write_text("\n".join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}))
+    install = ("-m", "pip", "--python", made.bin / "python", "install", "--quiet", "--no-deps", "--force-reinstall")
+    ended = run_python(*install, wheel, folder=place)
+    assert ended.returncode == 0, ended.stderr
+    return made
+
+
+def test_the_repository_is_not_on_the_path(installed: InstalledWheel) -> None:
+    show = "import json, sys, pipeline; print(json.dumps([pipeline.__file__, *sys.path]))"
+    imported, *path = json.loads(run_python("-c", show, folder=installed.folder, python=installed.bin / "python").stdout)
+    assert Path(imported).is_relative_to(installed.bin.parent)
+    assert str(ROOT) not in path
+
+
+@pytest.fixture(scope="module")
+def sample(installed: InstalledWheel) -> subprocess.CompletedProcess[str]:
+    return installed.run("init", "--sample", "my samples", "--json")
+
+
+def test_init_writes_what_the_repository_has(installed: InstalledWheel, sample: subprocess.CompletedProcess[str]) -> None:
+    found = json.loads(sample.stdout)
+    written = sorted(file.relative_to(installed.folder) for file in installed.folder.rglob("*") if file.is_file())
+    assert (sample.returncode, sample.stderr, found["files"]) == (0, "", [str(file) for file in written])
+    assert [file.relative_to("my samples") for file in written] == list_repository_samples()
+    assert all((installed.folder / file).read_bytes() == (ROOT / file.relative_to("my samples")).read_bytes() for file in written)
+
+
+def test_the_sample_job_runs_as_init_says(installed: InstalledWheel, sample: subprocess.CompletedProcess[str]) -> None:
+    next_command = json.loads(sample.stdout)["next"]
+    assert next_command == "pipeline run 'my samples/jobs/invoices.yaml'"
+    ended = installed.run("run", "my samples/jobs/invoices.yaml", "--limit", "2", "--json")
+    report = json.loads(ended.stdout)
+    assert (ended.returncode, report["statuses"], report["demonstration"]) == (0, {"extracted": 2}, True)
+    assert len([*(installed.folder / "my samples/out/invoices/records").glob("*.parquet")]) == 1
