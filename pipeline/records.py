@@ -175,6 +175,14 @@ class PageRow(TypedDict):
     """None: the first renderer, or a ledger that does not say."""
 
 
+class PageFailureRow(TypedDict):
+    """A page that could not be drawn."""
+
+    page: int
+    kind: str
+    message: str
+
+
 class TokenRow(TypedDict):
     """A `Token` as the ledger holds it."""
 
@@ -219,6 +227,8 @@ class LedgerRow(TypedDict, total=False):
     completion_tokens: int | None
     tokens: list[TokenRow] | None
     pages: list[PageRow] | None
+    page_failures: list[PageFailureRow] | None
+    """The other pages are asked without these."""
     model: str | None
     engine: str | None
     fingerprint: str | None

@@ -78,6 +78,8 @@ class Report:
     statuses: dict[str, int] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
     """Records without a valid result, by `stage/kind`."""
+    partial: int = 0
+    """Records that lack pages which could not be drawn."""
     disagreements: int = 0
     """Records whose requests read different values."""
     missing: list[str] = field(default_factory=list)
@@ -101,7 +103,7 @@ class Report:
     def exit_code(self) -> ExitCode:
         if self.missing or PENDING_FAILURE in self.failures:
             return ExitCode.RUN_BROKEN
-        return ExitCode.DOCUMENTS_FAILED if self.failures else ExitCode.OK
+        return ExitCode.DOCUMENTS_FAILED if self.failures or self.partial else ExitCode.OK
 
     @property
     def pages_per_s(self) -> float:

@@ -14,7 +14,7 @@ from pipeline import cluster
 from pipeline.engines import DEMO_CHECKPOINT
 from tests.support import s3
 from tests.support.vllm_server import serve_vllm
-from tests.support.workspace import Workspace
+from tests.support.workspace import PASSWORD, Workspace
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and processes that tests start would, too
 settings.register_profile("tests", derandomize=True, deadline=None)
@@ -73,6 +73,8 @@ def ray_session(aws_config: Path) -> Iterator[cluster.Resources]:
     from tests.support.ray_actors import pickle_tests_by_value
 
     pickle_tests_by_value()
+    patch = pytest.MonkeyPatch()
+    patch.setenv("SLIP_PASSWORD", PASSWORD)  # Ray's workers have the environment that it was started in
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray leaves the log files of the processes it starts to the garbage collector
         resources = cluster.connect_ray()
@@ -80,3 +82,4 @@ def ray_session(aws_config: Path) -> Iterator[cluster.Resources]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ray.shutdown()
+    patch.undo()

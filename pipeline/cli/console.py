@@ -407,6 +407,8 @@ def show_report(ended: Report, console: Console | None = None) -> None:
     table = Table(title=f"{ended.job}: {ended.documents} documents, {ended.records} records", title_justify="left", show_header=False)
     for name, number in {**ended.statuses, **{f"  {kind}": n for kind, n in ended.failures.items()}}.items():
         table.add_row(name, str(number))
+    if ended.partial:
+        table.add_row("with pages missing", str(ended.partial))
     if ended.disagreements:
         table.add_row("with disagreements", str(ended.disagreements))
     table.add_row("requests asked", str(ended.requests_asked))
@@ -442,7 +444,7 @@ def show_status(found: RunStatus, place: str) -> None:
         "request failures": found["request_failures"],
         "records": found["records"],
         "record failures": found["record_failures"],
-        "records with": {"disagreements": found["disagreements"]} if found["disagreements"] else {},
+        "records with": {name: count for name in ("partial", "disagreements") if (count := found[name])},
     }
     for name, numbers in counts.items():
         for inner, number in numbers.items():

@@ -41,7 +41,7 @@ from pipeline.stages.render import RenderPlan, RenderStage
 RENDERED_SCHEMA = pa.schema(
     [
         *SOURCE_SCHEMA,
-        *(LEDGER_SCHEMA.field(n) for n in ("key", "attempt", "first_page", "last_page", "status", "failure", "pages")),
+        *(LEDGER_SCHEMA.field(n) for n in ("key", "attempt", "first_page", "last_page", "status", "failure", "pages", "page_failures")),
         ("pixels", pa.list_(pa.binary())),
     ]
 )

@@ -26,6 +26,7 @@ SETTLED_SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("file", "damaged", "why")),
         *((name, pa.list_(pa.string())) for name in ("sources", "statuses", "failures")),
+        ("partial", pa.int64()),
         ("disagreements", pa.int64()),
     ]
 )
@@ -41,6 +42,8 @@ class SettledRow(TypedDict):
     statuses: list[str] | None
     failures: list[str] | None
     """`stage/kind` of each record without a valid result."""
+    partial: int | None
+    """Records that lack pages."""
     disagreements: int | None
     """Records whose requests read different values."""
 
@@ -70,6 +73,7 @@ def settle_output(documents: pa.Table, stage: SettleStage, output: Output, track
     output.remove_other_records({row["file"] for row in rows if row["file"]})
     report = tracker.report
     report.count_records([s for row in rows for s in row["statuses"] or []], [f for row in rows for f in row["failures"] or []])
+    report.partial = sum(row["partial"] or 0 for row in rows)
     report.disagreements = sum(row["disagreements"] or 0 for row in rows)
     report.documents = documents.num_rows
     report.missing = sorted({*documents["source"].to_pylist()} - {name for row in rows for name in row["sources"] or []})
@@ -93,6 +97,7 @@ def settle_shard(documents: pa.Table, stage: SettleStage, output: Output) -> pa.
         "sources": sources,
         "statuses": records["_status"].to_pylist(),
         "failures": failures,
+        "partial": sum(1 for is_partial in records["_partial"].to_pylist() if is_partial),
         "disagreements": sum(1 for disagreements in records["_disagreements"].to_pylist() if disagreements),
     }
     return pa.Table.from_pylist([row], SETTLED_SCHEMA)

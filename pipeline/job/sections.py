@@ -152,6 +152,11 @@ class LimitsSection(Section):
         description="What becomes of a record whose requests read different values: it keeps one and lists the others in "
         "`_disagreements`, or it is `invalid`, too.",
     )
+    partial: Literal["keep", "fail"] = Field(
+        "keep",
+        description="What becomes of a document with pages that cannot be drawn: its other pages are asked and make a record with "
+        "`_partial`, or it fails.",
+    )
     canary: int = Field(
         20,
         ge=0,

@@ -18,7 +18,7 @@ from pipeline.events import emit_event
 from pipeline.output import Output
 from pipeline.output.shards import read_each_shard, read_shards, set_aside_shard, write_shard
 from pipeline.output.sources import SOURCE_SCHEMA, write_sources
-from pipeline.records import LedgerRow, Status
+from pipeline.records import LedgerRow, Stage, Status
 
 FAILURE_TYPE = pa.struct([("stage", pa.string()), ("kind", pa.string()), ("message", pa.string())])
 DISAGREEMENT_TYPE = pa.struct(
@@ -36,6 +36,8 @@ PAGE_TYPE = pa.struct(
         ("renderer", pa.string()),
     ]
 )
+PAGE_FAILURES_TYPE = pa.list_(pa.struct([("page", pa.int32()), ("kind", pa.string()), ("message", pa.string())]))
+"""Pages that could not be drawn, in the ledger and in the records."""
 TOKEN_TYPE = pa.struct([("text", pa.string()), ("logprob", pa.float32())])
 LEDGER_SCHEMA = pa.schema(
     [
@@ -56,6 +58,7 @@ LEDGER_SCHEMA = pa.schema(
         ("completion_tokens", pa.int64()),
         ("tokens", pa.list_(TOKEN_TYPE)),
         ("pages", pa.list_(PAGE_TYPE)),
+        ("page_failures", PAGE_FAILURES_TYPE),
         ("model", pa.string()),
         ("engine", pa.string()),
         ("fingerprint", pa.string()),
@@ -64,7 +67,7 @@ LEDGER_SCHEMA = pa.schema(
     ]
 )
 """One row per request. `answer` is the model's last text as it came; `errors` is why it was not valid."""
-OUTCOME_COLUMNS = ["key", "attempt", "status", "failure"]
+OUTCOME_COLUMNS = ["key", "attempt", "status", "failure", "page_failures"]
 RETRY_PATTERN = re.compile(r"failed(?::(?:(?P<stage>\w+)/)?(?P<kind>\w+))?")
 
 
@@ -96,11 +99,11 @@ class RetryFilter:
         return cls(**found.groupdict())
 
     def matches(self, row: LedgerRow) -> bool:
-        """Say whether a request failed so."""
-        failure = row["failure"]
-        if row["status"] != Status.FAILED or failure is None:
-            return False
-        return self.stage in (None, failure["stage"]) and self.kind in (None, failure["kind"])
+        """Say whether a request failed so, or one of its pages."""
+        failure = row["failure"] if row["status"] == Status.FAILED else None
+        found = [(str(Stage.RENDER), page["kind"]) for page in row.get("page_failures") or []]
+        found += [(failure["stage"], failure["kind"])] if failure else []
+        return any(self.stage in (None, stage) and self.kind in (None, kind) for stage, kind in found)
 
 
 def select_newest_attempt(attempts: Iterable[LedgerRow]) -> LedgerRow:

@@ -19,7 +19,13 @@ from pipeline.records import Status
 from pipeline.storage.store import Store
 
 RECORD_STATUS_SCHEMA = pa.schema(
-    [("_source", pa.string()), ("_status", pa.string()), ("_failure", FAILURE_TYPE), ("_disagreements", pa.list_(DISAGREEMENT_TYPE))]
+    [
+        ("_source", pa.string()),
+        ("_status", pa.string()),
+        ("_failure", FAILURE_TYPE),
+        ("_partial", pa.bool_()),
+        ("_disagreements", pa.list_(DISAGREEMENT_TYPE)),
+    ]
 )
 MAX_WORST_DOCUMENTS = 20
 
@@ -46,6 +52,8 @@ class RunStatus(TypedDict):
     request_failures: dict[str, int]
     records: dict[str, int]
     record_failures: dict[str, int]
+    partial: int
+    """Records that lack pages which could not be drawn."""
     disagreements: int
     """Records whose requests read different values."""
     worst: list[WorstRow]
@@ -89,6 +97,7 @@ def read_status(output: Output) -> RunStatus:
         "request_failures": count_values(requests["kind"]),
         "records": count_values(records["_status"]),
         "record_failures": count_values(records["kind"]),
+        "partial": int(records["_partial"].fillna(False).sum()),
         "disagreements": sum(1 for found in records["_disagreements"] if found is not None and len(found)),
         "worst": find_worst_documents(requests)[:MAX_WORST_DOCUMENTS],
         "damaged": reader.damaged,

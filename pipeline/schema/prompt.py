@@ -45,15 +45,19 @@ def build_system_message(schema: Schema, instructions: str = "") -> str:
     return text
 
 
-def build_messages(system_text: str, pages: Sequence[Pixels], first_page: int = 1, page_count: int | None = None) -> tuple[Message, ...]:
+def build_messages(system_text: str, pages: Sequence[Pixels], page_nos: Sequence[int] = (), page_count: int = 0) -> tuple[Message, ...]:
     """Return the messages of a request for these pages.
 
-    If they are not the whole document, the last line has their page numbers, because page 5 may have no heading of its own.
+    If they are not the whole document, `page_nos` are their numbers, which the last line has: page 5 may have no heading of its own.
     """
-    last_page = first_page + len(pages) - 1
-    whole = page_count is None or len(pages) == page_count
-    which = "" if whole else f"These are pages {first_page} to {last_page} of {page_count}. "
+    which = f"These are pages {format_page_numbers(page_nos)} of {page_count}. " if page_nos else ""
     return (Message("system", (system_text,)), Message("user", (*pages, which + ASK)))
+
+
+def format_page_numbers(page_nos: Sequence[int]) -> str:
+    """Return `1 to 4` for pages that follow each other, and `1, 2, 4` for others."""
+    first, last = page_nos[0], page_nos[-1]
+    return f"{first} to {last}" if last - first + 1 == len(page_nos) else ", ".join(map(str, page_nos))
 
 
 def build_correction(messages: tuple[Message, ...], answer: str, errors: Sequence[str]) -> tuple[Message, ...]:

@@ -33,19 +33,21 @@ class AskStage:
         kept |= {"model": self.engine.model, "engine": self.engine.name, "fingerprint": self.job.fingerprint}
         if row.get("failure"):
             return kept
-        whole = row["last_page"] - row["first_page"] + 1 == row["page_count"] or self.job.sections.extract.per == "page"
-        kept |= await self.ask_pages(str(row["key"]), decode_pages(row), row["first_page"], None if whole else row["page_count"])
+        shown = [page["page_no"] for page in row["pages"] or []]
+        whole = len(shown) == row["page_count"] or self.job.sections.extract.per == "page"
+        kept |= await self.ask_pages(str(row["key"]), decode_pages(row), [] if whole else shown, row["page_count"])
         return kept
 
-    async def ask_pages(self, key: str, pages: Sequence[Pixels], first_page: int, part_of: int | None) -> LedgerRow:
+    async def ask_pages(self, key: str, pages: Sequence[Pixels], page_nos: Sequence[int], page_count: int) -> LedgerRow:
         """Ask about these pages, check the answer, and ask again with its errors as often as the job allows.
 
-        `part_of` is the page count of a document of which these are a part: its answer follows a schema of its own, because other parts
-        may have what it lacks. Returns the ledger's columns from `status` to `elapsed_s`.
+        `page_nos` are their numbers in a document of which they are a part, empty for a whole one: the answer for a part follows a schema
+        of its own, because other pages may have what these lack. Returns the ledger's columns from `status` to `elapsed_s`.
         """
-        schema_text = self.job.request_schema if part_of is None else self.job.part_schema
+        whole = not page_nos
+        schema_text = self.job.request_schema if whole else self.job.part_schema
         started_at, started_s = datetime.now(UTC), time.monotonic()
-        messages = build_messages(self.job.system_message, pages, first_page, part_of)
+        messages = build_messages(self.job.system_message, pages, page_nos, page_count)
         asks = prompt_tokens = completion_tokens = 0
         answer: LedgerRow | None = None
         while True:
@@ -59,7 +61,7 @@ class AskStage:
             prompt_tokens += completion.usage.prompt_tokens
             completion_tokens += completion.usage.completion_tokens
             try:
-                errors = self.list_errors(completion, whole=part_of is None)
+                errors = self.list_errors(completion, whole)
                 answer = make_answer_row(completion, errors)
             except Exception as error:  # any: what an answer makes the parser or the validator raise has no common class
                 answer = {"answer": make_storable(completion.text), "finish_reason": str(completion.finish_reason)}

@@ -105,7 +105,7 @@ def ask_preview(job: Job, preview: PreviewPage, on_demo: Callable[[str], None] |
     engines.check_engine(resolved)
     engine = engines.load_engine(resolved)
     try:
-        row = asyncio.run(AskStage(resolved, engine).ask_pages("preview", [preview.page.pixels], 1, None))
+        row = asyncio.run(AskStage(resolved, engine).ask_pages("preview", [preview.page.pixels], [], 1))
     finally:
         engine.close()
     if "answer" not in row and (failure := row["failure"]):

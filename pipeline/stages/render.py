@@ -14,7 +14,7 @@ from typing import cast
 from pipeline.budget import RenderSettings
 from pipeline.errors import DocumentError, JobError, RunError
 from pipeline.job import DEMO_MARK, Job
-from pipeline.records import Document, LedgerRow, Page, PageRow, RequestRow, SourceRow, Stage
+from pipeline.records import Document, FailureRow, LedgerRow, Page, PageFailureRow, PageRow, RequestRow, SourceRow, Stage
 from pipeline.render.sandbox import Sandbox
 from pipeline.sources import read_document
 from pipeline.sources.http import DownloadPolicy
@@ -115,12 +115,21 @@ class RenderStage:
             yield cast(RequestRow, columns)
 
     def draw_request(self, first_page: int, last_page: int) -> RequestRow:
-        """Return the page images of one request, or why there are none."""
-        try:
-            pages = list(self.sandbox.draw_pages(first_page, last_page))
-        except Exception as error:  # any, as above
-            return cast(RequestRow, make_failed_row(Stage.RENDER, error))
-        return {"pages": [describe_page(page) for page in pages], "pixels": [page.pixels.tobytes() for page in pages]}
+        """Return the page images of one request; it fails if no page can be drawn, and else goes on without those that cannot."""
+        pages: list[Page] = []
+        failed: LedgerRow = {}
+        failures: list[PageFailureRow] = []
+        for page_no in range(first_page, last_page + 1):
+            try:
+                pages += self.sandbox.draw_pages(page_no, page_no)
+            except Exception as error:  # any, as above
+                row = make_failed_row(Stage.RENDER, error)
+                failed, failure = failed or row, cast(FailureRow, row["failure"])
+                failures.append({"page": page_no, "kind": failure["kind"], "message": failure["message"]})
+        if not pages:
+            return cast(RequestRow, {**failed, "page_failures": failures})
+        pixels = [page.pixels.tobytes() for page in pages]
+        return {"pages": [describe_page(page) for page in pages], "pixels": pixels, "page_failures": failures}
 
     def close(self) -> None:
         """End the renderer."""

@@ -2,7 +2,8 @@
 
 For each document that was listed there is one row, or one for each of its pages, whatever became of it:
 
-    extracted   every request was answered, and the merged record satisfies the schema: all columns filled
+    extracted   every request was answered, and the merged record satisfies the schema: all columns filled; `_partial` if pages could
+                not be drawn and the others were asked without them
     invalid     answered, but a value breaks the schema, or no column holds it: this cell is null or as it was read, all others are
                 filled, `_errors` says why
     failed      not read, not drawn, not answered or not asked yet: `_failure` says where and why, the schema's columns are null
@@ -22,8 +23,8 @@ import pyarrow as pa
 from pipeline import schema
 from pipeline.errors import JobError
 from pipeline.job import Job
-from pipeline.output.ledger import DISAGREEMENT_TYPE, FAILURE_TYPE, select_newest_attempt
-from pipeline.records import FailureRow, LedgerRow, SourceRow, Stage, Status
+from pipeline.output.ledger import DISAGREEMENT_TYPE, FAILURE_TYPE, PAGE_FAILURES_TYPE, select_newest_attempt
+from pipeline.records import FailureRow, LedgerRow, PageFailureRow, SourceRow, Stage, Status
 from pipeline.schema.arrow import ArrowPlan
 from pipeline.schema.certainty import score_values
 from pipeline.schema.merge import MergeResult, Part, merge_parts
@@ -45,6 +46,8 @@ PROVENANCE_COLUMNS = {
         "Where two requests of one document read different values: the one kept, which is the one with the likeliest tokens, the other, "
         "their pages.",
     ),
+    "_partial": (pa.bool_(), "Whether pages of this document are missing in it, because they could not be drawn."),
+    "_page_failures": (PAGE_FAILURES_TYPE, "The pages that could not be drawn: page, kind, message."),
     "_answer": (pa.string(), "The merged answer as JSON, where it is invalid."),
     "_pages": (pa.int32(), "Pages of the document."),
     "_requests": (pa.int32(), "Requests it took."),
@@ -81,6 +84,8 @@ class ProvenanceRow(TypedDict, total=False):
     _failure: FailureRow | None
     _errors: list[str]
     _disagreements: list[DisagreementRow]
+    _partial: bool
+    _page_failures: list[PageFailureRow]
     _answer: str | None
     _pages: int | None
     _requests: int
@@ -109,6 +114,7 @@ class RecordPlan:
         self.columns, self.validator = ArrowPlan(job.schema), Validator(job.schema)
         self.provenance = [(name, kind) for name, (kind, _) in PROVENANCE_COLUMNS.items() if name != "_page" or self.per_page]
         self.refuses_disagreements = job.sections.limits.disagreements == "invalid"
+        self.refuses_partial = job.sections.limits.partial == "fail"
         self.extras: list[str] = []
         self.schema = pa.schema([*self.columns.schema, *self.provenance])
 
@@ -168,10 +174,16 @@ class SettleStage:
     def build_record(self, requests: Sequence[LedgerRow]) -> dict[str, Any]:
         """Return the columns that come from a record's requests, which are in page order."""
         about = sum_provenance(requests)
-        if failures := [request for request in requests if request["status"] == Status.FAILED]:
-            return {**about, "_status": str(Status.FAILED), "_failure": failures[0]["failure"]}
+        asked = [request for request in requests if request["status"] != Status.FAILED]
+        failed = [request for request in requests if request["status"] == Status.FAILED]
+        is_partial = bool(about["_page_failures"] and asked) and all(is_undrawn(request) for request in failed)
+        if is_partial and self.plan.refuses_partial:
+            return {**about, "_status": str(Status.FAILED), "_failure": describe_page_failure(about["_page_failures"][0])}
+        if failed and not is_partial:
+            return {**about, "_status": str(Status.FAILED), "_failure": failed[0]["failure"]}
+        about["_partial"] = is_partial
         try:
-            return {**about, **self.merge_requests(requests)}
+            return {**about, **self.merge_requests(asked)}
         except Exception as error:  # any: what an answer makes the parser, the merge or a column raise has no common class
             return {**about, "_status": str(Status.FAILED), "_failure": make_failed_row(Stage.VALIDATE, error)["failure"]}
 
@@ -215,6 +227,26 @@ def make_part(request: LedgerRow) -> Part:
     return Part(request["first_page"], request["last_page"], value, score_values(answer, tokens) if tokens else {})
 
 
+def is_undrawn(request: LedgerRow) -> bool:
+    """Say whether a request failed because none of its pages could be drawn, in a document that was opened."""
+    failure = request["failure"]
+    return failure is not None and failure["stage"] == Stage.RENDER and request["first_page"] > 0
+
+
+def list_page_failures(request: LedgerRow) -> list[PageFailureRow]:
+    """Return the pages of a request that could not be drawn. A ledger of 0.1.0 says so of the request as a whole."""
+    failure = request["failure"]
+    if request.get("page_failures") or failure is None or not is_undrawn(request):
+        return request.get("page_failures") or []
+    pages = range(request["first_page"], request["last_page"] + 1)
+    return [PageFailureRow(page=page, kind=failure["kind"], message=failure["message"]) for page in pages]
+
+
+def describe_page_failure(failure: PageFailureRow) -> FailureRow:
+    """Return the failure of a record that must not lack a page."""
+    return {"stage": str(Stage.RENDER), "kind": failure["kind"], "message": f"page {failure['page']}: {failure['message']}"}
+
+
 def describe_disagreement(merged: MergeResult) -> str:
     """Return the first disagreement as a sentence."""
     first, count = merged.disagreements[0], len(merged.disagreements)
@@ -238,6 +270,8 @@ def sum_provenance(requests: Sequence[LedgerRow]) -> ProvenanceRow:
         "_visual_tokens": sum(page["visual_tokens"] for page in pages),
         "_prompt_tokens": sum(request.get("prompt_tokens") or 0 for request in requests),
         "_completion_tokens": sum(request.get("completion_tokens") or 0 for request in requests),
+        "_partial": False,
+        "_page_failures": [failure for request in requests for failure in list_page_failures(request)],
         "_errors": [],
         "_disagreements": [],
         "_model": requests[0].get("model"),

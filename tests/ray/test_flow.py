@@ -29,16 +29,16 @@ from pipeline.job import Job
 from pipeline.output import Output
 from pipeline.output.ledger import build_ledger_state, read_outcomes
 from pipeline.output.sources import read_sources
+from pipeline.output.status import read_status
 from pipeline.records import Completion, Request
 from pipeline.report import ExitCode, Phase, Progress, Report
 from tests.support.engines import InkEngine
-from tests.support.pdfs import make_page_pdf
+from tests.support.pdfs import make_page_pdf, make_tree_pdf
 from tests.support.ray_actors import InkActor
 from tests.support.stages import make_settle_stage
-from tests.support.workspace import SCHEMA, Workspace, draw_slip
+from tests.support.workspace import PASSWORD, SCHEMA, Workspace, draw_slip
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-PASSWORD = "open sesame"
 PATIENCE_S = 120
 MANIFEST = "path,customer\nin/a.pdf,0042\nin/b.pdf,\nin/c.pdf,ACME\n"
 
@@ -578,6 +578,23 @@ def test_a_run_that_fails_wholesale_is_stopped_and_its_failures_are_asked_again(
     (workspace.folder / "well").touch()
     report = flow.run(job, retry="failed:engine")
     assert (report.requests_asked, report.statuses) == (12, {"extracted": 12})
+
+
+# --- a document with a page that cannot be drawn
+
+
+def test_a_page_that_cannot_be_drawn_costs_that_page(workspace: Workspace) -> None:
+    leaf = "<</Type/Page/Parent 2 0 R/MediaBox[0 0 300 400]>>"
+    workspace.put("partly.pdf", make_tree_pdf("3 0 R 9 0 R 4 0 R 9 0 R", "/Count 4", leaf, leaf))
+    workspace.put("whole.pdf")
+    job = workspace.job("pages.per_request=3")
+    report = flow.run(job)
+    assert (report.exit_code, report.statuses, report.partial) == (ExitCode.DOCUMENTS_FAILED, {"extracted": 2}, 1)
+    partly, whole = (read_records(workspace)[f"{name}.pdf"] for name in ("partly", "whole"))
+    assert (partly["_partial"], [failure["page"] for failure in partly["_page_failures"]], partly["_requests"]) == (True, [2, 4], 1)
+    assert (whole["_partial"], whole["_page_failures"]) == (False, [])
+    assert read_status(Output(job.output))["partial"] == 1
+    assert flow.settle(workspace.job("pages.per_request=3", "limits.partial=fail")).statuses == {"extracted": 1, "failed": 1}
 
 
 # --- the first documents of a run

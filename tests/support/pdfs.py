@@ -50,6 +50,11 @@ def make_pages_pdf(count: int) -> bytes:
     return make_pdf("<</Type/Catalog/Pages 2 0 R>>", f"<</Type/Pages/Kids[{kids}]/Count {count}>>", *[page] * count)
 
 
+def make_tree_pdf(kids: str, entries: str = "/Count 9", *leaves: str) -> bytes:
+    """Return a PDF with these references to pages; the objects of the leaves have the numbers 3, 4, …, so 9 is missing."""
+    return make_pdf("<</Type/Catalog/Pages 2 0 R>>", f"<</Type/Pages/Kids[{kids}]{entries}>>", *leaves)
+
+
 def make_endless_pdf(depth: int = 30) -> bytes:
     """Return a PDF whose page draws a form ten times, which draws a form ten times, and so on."""
     form = "/Type/XObject/Subtype/Form/BBox[0 0 200 100]"

@@ -31,6 +31,8 @@ SCHEMA = {
     },
 }
 """So narrow that every answer under its grammar is short and valid: what a model reads does not matter to these tests."""
+PASSWORD = "open sesame"
+"""Of encrypted documents, in the variable SLIP_PASSWORD of Ray's workers."""
 JOB = """\
 name: slips
 source: {paths: [in]}

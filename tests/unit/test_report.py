@@ -53,6 +53,12 @@ def test_all_extracted_is_ok() -> None:
     assert (total.exit_code, total.records, total.statuses) == (ExitCode.OK, 2, {"extracted": 2})
 
 
+def test_a_record_that_lacks_pages_is_exit_1() -> None:
+    total = report(documents=1, partial=1)
+    total.count_records(["extracted"], [])
+    assert total.exit_code is ExitCode.DOCUMENTS_FAILED
+
+
 def test_a_failed_document_is_exit_1_and_counted_by_stage_and_kind() -> None:
     total = report(documents=3)
     total.count_records(["failed", "extracted", "failed"], ["render/broken", "render/broken"])

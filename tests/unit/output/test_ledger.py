@@ -44,6 +44,13 @@ def test_what_succeeded_once_is_not_asked_again(order: int) -> None:
     assert build_ledger_state(outcomes, RetryFilter()) == LedgerState(frozenset({"k"}), {})
 
 
+def test_a_request_with_a_page_that_could_not_be_drawn_can_be_asked_again() -> None:
+    row = outcome("k", None, 1) | {"page_failures": [{"page": 2, "kind": "timeout", "message": "page 2 took too long"}]}
+    for text, is_retried in (("failed", True), ("failed:timeout", True), ("failed:render/timeout", True), ("failed:memory", False)):
+        assert (build_ledger_state([row], RetryFilter.parse(text)).attempts == {"k": 1}) is is_retried
+    assert build_ledger_state([row]).done == {"k"}
+
+
 def test_attempts_are_counted() -> None:
     outcomes = [outcome("k", "timeout", 1), outcome("k", "crash", 2)]
     assert build_ledger_state(outcomes, RetryFilter.parse("failed:crash")) == LedgerState(frozenset(), {"k": 2})

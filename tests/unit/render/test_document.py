@@ -20,7 +20,7 @@ from pipeline.render.document import detect_kind, open_document, render_pages
 from pipeline.render.errors import MAX_WARNINGS
 from pipeline.render.images import DocumentKind, encode_page_png
 from pipeline.render.pdf import WarningCollector
-from tests.support.pdfs import draw_corners, encode_image, make_page_pdf, make_pages_pdf, make_pdf, make_stream
+from tests.support.pdfs import draw_corners, encode_image, make_page_pdf, make_pages_pdf, make_pdf, make_stream, make_tree_pdf
 
 CORPORA = Path(__file__).parents[4] / "shared/corpora"
 SETTINGS = RenderSettings(text_layer=True)
@@ -189,10 +189,6 @@ def test_form_fields_are_drawn_and_read() -> None:
 
 def test_pages_keep_their_numbers() -> None:
     assert [page.page_no for page in render_pages(make_pages_pdf(5), SETTINGS, 2, 9)] == [2, 3, 4, 5]
-
-
-def make_tree_pdf(kids: str, entries: str = "/Count 9", *leaves: str) -> bytes:
-    return make_pdf("<</Type/Catalog/Pages 2 0 R>>", f"<</Type/Pages/Kids[{kids}]{entries}>>", *leaves)
 
 
 def test_a_page_that_is_missing_keeps_its_number() -> None:

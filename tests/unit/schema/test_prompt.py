@@ -130,15 +130,19 @@ def test_the_system_message_comes_first_then_the_pages_then_the_question() -> No
 
 
 def test_a_whole_document_is_asked_without_page_numbers() -> None:
-    assert build_last_line(2) == build_last_line(2, 1, 2) == prompt.ASK
+    assert build_last_line(2) == build_last_line(2, [], 2) == prompt.ASK
 
 
 def test_a_part_of_a_document_says_which_of_its_pages_these_are() -> None:
-    assert build_last_line(2, 5, 6) == f"These are pages 5 to 6 of 6. {prompt.ASK}"
+    assert build_last_line(2, [5, 6], 6) == f"These are pages 5 to 6 of 6. {prompt.ASK}"
 
 
 def test_the_first_part_of_a_document_says_so_too() -> None:
-    assert build_last_line(4, 1, 6) == f"These are pages 1 to 4 of 6. {prompt.ASK}"
+    assert build_last_line(4, [1, 2, 3, 4], 6) == f"These are pages 1 to 4 of 6. {prompt.ASK}"
+
+
+def test_pages_between_which_one_is_missing_are_listed() -> None:
+    assert build_last_line(3, [1, 2, 4], 4) == f"These are pages 1, 2, 4 of 4. {prompt.ASK}"
 
 
 def test_a_re_ask_shows_the_answer_and_what_is_wrong_with_it() -> None:

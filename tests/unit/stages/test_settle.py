@@ -253,3 +253,51 @@ def test_check_shows_the_columns(workspace: Workspace) -> None:
 def test_a_manifests_column_of_a_records_name_is_refused(workspace: Workspace, name: str) -> None:
     with pytest.raises(JobError, match=f"the manifest's column '{name}' has the name of a column of the records: rename it"):
         make_settle_stage(workspace.job(), pa.schema([(name, pa.string())]))
+
+
+# --- documents with pages that cannot be drawn
+
+LOST = {"page": 2, "kind": "timeout", "message": "page 2 took more than 60 s"}
+UNDRAWN = {
+    "status": "failed",
+    "asks": None,
+    "failure": {"stage": "render", "kind": "broken", "message": "page 3 cannot be drawn"},
+    "pages": None,
+}
+
+
+def test_a_record_that_lacks_a_page_says_so(stage: SettleStage) -> None:
+    row = record(stage, document(page_count=4), {"answer": VALID, "page_failures": [LOST]}, VALID)
+    assert (row["_status"], row["_partial"], row["_failure"], row["currency"]) == ("extracted", True, None, "EUR")
+    assert row["_page_failures"] == [LOST]
+
+
+def test_a_request_none_of_whose_pages_could_be_drawn_costs_its_pages_alone(stage: SettleStage) -> None:
+    lost = [{"page": 3, "kind": "broken", "message": "page 3 cannot be drawn"}]
+    for said in (lost, None):  # a ledger of 0.1.0 does not list the pages
+        row = record(stage, document(page_count=3), VALID, UNDRAWN | {"page_failures": said})
+        assert (row["_status"], row["_partial"], row["_page_failures"], row["_requests"]) == ("extracted", True, lost, 1)
+
+
+def test_a_document_none_of_whose_pages_could_be_drawn_is_failed(stage: SettleStage) -> None:
+    row = record(stage, document(page_count=1), UNDRAWN)
+    assert (row["_status"], row["_partial"], row["_failure"]["kind"]) == ("failed", False, "broken")
+
+
+@pytest.mark.parametrize("other", [FAILURE, {"stage": "generate", "kind": "engine_died", "message": "gone"}])
+def test_a_request_that_was_not_answered_fails_the_document_as_before(stage: SettleStage, other: Row) -> None:
+    failed = {"status": "failed", "failure": other}
+    row = record(stage, document(page_count=4), {"answer": VALID, "page_failures": [LOST]}, failed)
+    assert (row["_status"], row["_partial"], row["_failure"]) == ("failed", False, other)
+
+
+def test_a_job_may_refuse_documents_that_lack_a_page(workspace: Workspace) -> None:
+    stage = make_settle_stage(workspace.job("pages.per_request=2", "limits.partial=fail"), NO_EXTRAS)
+    row = record(stage, document(page_count=4), {"answer": VALID, "page_failures": [LOST]}, VALID)
+    assert (row["_status"], row["_partial"], row["currency"]) == ("failed", False, None)
+    assert row["_failure"] == {"stage": "render", "kind": "timeout", "message": "page 2: page 2 took more than 60 s"}
+
+
+def test_a_page_of_its_own_that_cannot_be_drawn_is_its_record(by_page: SettleStage) -> None:
+    good, bad = settled(by_page, document(page_count=2), VALID, UNDRAWN)
+    assert [(row["_page"], row["_status"], row["_partial"]) for row in (good, bad)] == [(1, "extracted", False), (2, "failed", False)]

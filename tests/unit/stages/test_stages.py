@@ -118,9 +118,7 @@ def test_a_file_that_was_not_there_when_listed_says_so(workspace: Workspace, sta
     assert row["failure"]["message"] == "in/gone.pdf cannot be read: there is no such file"
 
 
-def test_a_page_that_cannot_be_drawn_costs_its_request_alone(
-    workspace: Workspace, stage: RenderStage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_page_that_cannot_be_drawn_costs_itself_alone(workspace: Workspace, stage: RenderStage, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = stage.sandbox.draw_pages
 
     def torn(first_page: int, last_page: int) -> Iterator[Any]:  # a page whose content MuPDF gives up on, without the work to make one
@@ -130,7 +128,20 @@ def test_a_page_that_cannot_be_drawn_costs_its_request_alone(
 
     monkeypatch.setattr(stage.sandbox, "draw_pages", torn)
     rows = list(stage(make_listing_row(workspace.put("a.pdf", draw_slip(1, 2, 3, 4, 5)), workspace.folder)))
-    assert [row.get("failure", {}).get("kind") for row in rows] == [None, "timeout", None]
+    lost = {"page": 3, "kind": "timeout", "message": "page 3 took more than 60 s and was given up"}
+    assert [row.get("failure") for row in rows] == [None, None, None]
+    assert [row["page_failures"] for row in rows] == [[], [lost], []]
+    assert [[page["page_no"] for page in row["pages"]] for row in rows] == [[1, 2], [4], [5]]
+
+
+def test_a_request_whose_pages_all_fail_is_not_asked(workspace: Workspace, stage: RenderStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def torn(first_page: int, last_page: int) -> Iterator[Any]:
+        raise DocumentError("broken", f"page {first_page} cannot be drawn")
+
+    monkeypatch.setattr(stage.sandbox, "draw_pages", torn)
+    row = one(stage(make_listing_row(workspace.put("a.pdf", draw_slip(1, 2)), workspace.folder)))
+    assert (row["status"], row["failure"]["message"], "pixels" in row) == ("failed", "page 1 cannot be drawn", False)
+    assert [failure["page"] for failure in row["page_failures"]] == [1, 2]
 
 
 def test_only_the_requests_that_are_claimed_are_drawn(workspace: Workspace, stage: RenderStage) -> None:
@@ -289,6 +300,14 @@ def test_a_part_of_a_document_is_not_asked_for_what_it_lacks(workspace: Workspac
 def test_a_part_that_is_no_json_is_asked_again(workspace: Workspace) -> None:
     row, _ = ask(workspace, make_completion("{"), make_completion('{"currency":"EUR"}'), page_count=5)
     assert (row["status"], row["asks"]) == ("extracted", 2)
+
+
+def test_a_document_that_lacks_a_page_is_asked_as_a_part(workspace: Workspace) -> None:
+    """What it lacks may stand on the page that is missing."""
+    pages = {"pages": [SIZE, {**SIZE, "page_no": 3}], "pixels": [bytes(2352)] * 2}
+    row, engine = ask(workspace, make_completion('{"currency":"EUR"}'), last_page=3, page_count=3, **pages)
+    assert (row["status"], row["asks"]) == ("extracted", 1)
+    assert list_texts(engine.requests[0])[-1] == "These are pages 1, 3 of 3. Return the JSON object for this document."
 
 
 def test_a_page_that_is_a_record_of_its_own_is_checked_whole(workspace: Workspace) -> None:
