@@ -169,10 +169,9 @@ def find_render_stage(plan: RenderPlan, registry: Any) -> RenderStage:
 def render_documents(batch: pa.Table, plan: RenderPlan, registry: Any) -> Iterator[pa.Table]:
     """Render task: documents -> requests, streamed one by one."""
     stage = find_render_stage(plan, registry)
-    for document in batch.to_pylist():
-        for row in stage(document):
-            find_render_metrics(plan.job).add(row)
-            yield pa.Table.from_pylist([row], RENDERED_SCHEMA)
+    for row in stage.render_documents(batch.to_pylist()):
+        find_render_metrics(plan.job).add(row)
+        yield pa.Table.from_pylist([row], RENDERED_SCHEMA)
 
 
 class EngineActor:
@@ -283,7 +282,10 @@ def build_requests(ask_pass: AskPass, documents: pa.Table, registry: Any) -> ray
     """Return the documents' requests, rendered in tasks of their own, so that a renderer that dies does not end an engine."""
     listed = documents.select(["source", "size_bytes", "version", "full_url"])
     blocks = [listed.slice(start, DOCUMENTS_PER_TASK).combine_chunks() for start in range(0, listed.num_rows, DOCUMENTS_PER_TASK)]
-    step: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": ask_pass.reservations.renderer_cpus}
+    needed = ask_pass.reservations
+    step: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": needed.renderer_cpus}
+    if needed.max_renderers:
+        step["compute"] = ray.data.TaskPoolStrategy(size=needed.max_renderers)
     return ray.data.from_arrow(blocks).map_batches(cast(Any, render_documents), fn_args=(ask_pass.render, registry), **step)
 
 

@@ -26,6 +26,8 @@ class Reservations:
     renderer_cpus: float
     min_actors: int
     max_actors: int
+    max_renderers: int | None = None
+    """Render tasks at once; None: as many as there are CPUs for."""
 
 
 def compute_reservations(job: Job, resources: Resources) -> Reservations:
@@ -37,6 +39,8 @@ def compute_reservations(job: Job, resources: Resources) -> Reservations:
     gpus_here = 0.0 if job.sections.model.reserves_gpus_itself else gpus
     bounds = job.sections.ray.least_actors, job.sections.ray.most_actors
     found = Reservations(compute_actor_cpus(job, resources), gpus, gpus_here, compute_renderer_cpus(job, resources), *bounds)
+    if job.sections.ray.renderers:
+        found = replace(found, max_renderers=job.sections.ray.renderers * len(resources.per_machine))
     room = max(1, count_actors(found, resources))
     return found if found.min_actors <= room else replace(found, min_actors=room, max_actors=room)
 

@@ -216,6 +216,12 @@ class RaySection(Section):
         description="Engine actors; each loads the model once. Two numbers, `[1, 8]`, let Ray start more when all are busy, and new "
         "machines for them where the cluster can; each costs the time to load the model.",
     )
+    renderers: int | None = Field(
+        None,
+        ge=1,
+        description="Most render tasks at once for each machine of the cluster; default: as many as it has CPUs for. Each has a process of "
+        "about 250 MB beside its renderer; fewer leave memory on machines with many cores, and must still keep the engines busy.",
+    )
     max_restarts: int = Field(
         3,
         ge=0,

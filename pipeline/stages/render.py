@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +23,8 @@ from pipeline.sources.http import DownloadPolicy
 from pipeline.stages.requests import compute_document_keys, make_failed_row
 
 DEMO_REFUSAL = "the demonstration model reads only its own samples; a GPU, model.engine: openai or model.without_gpu: cpu reads this"
+READ_AHEAD = 2
+"""Documents that are read while another is drawn: a download takes as long as drawing a few pages."""
 ClaimRequests = Callable[[SourceRow, list[str]], dict[str, int]]
 """(document, keys) -> the keys that this document shall ask, each with the number of its attempt, from 1: not those that are done, nor
 those that another file with the same bytes has claimed."""
@@ -93,13 +97,34 @@ class RenderStage:
     def sandbox(self) -> Sandbox:
         return Sandbox(self.plan.read_settings())
 
-    def __call__(self, document: SourceRow) -> Iterator[RequestRow]:
+    def render_documents(self, documents: Iterable[SourceRow]) -> Iterator[RequestRow]:
+        """Yield the requests of documents, in their order; the next documents are read while one is drawn.
+
+        At most `READ_AHEAD` documents of `limits.max_file_mib` are held in memory beside the one that is drawn.
+        """
+        reading: deque[tuple[SourceRow, Future[bytes]]] = deque()
+        pool = ThreadPoolExecutor(READ_AHEAD, "read-ahead")
+        try:
+            for document in documents:
+                reading.append((document, pool.submit(self.read_bytes, document)))
+                if len(reading) > READ_AHEAD:
+                    yield from self.render_document(*reading.popleft())
+            while reading:
+                yield from self.render_document(*reading.popleft())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def read_bytes(self, document: SourceRow) -> bytes:
+        """Return the bytes of a document. Raises DocumentError."""
+        listed = Document(document["source"], document["size_bytes"], document["version"], document.get("full_url"))
+        return read_document(listed, self.plan.root, self.plan.settings.max_file_bytes, self.plan.policy)
+
+    def render_document(self, document: SourceRow, reading: Future[bytes]) -> Iterator[RequestRow]:
         """Yield the requests that a document shall ask, with their page images, one at a time."""
         row: SourceRow = {**document, "doc_id": None, "page_count": 0}
         failure: LedgerRow | None = None
         try:
-            listed = Document(document["source"], document["size_bytes"], document["version"], document.get("full_url"))
-            data = read_document(listed, self.plan.root, self.plan.settings.max_file_bytes, self.plan.policy)
+            data = reading.result()
             row["doc_id"] = hashlib.sha256(data).hexdigest()
             row["page_count"] = self.sandbox.open(data)
             if self.plan.only_samples and DEMO_MARK not in data:

@@ -97,7 +97,7 @@ def rendered(job: Job) -> list[Row]:
     files = sorted((job.file.parent / "in").iterdir())
     stage = RenderStage(RenderPlan.of_job(job), claim_all)
     try:
-        rows = [row for file in files for row in stage(make_listing_row(file, job.file.parent))]
+        rows = list(stage.render_documents(make_listing_row(file, job.file.parent) for file in files))
     finally:
         stage.close()
     assert SECRET not in repr(stage)

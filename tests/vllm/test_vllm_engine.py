@@ -326,7 +326,7 @@ def test_it_reads_as_well_as_the_transformers_engine(engine: Engine, tmp_path: P
 def read_with_engine(job: Job, engine: Engine, folder: Path, drawn: Sequence[samples.DrawnDocument]) -> list[evaluate.Verdict]:
     """Return the verdicts on these documents, read by an engine without Ray."""
     render = RenderStage(replace(RenderPlan.of_job(job), root=folder, per_request=4), claim_all)
-    rows = [row for one in drawn for row in render(make_listing_row(folder / one.name, folder))]
+    rows = list(render.render_documents(make_listing_row(folder / one.name, folder) for one in drawn))
     render.close()
     stage = AskStage(job, engine)
 

@@ -37,6 +37,12 @@ def test_an_actor_is_no_larger_than_a_machine(workspace: Workspace, cpus: tuple[
     check(job, there)
 
 
+def test_a_job_may_bound_the_renderers_of_each_machine(workspace: Workspace) -> None:
+    there = machines((64, 8), (64, 8))
+    assert capacity.compute_reservations(workspace.job("ray.renderers=6"), there).max_renderers == 12
+    assert capacity.compute_reservations(workspace.job(), there).max_renderers is None
+
+
 def test_gpus_that_are_not_there_are_refused(workspace: Workspace) -> None:
     with pytest.raises(JobError, match=r"ray\.actors is 2, each with 1 CPUs and 1 GPUs, .* there are 8 CPUs and 1 GPUs$"):
         check(workspace.job("ray.actors=2"), Resources(8, 1))
