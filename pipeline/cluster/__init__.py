@@ -239,6 +239,7 @@ def stop_ray(threads: Set[threading.Thread]) -> None:
     for thread in {thread for thread in threading.enumerate() if thread.name != IDLE_THREAD} - threads:
         thread.join(max(0.0, deadline - time.monotonic()))
     ray.shutdown()
+    reload_ray_token()  # the next Ray of this process has another than one that was started here
 
 
 def convert_worker_error(error: Exception, sentence: str) -> RunError:

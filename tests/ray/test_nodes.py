@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -78,7 +79,7 @@ def undisturbed(ray_session: cluster.Resources, remote: tuple[Workspace, str]) -
 @pytest.fixture
 def two_machines(undisturbed: Report) -> Iterator[Cluster]:
     """A head with room for one engine, and a machine with room for another and a renderer."""
-    ray.shutdown()
+    cluster.stop_ray(frozenset(threading.enumerate()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray leaves the log files of the processes it starts to the garbage collector
         made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 2**27})
