@@ -87,8 +87,9 @@ class RequestSchemaBuilder:
                 rewritten[key] = (
                     [self.rewrite(sub, inside, shared) for sub in value] if isinstance(value, list) else self.rewrite(value, inside, shared)
                 )
-            elif key == "required" and self.absent and has_own:
-                rewritten[key] = [name for name in value if name in part["properties"]]
+            elif key == "required" and self.absent and not is_composed:
+                declared = {name for inner in walk_in_place(part, self.root) for name in inner.get("properties", {})}
+                rewritten[key] = [name for name in value if name in declared]
             else:
                 rewritten[key] = value
         rewrite_format(rewritten)
@@ -103,8 +104,14 @@ class RequestSchemaBuilder:
         return rewritten
 
     def can_be_empty(self, part: Any) -> bool:
-        """Say whether a value is an array that may be empty, or an object whose own values may be null: it needs no null itself."""
+        """Say whether a value is an array that may be empty, or an object whose own values may be null: it needs no null itself.
+
+        One of several kinds of object does: its kind would have to be chosen.
+        """
         shapes = list(walk_in_place(part, self.root))
+        options = [option for inner in shapes for key in ("anyOf", "oneOf") for option in inner.get(key, [])]
+        if sum(not allows_null(option, self.root) for option in options) > 1:
+            return False
         types = {name for inner in shapes for name in list_types(inner)} - {"null"}
         return types in ({"array"}, {"object"}) and not any(is_fixed_array(inner) or "$ref" in inner for inner in shapes)
 

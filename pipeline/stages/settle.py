@@ -229,13 +229,13 @@ def make_part(request: LedgerRow) -> Part:
 
 def is_undrawn(request: LedgerRow) -> bool:
     """Say whether a request failed because none of its pages could be drawn, in a document that was opened."""
-    failure = request["failure"]
+    failure = request.get("failure")
     return failure is not None and failure["stage"] == Stage.RENDER and request["first_page"] > 0
 
 
 def list_page_failures(request: LedgerRow) -> list[PageFailureRow]:
     """Return the pages of a request that could not be drawn. A ledger of 0.1.0 says so of the request as a whole."""
-    failure = request["failure"]
+    failure = request.get("failure")
     if request.get("page_failures") or failure is None or not is_undrawn(request):
         return request.get("page_failures") or []
     pages = range(request["first_page"], request["last_page"] + 1)

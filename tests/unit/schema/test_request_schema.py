@@ -133,6 +133,19 @@ def test_the_root_is_closed_even_if_it_says_that_it_is_open() -> None:
 def test_names_that_are_required_but_not_declared_are_not_asked_for() -> None:
     assert rewrite({**NAME, "required": ["name", "age"]})["required"] == ["name"]
 
+    assert rewrite({"type": "object", "required": ["age"], "additionalProperties": {"type": "integer"}})["required"] == []
+
+
+def test_names_that_another_part_of_the_object_declares_stay_required() -> None:
+    both = {"allOf": [{"required": ["name"]}, {"properties": {"name": {"type": "string"}}}]}
+    assert rewrite(both)["allOf"][0] == {"required": ["name"]}
+
+
+def test_one_of_several_kinds_of_object_may_be_null() -> None:
+    kinds = {"anyOf": [NAME, {"type": "object", "properties": {"age": {"type": "integer"}}}]}
+    assert rewrite(kinds)["anyOf"][-1] == {"type": "null"}
+    assert {"type": "null"} not in rewrite({"anyOf": [NAME]})["anyOf"]
+
 
 # --- forms that engines do not read
 
