@@ -105,6 +105,40 @@ def test_it_has_a_name_and_a_model(engine: Engine) -> None:
     assert engine.model
 
 
+@contextmanager
+def hang(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let an engine hang: the pass of one in this process, the process of another."""
+    if engine.name == "vllm":
+        cores = [child.pid for child in multiprocessing.active_children() if child.pid]
+        for pid in cores:
+            os.kill(pid, signal.SIGSTOP)
+        yield
+        for pid in cores:
+            os.kill(pid, signal.SIGCONT)
+        return
+    go_on, step = threading.Event(), transformers_engine.run_step
+    monkeypatch.setattr(transformers_engine, "run_step", lambda *arguments: (go_on.wait(), step(*arguments)))
+    yield
+    go_on.set()
+
+
+def test_the_silence_of_an_engine_is_measured(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine.measure_silence_s() == 0
+    if engine.name == "openai":
+        return  # it ends calls without data itself (`model.idle_timeout_s`)
+
+    async def measure() -> float:
+        with hang(engine, monkeypatch):
+            asked = asyncio.ensure_future(engine.complete(make_request()))
+            await asyncio.sleep(1.5)
+            silent_s = engine.measure_silence_s()
+        assert (await asked).text
+        return silent_s
+
+    assert asyncio.run(measure()) > 0.5
+    assert engine.measure_silence_s() == 0
+
+
 def test_an_answer_satisfies_its_schema(engine: Engine) -> None:
     for answer in complete_all(engine, *(make_request(key, temperature=1.0, seed=key) for key in range(6))):
         assert answer.finish_reason is FinishReason.STOP
@@ -217,40 +251,3 @@ def test_requests_that_wait_when_it_closes_fail_with_engine_dead(engine: Engine)
     assert EngineDead in {type(outcome) for outcome in asyncio.run(close())}
     assert isinstance(complete_all(engine, make_request())[0], EngineDead)
     engine.close()
-
-
-# --- engines that hang
-
-
-@contextmanager
-def hang(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let an engine hang: the pass of one in this process, the process of another."""
-    if engine.name == "vllm":
-        cores = [child.pid for child in multiprocessing.active_children() if child.pid]
-        for pid in cores:
-            os.kill(pid, signal.SIGSTOP)
-        yield
-        for pid in cores:
-            os.kill(pid, signal.SIGCONT)
-        return
-    go_on, step = threading.Event(), transformers_engine.run_step
-    monkeypatch.setattr(transformers_engine, "run_step", lambda *arguments: (go_on.wait(), step(*arguments)))
-    yield
-    go_on.set()
-
-
-def test_the_silence_of_an_engine_is_measured(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert engine.measure_silence_s() == 0
-    if engine.name == "openai":
-        return  # it ends calls without data itself (`model.idle_timeout_s`)
-
-    async def measure() -> float:
-        with hang(engine, monkeypatch):
-            asked = asyncio.ensure_future(engine.complete(make_request()))
-            await asyncio.sleep(1.5)
-            silent_s = engine.measure_silence_s()
-        assert (await asked).text
-        return silent_s
-
-    assert asyncio.run(measure()) > 0.5
-    assert engine.measure_silence_s() == 0
