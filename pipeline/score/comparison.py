@@ -19,7 +19,7 @@ from pipeline.score.cells import Cell, Outcome, RecordComparer, Tolerance
 from pipeline.score.evaluation import ScoredDocument, compare_records
 from pipeline.score.outputs import RecordKey, RecordSet, TruthMatch
 from pipeline.score.statistics import Interval, bootstrap_difference, compute_wilson
-from pipeline.score.truth import SourceIndex, read_truth
+from pipeline.score.truth import SourceIndex, load_truth
 
 CHANGES = {Outcome.WRONG: "changed", Outcome.MISSING: "became_null", Outcome.INVENTED: "became_value"}
 """What the outcomes mean where the first output takes the place of the truth; the others are `same`."""
@@ -162,7 +162,7 @@ def compare_accuracies(
     one: RecordSet, other: RecordSet, pairs: Mapping[int, int], place: Path, tolerance: Tolerance, max_drop_points: float
 ) -> AccuracyDrop:
     """Return the shares of right cells of both outputs, over the documents that all three have, and their difference."""
-    truth = read_truth(place, one.plan, one.per_page)
+    truth = load_truth(place, one.plan, one.per_page)
     comparer = RecordComparer(one.plan.root, tolerance, truth.labelled)
     matches = [TruthMatch(records, truth, place).pairs for records in (one, other)]
     shared = [(i, j) for i, j in pairs.items() if i in matches[0] and matches[0][i] == matches[1].get(j)]

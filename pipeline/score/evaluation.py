@@ -23,7 +23,7 @@ from pipeline.score.statistics import (
     compute_wilson,
     list_reviews,
 )
-from pipeline.score.truth import Truth, read_truth
+from pipeline.score.truth import Truth, load_truth
 
 SUMS = (*map(str, Outcome), "normalized", "similarity", "true", "found")
 """What is summed over the cells of a field in a document: see `count_cells`."""
@@ -116,7 +116,7 @@ def evaluate_output(place: str, truth_place: Path, tolerance: Tolerance, by: str
     """Return the scores of an output against a truth. Raises JobError for a place that cannot be read, and RunError."""
     records = RecordSet(place)
     groups = records.read_column(by) if by else []
-    truth = read_truth(truth_place, records.plan, records.per_page)
+    truth = load_truth(truth_place, records.plan, records.per_page)
     match = TruthMatch(records, truth, truth_place)
     comparer = RecordComparer(records.plan.root, tolerance, truth.labelled)
     documents = compare_records(records, truth, match.pairs, comparer)

@@ -60,7 +60,7 @@ class Truth:
     """Keys that the schema does not have."""
 
 
-def read_truth(place: Path, plan: ArrowPlan, per_page: bool) -> Truth:
+def load_truth(place: Path, plan: ArrowPlan, per_page: bool) -> Truth:
     """Return the truth at a place. Raises JobError that names the file, the line or key, and what is allowed."""
     rows = list(read_truth_rows(place, plan.root, per_page))
     if not rows:
@@ -92,7 +92,7 @@ def read_truth_rows(place: Path, root: Column, per_page: bool) -> Iterator[Truth
                 yield from read_parquet_rows(shard, root, per_page)
         else:
             for file in sorted(place.rglob("*.json")):
-                yield from read_json_file(file, place, root, per_page)
+                yield from read_json_document(file, place, root, per_page)
         return
     readers = {".jsonl": read_json_lines, ".ndjson": read_json_lines, ".csv": read_csv_rows, ".parquet": read_parquet_rows}
     if not place.is_file():
@@ -102,7 +102,7 @@ def read_truth_rows(place: Path, root: Column, per_page: bool) -> Iterator[Truth
     yield from readers[place.suffix.lower()](place, root, per_page)
 
 
-def read_json_file(file: Path, folder: Path, root: Column, per_page: bool) -> Iterator[TruthRow]:
+def read_json_document(file: Path, folder: Path, root: Column, per_page: bool) -> Iterator[TruthRow]:
     """Yield the row of the one document that a JSON file is named like, or that its `source` names."""
     values = parse_object(read_file_text(file), str(file), file)
     if has_source(values, root):

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import JobError
-from pipeline.score.truth import SourceIndex, Truth, read_truth
+from pipeline.score.truth import SourceIndex, Truth, load_truth
 from tests.support.scored import make_plan, write_output
 
 TEA = {"name": "Tea, green", "day": "2024-02-29", "total": 19.99, "items": [{"what": "007", "price": 2}]}
@@ -28,7 +28,7 @@ EMPTY = {"name": None, "day": None, "total": None, "items": None}
 
 
 def read(place: Path, per_page: bool = False) -> Truth:
-    return read_truth(place, make_plan(), per_page)
+    return load_truth(place, make_plan(), per_page)
 
 
 def write(file: Path, text: str) -> Path:
