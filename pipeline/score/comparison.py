@@ -117,19 +117,22 @@ def compare_outputs(a: str, b: str, truth_place: Path | None, tolerance: Toleran
 
 
 def pair_records(one: Sequence[RecordKey], other: Sequence[RecordKey]) -> dict[int, int]:
-    """Return which record of the second output is about the same document as one of the first: same source, or the same end of it."""
+    """Return which record of the second output is about the same document as one of the first.
+
+    Its source is the same or, where no other claims it, has the same end. Raises JobError if there is none.
+    """
     index, places = SourceIndex(source for source, _ in other), {key: at for at, key in enumerate(other)}
-    pairs: dict[int, int] = {}
-    taken = set[int]()
+    pairs = {i: places[key] for i, key in enumerate(one) if key in places}
+    claims: dict[int, list[int]] = {}
     for i, (source, page) in enumerate(one):
         found = index.find_sources(source)
-        j = places.get((found[0], page)) if len(found) == 1 else None
-        if j is not None and j not in taken:
-            pairs[i] = j
-            taken.add(j)
+        if i not in pairs and len(found) == 1 and (found[0], page) in places:
+            claims.setdefault(places[found[0], page], []).append(i)
+    taken = {*pairs.values()}
+    pairs |= {claiming[0]: j for j, claiming in claims.items() if len(claiming) == 1 and j not in taken}
     if not pairs:
         raise JobError(f"the outputs have no document in common: the first of A is {one[0][0]}, that of B is {other[0][0]}")
-    return pairs
+    return dict(sorted(pairs.items()))
 
 
 def describe_document(one: RecordSet, other: RecordSet, i: int, j: int, cells: Sequence[Cell]) -> ChangedDocument:

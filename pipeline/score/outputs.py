@@ -69,7 +69,8 @@ class RecordSet:
         It is empty where the engine gave none, and for a document of several requests, whose merged values are not traced back.
         """
         names = ["key", "attempt", "doc_id", "status", "first_page", "answer", "tokens"]
-        wanted = {self.table["_doc_id"][index].as_py() for index in indices} - {None}
+        doc_ids = self.table["_doc_id"].to_pylist()
+        wanted = {doc_ids[index] for index in indices} - {None}
         ledger = read_shards(self.output.requests, names, LEDGER_SCHEMA, pc.field("doc_id").isin(pa.array(sorted(wanted), pa.string())))
         attempts: dict[str, list[LedgerRow]] = {}
         certainties: dict[tuple[str, int], dict[str, float]] = {}
@@ -82,7 +83,7 @@ class RecordSet:
             newest = select_newest_attempt(rows)
             page = newest["first_page"] if self.per_page else None
             found.setdefault((newest["doc_id"], page), []).append(certainties[key, newest["attempt"]])
-        requests = [found.get((self.table["_doc_id"][index].as_py(), self.keys[index][1]), []) for index in indices]
+        requests = [found.get((doc_ids[index], self.keys[index][1]), []) for index in indices]
         return [scored[0] if len(scored) == 1 else {} for scored in requests]
 
 
@@ -101,21 +102,24 @@ class TruthMatch:
     """Which record each row of a truth is about."""
 
     def __init__(self, records: RecordSet, truth: Truth, place: Path) -> None:
-        """Raises JobError when two rows are about one record, or no row is about any."""
+        """Raises JobError when two rows are about one record, or no row is about any. A whole source goes before the end of one."""
         places = {key: index for index, key in enumerate(records.keys)}
         index = SourceIndex(source for source, _ in records.keys)
         self.pairs: dict[int, int] = {}
         """The row of the truth by the record."""
         self.unmatched: list[str] = []
-        for number, row in enumerate(truth.rows):
+        for number, row in sorted(enumerate(truth.rows), key=lambda numbered: numbered[1].name not in index.whole):
             found = index.find_sources(row.name, row.is_stem)
             record = places.get((found[0], row.page)) if len(found) == 1 else None
             if record is None:
                 why = f" ({len(found)} documents end so)" if len(found) > 1 else f" page {row.page}" if found else ""
                 self.unmatched.append(row.name + why)
             elif record in self.pairs:
-                other = truth.rows[self.pairs[record]].place
-                raise JobError(f"{row.place} and {other} are both about {found[0]}: keep one", place, "--truth")
+                other = truth.rows[self.pairs[record]]
+                if other.name == found[0] != row.name:
+                    self.unmatched.append(row.name)
+                else:
+                    raise JobError(f"{row.place} and {other.place} are both about {found[0]}: keep one", place, "--truth")
             else:
                 self.pairs[record] = number
         self.pairs = dict(sorted(self.pairs.items()))

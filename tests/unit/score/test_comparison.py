@@ -80,6 +80,14 @@ def test_documents_may_have_moved(tmp_path: Path, a: str) -> None:
     assert (compare(a, str(moved))["documents"], compare(a, str(moved))["changed"]) == (4, 0)
 
 
+def test_the_same_source_goes_before_the_same_end(tmp_path: Path) -> None:
+    a = write_output(tmp_path / "a", {"x/a.pdf": {"total": 1}, "y/a.pdf": {"total": 2}, "x/b.pdf": {}, "y/b.pdf": {}})
+    b = write_output(tmp_path / "b", {"y/a.pdf": {"total": 2}, "z/b.pdf": {}})
+    found = compare(str(a), str(b))
+    assert (found["documents"], found["changed"]) == (1, 0)
+    assert (found["only_in_a"], found["only_in_b"]) == (["x/a.pdf", "x/b.pdf", "y/b.pdf"], ["z/b.pdf"])
+
+
 def test_outputs_without_a_common_document_are_refused(tmp_path: Path, a: str) -> None:
     with pytest.raises(JobError, match=r"no document in common: the first of A is in/a\.pdf, that of B is in/z\.pdf"):
         compare(a, str(write_output(tmp_path / "z", {"in/z.pdf": {}})))

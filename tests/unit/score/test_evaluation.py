@@ -128,12 +128,22 @@ def test_tolerances_count(tmp_path: Path) -> None:
         ({"z.pdf": {"total": 1}}, None, r"is about none of the documents in .*: it names z\.pdf, the records have in/a\.pdf"),
         ({"a.pdf": {"total": 1}}, "tiers", r"no column 'tiers' to group by; allowed are name, day, total, tier, _source"),
         ({"a.pdf": {"total": 1}}, "items", r"no column 'items' to group by"),
-        ({"a.pdf": {"total": 1}, "in/a.pdf": {"total": 2}}, None, r"line 2, and .* line 1, are both about in/a\.pdf: keep one"),
+        ({"a.pdf": {"total": 1}, "x/a.pdf": {"total": 2}}, None, r"line 2, and .* line 1, are both about in/a\.pdf: keep one"),
     ],
 )
 def test_what_cannot_be_scored_is_named(tmp_path: Path, truth: dict[str, dict[str, int]], by: str | None, sentence: str) -> None:
     with pytest.raises(JobError, match=sentence):
         evaluate(tmp_path, write_truth(tmp_path / "t.jsonl", truth), by)
+
+
+def test_a_whole_source_goes_before_the_end_of_one(tmp_path: Path) -> None:
+    found = evaluate(tmp_path, write_truth(tmp_path / "t.jsonl", {"x/a.pdf": {"total": 1}, "in/a.pdf": {"total": 5}}))
+    assert (found["without_record"], found["scores"]["perfect"]["value"]) == (["x/a.pdf"], 1.0)
+
+
+def test_a_failed_document_is_not_perfect_even_without_values(tmp_path: Path) -> None:
+    found = evaluate(tmp_path, write_truth(tmp_path / "t.jsonl", {"d.pdf": {"items": []}}))
+    assert (found["scores"]["total"]["cells"], found["scores"]["perfect"]["value"]) == (0, 0.0)
 
 
 def test_the_plot_is_a_png(tmp_path: Path, truth: Path) -> None:
