@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pipeline"
 FLOORS = (
     *("version", "errors", "deadline", "processes", "scratch", "records", "budget", "events", "report"),
-    *("schema", "storage", "render", "job", "sources", "output", "engines", "cluster", "stages", "flow", "demo", "cli"),
+    *("schema", "storage", "render", "job", "sources", "output", "score", "engines", "cluster", "stages", "flow", "demo", "cli"),
 )
 """Files and folders of the package in the order of the data's way, read backwards: each imports only what stands before it."""
 DOORS = {
@@ -24,6 +24,7 @@ DOORS = {
     "imagecodecs": {"render"},
     "jsonschema": {"schema"},
     "llguidance": {"schema"},
+    "matplotlib": {"score"},
     "pillow_heif": {"render"},
     "pydantic": {"job"},
     "pymupdf": {"render", "demo"},
@@ -31,6 +32,7 @@ DOORS = {
     "qwen_vl_utils": {"engines"},
     "ray": {"cluster", "flow"},
     "rich": {"cli"},
+    "scipy": {"score"},
     "tifffile": {"render"},
     "torch": {"engines", "demo"},
     "transformers": {"engines", "demo"},
@@ -101,4 +103,4 @@ def test_what_the_package_offers_can_be_called() -> None:
 def test_help_loads_nothing_heavy() -> None:
     code = "import sys, pipeline.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"ray", "torch", "transformers", "pymupdf", "pyarrow", "pydantic", "jsonschema", "rich", "PIL"} & set(loaded)
+    assert not {"ray", "torch", "transformers", "pymupdf", "pyarrow", "pydantic", "jsonschema", "rich", "PIL", "scipy"} & set(loaded)

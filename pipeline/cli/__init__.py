@@ -24,6 +24,8 @@ from pipeline.cli.console import (
     print_json,
     print_message,
     show_answer,
+    show_comparison,
+    show_evaluation,
     show_job,
     show_page,
     show_progress,
@@ -53,6 +55,20 @@ RETRY = click.option("--retry", metavar="failed[:KIND]", help="Ask once more wha
 SHARED = click.option("--shared-filesystem", is_flag=True, help="The cluster's machines have the job's local paths at the same place.")
 CLUSTER = click.option("--address", metavar="ADDRESS", help="Ray cluster to join instead of the job's: auto or HOST:6379.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print data, or the error, as JSON on stdout, nothing else.")
+NUMBER_TOLERANCE = click.option(
+    "--number-tolerance",
+    metavar="N",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    help="Numbers up to N apart are the same as the true ones.",
+)
+DATE_TOLERANCE = click.option(
+    "--date-tolerance-days",
+    metavar="N",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Dates up to N days apart are the same as the true ones.",
+)
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -282,6 +298,79 @@ def status_command(folder: str, as_json: bool) -> None:
         print_json(found)
         return
     show_status(found, folder)
+
+
+@main.command("eval")
+@click.argument("output")
+@click.option("--truth", metavar="PLACE", type=click.Path(path_type=Path), required=True, help="Folder of JSON, or JSONL, CSV or Parquet.")
+@NUMBER_TOLERANCE
+@DATE_TOLERANCE
+@click.option("--by", metavar="COLUMN", help="Score the documents also by the values of one column of the records.")
+@click.option(
+    "--plot",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Draw as PNG how many errors a review of the least certain values leaves.",
+)
+@JSON
+@convert_to_exit_code
+def eval_command(
+    output: str, truth: Path, number_tolerance: float, date_tolerance_days: int, by: str | None, plot: Path | None, as_json: bool
+) -> None:
+    """Score the records in an output folder against true values, field by field, and how well certainty tells right from wrong."""
+    from pipeline.score.cells import make_tolerance
+    from pipeline.score.evaluation import evaluate_output
+
+    found = evaluate_output(output, truth, make_tolerance(number_tolerance, date_tolerance_days), by)
+    if plot:
+        from pipeline.score.plot import plot_reviews
+
+        plot_reviews(found, plot)
+    if as_json:
+        print_json(found)
+        return
+    show_evaluation(found)
+
+
+@main.command("compare")
+@click.argument("a")
+@click.argument("b")
+@click.option(
+    "--truth", metavar="PLACE", type=click.Path(path_type=Path), help="True values, as of eval: which of the two is right more often?"
+)
+@click.option(
+    "--max-drop",
+    metavar="POINTS",
+    type=click.FloatRange(min=0),
+    help="End with 1 if B has more percentage points less of right values (0.5).",
+)
+@NUMBER_TOLERANCE
+@DATE_TOLERANCE
+@JSON
+@convert_to_exit_code
+def compare_command(
+    a: str, b: str, truth: Path | None, max_drop: float | None, number_tolerance: float, date_tolerance_days: int, as_json: bool
+) -> ExitCode:
+    """Show what differs between the records of two output folders, field by field, the worst documents first.
+
+    Exit code 1: with --truth, fewer values are right in B than in A, by more than --max-drop.
+    """
+    if not truth and (max_drop is not None or number_tolerance or date_tolerance_days):
+        raise click.UsageError("--max-drop and the tolerances need --truth PLACE: without it there is no right or wrong.")
+    from pipeline.score.cells import make_tolerance
+    from pipeline.score.comparison import compare_outputs
+
+    tolerance = make_tolerance(number_tolerance, date_tolerance_days)
+    found = compare_outputs(a, b, truth, tolerance, DEFAULT_MAX_DROP if max_drop is None else max_drop)
+    if as_json:
+        print_json(found)
+    else:
+        show_comparison(found)
+    return ExitCode.DOCUMENTS_FAILED if found["truth"] and found["truth"]["has_dropped"] else ExitCode.OK
+
+
+DEFAULT_MAX_DROP = 0.5
+"""Percentage points by which the second output of `compare` may be worse."""
 
 
 @main.command("init")

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
     from pipeline.output.status import RunStatus
     from pipeline.report import Report
+    from pipeline.score.comparison import ComparisonResult
+    from pipeline.score.evaluation import EvaluationResult, FieldScores, GroupScores
+    from pipeline.score.statistics import Interval
     from pipeline.stages.preview import PreviewAnswer, PreviewFacts
 
 
@@ -458,3 +461,127 @@ def show_status(found: RunStatus, place: str) -> None:
         make_console().print(worst)
     for file in found["damaged"]:
         print_message(f"damaged: {file}; run the job again: it is set aside and its requests are asked again")
+
+
+# ---- Scores -------------------------------------------------------------------------------------------------------
+
+REVIEWS_SHOWN = (1, 2, 5, 10, 20, 30, 50)
+"""Percentages of reviewed values that are printed; the JSON has all."""
+MAX_DOCUMENTS_SHOWN, MAX_CHANGES_SHOWN = 20, 3
+MAX_NAMES_SHOWN = 5
+ERRORS = ("wrong", "missing", "invented", "unread")
+"""Outcomes that are counted in the table."""
+
+
+def show_evaluation(found: EvaluationResult) -> None:
+    """Print the scores of an output: by field, by group, and what a review of the least certain values leaves."""
+    scores = found["scores"]
+    total, counted = (
+        scores["total"],
+        [name for name, count in scores["total"]["outcomes"].items() if name in ERRORS and (count or name != "unread")],
+    )
+    rows = [[name, *list_score_cells(of, counted)] for name, of in {"all": total, **scores["fields"]}.items()]
+    title = f"{found['output']}: {scores['documents']} documents, {scores['failed']} failed"
+    show_table(title, ["field", "cells", "exact %", "norm. %", "ANLS %", "F1 %", *counted], rows)
+    print_message(f"documents without an error: {format_interval(scores['perfect'])} %")
+    ratios = f"precision {format_percent(total['precision'])} %, recall {format_percent(total['recall'])} %"
+    print_message(f"values: {ratios}, F1 {format_interval(total['f1'])} %")
+    if found["by"]:
+        titles = [found["by"], "documents", "failed", "perfect %", "exact %", "F1 %", "AUROC"]
+        show_table("by group", titles, [[value, *list_group_cells(group)] for value, group in found["groups"].items()])
+    if certainty := scores["certainty"]:
+        reviews = {percent: certainty["review"][percent] for percent in REVIEWS_SHOWN}
+        rows = [
+            [f"{percent}", f"{row['errors_left']}", format_percent(row["share_of_errors_left"]), format_percent(row["error_rate_left"], 2)]
+            for percent, row in reviews.items()
+        ]
+        show_table("review of the least certain values", ["reviewed %", "errors left", "of all errors %", "of the rest %"], rows)
+        numbers = (("AUROC", certainty["auroc"]), ("ECE", certainty["ece"]), ("Brier", certainty["brier"]))
+        print_message(
+            f"certainty: {', '.join(f'{name} {format_number(number)}' for name, number in numbers)}, over {certainty['values']} values "
+            f"with {certainty['errors']} errors; {certainty['errors_without']} errors have no certainty"
+        )
+    else:
+        print_message("certainty: unknown, because the ledger has no log-probabilities of these values")
+    print_names("documents of the truth without a record", found["without_record"])
+    print_names("records without truth", found["without_truth"])
+    print_names("fields without truth", found["not_labelled"])
+    print_names("keys of the truth that the schema lacks", found["not_in_schema"])
+
+
+def show_comparison(found: ComparisonResult) -> None:
+    """Print what differs between two outputs: statuses, fields, documents, and with a truth which is better."""
+    title = f"A {found['a']}, B {found['b']}: {found['documents']} documents, {found['changed']} differ"
+    titles = ["field", "same", "changed", "became null", "became a value"]
+    show_table(title, titles, [[field, *map(str, counts.values())] for field, counts in found["fields"].items()])
+    if any(row["a"] != row["b"] for row in found["statuses"]):
+        show_table("statuses", ["A", "B", "documents"], [[row["a"], row["b"], str(row["documents"])] for row in found["statuses"]])
+    rows = []
+    for document in found["worst"][:MAX_DOCUMENTS_SHOWN]:
+        name = document["source"] + (f" page {document['page']}" if document["page"] else "")
+        status = f"{document['status_a']} → {document['status_b']}; " * (document["status_a"] != document["status_b"])
+        shown = [f"{change['path'].removeprefix('$.')}: {change['a']} → {change['b']}" for change in document["changes"]]
+        more = [f"{len(shown) - MAX_CHANGES_SHOWN} more"] * (len(shown) > MAX_CHANGES_SHOWN)
+        rows.append([name, str(len(shown)), status + "; ".join([*shown[:MAX_CHANGES_SHOWN], *more])])
+    if rows:
+        show_table("worst documents", ["document", "changes", "A → B"], rows)
+    print_names("only in A", found["only_in_a"])
+    print_names("only in B", found["only_in_b"])
+    if truth := found["truth"]:
+        print_message(f"right in {truth['documents']} documents: A {format_interval(truth['a'])} %, B {format_interval(truth['b'])} %")
+        points = f"{truth['difference_points']:+.2f} points ({truth['low_points']:+.2f} to {truth['high_points']:+.2f})"
+        judged = (
+            f"worse by more than {truth['max_drop_points']:g}"
+            if truth["has_dropped"]
+            else f"within the {truth['max_drop_points']:g} allowed"
+        )
+        print_message(f"B less A: {points}, {judged}")
+
+
+def show_table(title: str, titles: list[str], rows: list[list[str]]) -> None:
+    """Print rows of text from documents and outputs as a table."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(strip_control_characters(title)), title_justify="left")
+    for name in titles:
+        table.add_column(escape(name), overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(strip_control_characters(cell).replace("\n", "\\n")) for cell in row))
+    make_console().print(table)
+
+
+def list_score_cells(scores: FieldScores, counted: list[str]) -> list[str]:
+    """Return a field's scores as the cells of a table's row; `counted` are outcomes."""
+    shares = (scores["normalized"], scores["anls"], scores["f1"])
+    counts = [str(scores["outcomes"][name]) for name in counted]
+    return [str(scores["cells"]), format_interval(scores["exact"]), *(format_percent(share["value"]) for share in shares), *counts]
+
+
+def list_group_cells(group: GroupScores) -> list[str]:
+    """Return a group's scores as the cells of a table's row."""
+    shares = [format_interval(score) for score in (group["perfect"], group["total"]["exact"], group["total"]["f1"])]
+    certainty = group["certainty"]
+    return [str(group["documents"]), str(group["failed"]), *shares, format_number(certainty["auroc"] if certainty else None)]
+
+
+def format_interval(score: Interval) -> str:
+    """Return a share and its interval in percent: `97.4 (95.2–98.6)`."""
+    if score["value"] is None:
+        return "–"
+    return f"{format_percent(score['value'])} ({format_percent(score['low'])}–{format_percent(score['high'])})"
+
+
+def format_percent(share: float | None, decimals: int = 1) -> str:
+    return "–" if share is None else f"{100 * share:.{decimals}f}"
+
+
+def format_number(number: float | None) -> str:
+    return "–" if number is None else f"{number:.3f}"
+
+
+def print_names(title: str, names: list[str]) -> None:
+    """Print how many names there are and the first of them, if any."""
+    if names:
+        more = f", and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
+        print_message(f"{title}: {len(names)} ({', '.join(names[:MAX_NAMES_SHOWN])}{more})")

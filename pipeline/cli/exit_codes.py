@@ -26,6 +26,7 @@ import click
 from pipeline.cli.console import print_json, print_message
 from pipeline.errors import DocumentError, JobError, PipelineError, SourceError
 from pipeline.report import ExitCode
+from pipeline.version import DISTRIBUTION
 
 REPEAT_S = 2.0
 """A signal that follows another within this time is the same stop: a scheduler that signals every process of a run reaches this one
@@ -111,6 +112,8 @@ def convert_to_exit_code(command: Callable[..., ExitCode | None], stopped: str =
 
 PREFIXES = {ErrorKind.DOCUMENT: "failed: ", ErrorKind.INTERRUPTED: "", ErrorKind.TERMINATED: ""}
 """What precedes the sentence on stderr; of all other kinds it is `error: `."""
+EXTRAS = {"matplotlib": "eval", "scipy": "eval"}
+"""The extra of this package that installs what only some commands import."""
 
 
 def describe_error(error: BaseException, stopped: str, is_terminated: bool, job_file: Path | None) -> CommandError:
@@ -119,7 +122,8 @@ def describe_error(error: BaseException, stopped: str, is_terminated: bool, job_
         case KeyboardInterrupt():
             return CommandError(ErrorKind.TERMINATED if is_terminated else ErrorKind.INTERRUPTED, stopped)
         case ModuleNotFoundError():
-            way_out = "pip install -c constraints.txt . in a copy of this repository"
+            extra = EXTRAS.get((error.name or "").partition(".")[0])
+            way_out = f"pip install '{DISTRIBUTION}[{extra}]'" if extra else "pip install -c constraints.txt . in a copy of this repository"
             return CommandError(ErrorKind.PACKAGE, f"the package {error.name} is not installed here: {way_out}")
         case PipelineError():
             kinds = ((SourceError, ErrorKind.SOURCE), (JobError, ErrorKind.JOB), (DocumentError, ErrorKind.DOCUMENT))

@@ -29,7 +29,7 @@ from pipeline.report import ExitCode, Report
 from tests.support.engines import CUT, INVALID, VALID, ScriptedEngine, make_completion
 from tests.support.workspace import JOB, SCHEMA, Workspace
 
-COMMANDS = ("run", "settle", "submit", "check", "preview", "status", "init")
+COMMANDS = ("run", "settle", "submit", "check", "preview", "status", "eval", "compare", "init")
 
 
 def invoke(*arguments: str | Path) -> Result:
@@ -92,6 +92,9 @@ WRONG_OPTIONS = {
     "preview job.yaml a.pdf --page 0": "--page",
     "submit job.yaml": "--address",
     "init": "--sample",
+    "eval out": "--truth",
+    "compare out": None,
+    "compare a b --max-drop 1": None,
     "jump": None,
     "status": None,
     "submit --address http://127.0.0.1:1": None,
@@ -186,6 +189,8 @@ REFUSED: dict[str, tuple[list[str], str, str | None, str | None]] = {
     "check": (["{0}/gone.yaml"], "job", "gone.yaml", None),
     "preview": (["{0}/job.yaml", "{0}/gone.pdf"], "job", "gone.pdf", None),
     "status": (["{0}/in"], "job", "in", None),
+    "eval": (["{0}/in", "--truth", "{0}/truth.csv"], "job", "in", None),
+    "compare": (["{0}/in", "{0}/in"], "job", "in", None),
     "init": (["--sample", "{0}/job.yaml"], "job", "job.yaml/jobs", "--sample"),
 }
 """What each command refuses: its arguments, and the kind, the file in the workspace and the key of its error."""
@@ -450,6 +455,11 @@ def fail(error: BaseException) -> Callable[[], Any]:
             ModuleNotFoundError(name="ray"),
             2,
             "error: the package ray is not installed here: pip install -c constraints.txt . in a copy of this repository",
+        ),
+        (
+            ModuleNotFoundError(name="scipy.optimize"),
+            2,
+            "error: the package scipy.optimize is not installed here: pip install 'pipeline-documents[eval]'",
         ),
         (KeyboardInterrupt(), 130, "stopped"),
     ],
