@@ -22,7 +22,7 @@ from pipeline.demo import quantize
 from pipeline.engines import checkpoint, encoding
 from pipeline.engines.encoding import Encoder
 from pipeline.engines.transformers import TransformersEngine
-from pipeline.engines.transformers.batch import Batch, BatchRow, make_cache, pad_left
+from pipeline.engines.transformers.batch import Batch, BatchRow
 from pipeline.engines.transformers.generate import run_step
 from pipeline.errors import DocumentError, EngineDead, JobError
 from pipeline.records import Completion, FinishReason, Message, Request, Sampling
@@ -336,23 +336,22 @@ def test_requests_of_one_length_share_a_pass(engine: TransformersEngine) -> None
     assert len({width for _, width in widths}) == 2
 
 
-@torch.inference_mode()
-def test_compacting_removes_only_padding(shared_engine: TransformersEngine) -> None:
-    asked = [make_request(0), make_request(1)]
-    rows = [
-        BatchRow(get_encoder(shared_engine).encode(r.messages), r.sampling, shared_engine._model.vocabulary.start_constraint(FLAT), 50)
-        for r in asked
-    ]
-    batch = Batch(rows)
-    run_step(shared_engine._model, batch)
-    total = batch.columns + 100
-    padded = Batch(
-        rows, make_cache([(pad_left(k, total, -2), pad_left(v, total, -2)) for k, v in batch._layers()]), pad_left(batch.seen, total, -1)
-    )
-    padded.compact()
-    assert torch.equal(padded.seen, batch.seen)
-    pairs = zip(padded._layers(), batch._layers(), strict=True)
-    assert all(torch.equal(one, other) for mine, theirs in pairs for one, other in zip(mine, theirs, strict=True))
+def start_rows(engine: TransformersEngine, requests: Sequence[Request], max_tokens: int = 50) -> list[BatchRow]:
+    """Return the rows of these requests before their first pass."""
+    vocabulary, encode = engine._model.vocabulary, get_encoder(engine).encode
+    return [BatchRow(encode(r.messages), r.sampling, vocabulary.start_constraint(r.schema), max_tokens) for r in requests]
+
+
+def test_a_row_that_leaves_changes_no_other_rows_keys(shared_engine: TransformersEngine) -> None:
+    batch = Batch(shared_engine._model.make_cache())
+    rows = start_rows(shared_engine, [make_request(key) for key in range(4)])
+    batch.add(rows)
+    run_step(shared_engine._model, batch, range(4))
+    before = {row: [layer.keys[at, :, : row.cached].clone() for layer in batch.cache.layers] for at, row in enumerate(batch.rows)}
+    batch.remove([rows[0], rows[3]])
+    assert set(batch.rows) == {rows[1], rows[2]}
+    for at, row in enumerate(batch.rows):
+        assert all(torch.equal(layer.keys[at, :, : row.cached], kept) for layer, kept in zip(batch.cache.layers, before[row], strict=True))
 
 
 # Failures
