@@ -387,6 +387,39 @@ def test_out_of_memory_in_the_middle_of_answers_restarts_them(engine: Transforme
     assert max(late.sizes) > 3
 
 
+def test_out_of_memory_costs_only_the_youngest_row_and_the_limit_grows_back(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.engines.transformers.REGROW_PASSES", 5)
+    expected = [answer.text for answer in complete_all(engine, [make_request(key) for key in range(6)])]
+    errors = [torch.OutOfMemoryError("no memory")]
+    begun: list[int] = []
+    failed: list[int] = []
+
+    def fail_once(kw: Any) -> Exception | None:
+        begun.append(len(kw["input_ids"]) if "pixel_values" in kw else 0)
+        if "pixel_values" in kw or len(begun) < 6 or not errors:
+            return None
+        failed.append(len(kw["input_ids"]))
+        return errors.pop()
+
+    FailingForward(engine, fail_once)
+    assert [answer.text for answer in complete_all(engine, [make_request(key) for key in range(6)])] == expected
+    assert len(failed) == 1
+    assert sum(begun) == 6 + 1  # one request began again
+    assert engine._limit == engine._batch_size == 8
+
+
+def test_a_batch_has_as_many_rows_as_the_cache_has_room_for(folder: Path, engine: TransformersEngine) -> None:
+    requests = [make_request(key) for key in range(6)]
+    expected = [answer.text for answer in complete_all(engine, requests)]
+    small = TransformersEngine(str(folder), threads=1, batch_size=8, cache_tokens=3 * 512)
+    passes = FailingForward(small, lambda kw: None)
+    assert [answer.text for answer in complete_all(small, requests)] == expected
+    small.close()
+    assert max(passes.sizes) == 3
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_a_request_that_runs_out_of_memory_alone_fails(engine: TransformersEngine, error: Exception) -> None:
     FailingForward(engine, lambda kw: error)
