@@ -68,9 +68,7 @@ class CopyCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        before, after = (
-            {leaf.device.type for leaf in tree_leaves(t) if isinstance(leaf, torch.Tensor)} for t in ((args, kwargs), result)
-        )
+        before, after = ({leaf.device.type for leaf in tree_leaves(t) if isinstance(leaf, torch.Tensor)} for t in ((args, kwargs), result))
         if len(before | after) > 1:
             self.copies.append((",".join(sorted(before)), ",".join(sorted(after))))
         return result

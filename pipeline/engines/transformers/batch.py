@@ -153,6 +153,8 @@ class StagedPass:
     columns: int
     is_first: bool
     """The rows' first pass: nothing of them is in the cache."""
+    is_even: bool
+    """All rows have as many tokens in the cache and take one more, and the pass reads no column behind it: no mask is needed."""
     fed: tuple[int, ...]
     """Pending tokens of each row that this pass takes."""
     choosing: tuple[int, ...]
@@ -228,7 +230,8 @@ def stage_pass(
     words = torch.empty(offset, dtype=torch.int32, pin_memory=pinned)
     np.concatenate([array.ravel().view(np.int32) for array in arrays.values()], out=words.numpy())
     is_first = all(not row.cached for row in rows)
-    return StagedPass(start, start + len(rows), width, columns, is_first, tuple(fed), tuple(choosing), is_drawing, layout, words)
+    is_even = width == 1 and {row.cached for row in rows} == {columns - 1}
+    return StagedPass(start, start + len(rows), width, columns, is_first, is_even, tuple(fed), tuple(choosing), is_drawing, layout, words)
 
 
 def list_used(row: BatchRow, offset: int) -> list[int]:

@@ -59,7 +59,7 @@ def run_step(model: LoadedModel, batch: Batch, span: range) -> None:
     widest = max(len(row.pending) for row in rows) if is_first else choose_width(rows, pass_cost)
     needed = max(row.cached for row in rows) + widest
     batch.cache.reserve(len(batch), max(needed, max(row.cached for row in batch.rows)))
-    columns = min(round_up(needed, VIEW_STEP), batch.cache.shape[1])
+    columns = needed if len(rows) == 1 else min(round_up(needed, VIEW_STEP), batch.cache.shape[1])
     masks = model.vocabulary.compute_masks([row.constraint for row in rows if is_choosing(row, min(widest, len(row.pending)))])
     staged = stage_pass(rows, span.start, widest, masks, columns, model.pad_id, model.vocabulary.size, model.device.type == "cuda")
     images = model.encoder.build_pixel_values([row.prompt for row in rows]) if is_first else {}
@@ -89,6 +89,7 @@ def compute_pass(model: LoadedModel, cache: KeyValueCache, staged: StagedPass, w
     if not staged.is_first:
         rows = torch.arange(staged.stop - staged.start, device=words.device).unsqueeze(1)
         places = (rows, cached.unsqueeze(1) + torch.arange(staged.width, device=words.device))
+    if not staged.is_first and not staged.is_even:
         config = model.network.config.get_text_config()
         groups = config.num_attention_heads // config.num_key_value_heads
         mask = build_mask(cached, staged.width, staged.columns, groups, cache.dtype)
