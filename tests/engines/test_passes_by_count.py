@@ -193,6 +193,18 @@ def test_rows_beyond_the_budget_are_refused_but_one_row_never_is() -> None:
     cache.reserve(1, 5 * COLUMN_STEP)
 
 
+def test_rows_leave_where_there_is_no_memory_to_shrink_the_cache(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = start_batch(model, rows=6)
+
+    def fail(*_: int) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(batch.cache, "_resize", fail)
+    batch.remove(batch.rows[1:])
+    run_step(model, batch, range(1))
+    assert len(batch) == 1
+
+
 # Attention
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -137,7 +138,8 @@ class Batch:
                 self.rows[at] = self.rows[last]
             self.rows.pop()
         if leaving:
-            self.cache.shrink(len(self), self.tokens)
+            with suppress(torch.OutOfMemoryError):  # no memory for the smaller copy: the buffers stay as they are
+                self.cache.shrink(len(self), self.tokens)
 
 
 @dataclass(frozen=True, eq=False)
