@@ -238,7 +238,8 @@ class Vocabulary:
         A constraint that failed raises nothing here: its message is in `Constraint.error`.
         """
         masks = bitmasks.allocate_token_bitmask(len(rows), self.size)
-        bitmasks.fill_next_token_bitmask_par(self._workers, [(row.matcher, index) for index, row in enumerate(rows)], masks)
+        if rows:  # llguidance refuses none
+            bitmasks.fill_next_token_bitmask_par(self._workers, [(row.matcher, index) for index, row in enumerate(rows)], masks)
         return masks
 
     def _compile(self, schema_text: str) -> LLMatcher:

@@ -22,7 +22,7 @@ from pipeline.demo import quantize
 from pipeline.engines import checkpoint, encoding
 from pipeline.engines.encoding import Encoder
 from pipeline.engines.transformers import TransformersEngine
-from pipeline.engines.transformers.batch import Batch, BatchRow, make_cache, pad_left
+from pipeline.engines.transformers.batch import Batch, BatchRow
 from pipeline.engines.transformers.generate import run_step
 from pipeline.errors import DocumentError, EngineDead, JobError
 from pipeline.records import Completion, FinishReason, Message, Request, Sampling
@@ -336,23 +336,22 @@ def test_requests_of_one_length_share_a_pass(engine: TransformersEngine) -> None
     assert len({width for _, width in widths}) == 2
 
 
-@torch.inference_mode()
-def test_compacting_removes_only_padding(shared_engine: TransformersEngine) -> None:
-    asked = [make_request(0), make_request(1)]
-    rows = [
-        BatchRow(get_encoder(shared_engine).encode(r.messages), r.sampling, shared_engine._model.vocabulary.start_constraint(FLAT), 50)
-        for r in asked
-    ]
-    batch = Batch(rows)
-    run_step(shared_engine._model, batch)
-    total = batch.columns + 100
-    padded = Batch(
-        rows, make_cache([(pad_left(k, total, -2), pad_left(v, total, -2)) for k, v in batch._layers()]), pad_left(batch.seen, total, -1)
-    )
-    padded.compact()
-    assert torch.equal(padded.seen, batch.seen)
-    pairs = zip(padded._layers(), batch._layers(), strict=True)
-    assert all(torch.equal(one, other) for mine, theirs in pairs for one, other in zip(mine, theirs, strict=True))
+def start_rows(engine: TransformersEngine, requests: Sequence[Request], max_tokens: int = 50) -> list[BatchRow]:
+    """Return the rows of these requests before their first pass."""
+    vocabulary, encode = engine._model.vocabulary, get_encoder(engine).encode
+    return [BatchRow(encode(r.messages), r.sampling, vocabulary.start_constraint(r.schema), max_tokens) for r in requests]
+
+
+def test_a_row_that_leaves_changes_no_other_rows_keys(shared_engine: TransformersEngine) -> None:
+    batch = Batch(shared_engine._model.make_cache())
+    rows = start_rows(shared_engine, [make_request(key) for key in range(4)])
+    batch.add(rows)
+    run_step(shared_engine._model, batch, range(4))
+    before = {row: [layer.keys[at, :, : row.cached].clone() for layer in batch.cache.layers] for at, row in enumerate(batch.rows)}
+    batch.remove([rows[0], rows[3]])
+    assert set(batch.rows) == {rows[1], rows[2]}
+    for at, row in enumerate(batch.rows):
+        assert all(torch.equal(layer.keys[at, :, : row.cached], kept) for layer, kept in zip(batch.cache.layers, before[row], strict=True))
 
 
 # Failures
@@ -386,6 +385,39 @@ def test_out_of_memory_in_the_middle_of_answers_restarts_them(engine: Transforme
     late = FailingForward(engine, lambda kw: error if len(kw["input_ids"]) > 3 and "pixel_values" not in kw else None)
     assert [answer.text for answer in complete_all(engine, [make_request(key) for key in range(6)])] == expected
     assert max(late.sizes) > 3
+
+
+def test_out_of_memory_costs_only_the_youngest_row_and_the_limit_grows_back(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.engines.transformers.REGROW_PASSES", 5)
+    expected = [answer.text for answer in complete_all(engine, [make_request(key) for key in range(6)])]
+    errors = [torch.OutOfMemoryError("no memory")]
+    begun: list[int] = []
+    failed: list[int] = []
+
+    def fail_once(kw: Any) -> Exception | None:
+        begun.append(len(kw["input_ids"]) if "pixel_values" in kw else 0)
+        if "pixel_values" in kw or len(begun) < 6 or not errors:
+            return None
+        failed.append(len(kw["input_ids"]))
+        return errors.pop()
+
+    FailingForward(engine, fail_once)
+    assert [answer.text for answer in complete_all(engine, [make_request(key) for key in range(6)])] == expected
+    assert len(failed) == 1
+    assert sum(begun) == 6 + 1  # one request began again
+    assert engine._limit == engine._batch_size == 8
+
+
+def test_a_batch_has_as_many_rows_as_the_cache_has_room_for(folder: Path, engine: TransformersEngine) -> None:
+    requests = [make_request(key) for key in range(6)]
+    expected = [answer.text for answer in complete_all(engine, requests)]
+    small = TransformersEngine(str(folder), threads=1, batch_size=8, cache_tokens=3 * 512)
+    passes = FailingForward(small, lambda kw: None)
+    assert [answer.text for answer in complete_all(small, requests)] == expected
+    small.close()
+    assert max(passes.sizes) == 3
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])

@@ -5,6 +5,9 @@ The engine's thread takes waiting requests into the batch: the oldest and those 
 row leaves the batch when its answer ends, and is replaced while the others go on:
 
     waiting  7 6 5        batch  | 1 |   | 3 | 4 |        2 has ended; 5 replaces it once a quarter of the batch is free
+
+The batch has at most `batch_size` rows, and as many as its cache has room for (`count_cache_tokens`). Where memory runs out nevertheless,
+the youngest row leaves and is asked again, and the limit is lowered for a while.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from pipeline.engines.completion import TokenClock, build_completion, check_toke
 from pipeline.engines.encoding import EncodedPrompt
 from pipeline.engines.transformers import load
 from pipeline.engines.transformers.batch import Batch, BatchRow
+from pipeline.engines.transformers.cache import COLUMN_STEP
 from pipeline.engines.transformers.generate import run_step
 from pipeline.errors import DocumentError, EngineDead, JobError
 from pipeline.records import Completion, FinishReason, Request
@@ -32,6 +36,14 @@ GATHER_S = 0.02
 """How long an idle engine waits after the first request for others to join its batch, which then takes seconds."""
 MAX_PREFILL_TOKENS = 16_384
 """Most prompt tokens, padding included, in one forward pass: the memory of attention and vision tower grows with them."""
+
+ANSWER_ROOM = COLUMN_STEP
+"""Tokens of an answer for which a row that joins must find room. Answers that become longer may cost the youngest row its place."""
+GPU_CACHE_SHARE = 0.7
+"""Share of the GPU memory that is free after loading which the cache may take; the rest is for the passes' own tensors."""
+CPU_CACHE_BYTES = 4 * 2**30
+REGROW_PASSES = 64
+"""Passes after which a limit that was lowered for want of memory grows by one row. Finding that too early costs that row's first pass."""
 
 
 @dataclass(eq=False)
@@ -59,12 +71,12 @@ class TransformersEngine:
     def __init__(
         self, model: str, *, revision: str | None = None, dtype: str = "auto", batch_size: int = 8, threads: int | None = None,
         device: str | None = None, max_model_len: int | None = None, max_request_tokens: int | None = None,
-        rope_scaling: dict[str, Any] | None = None, lora: str | None = None, keep_int4: bool = False,
+        rope_scaling: dict[str, Any] | None = None, lora: str | None = None, keep_int4: bool = False, cache_tokens: int | None = None,
     ) -> None:  # fmt: skip
         """Load a checkpoint (hub id or folder) and start the engine's thread.
 
         `threads` is the number of cores for this engine: with more threads than cores every small operation waits for the scheduler.
-        Raises JobError for a checkpoint that cannot be used.
+        `cache_tokens` bounds rows x tokens of the batch; by default free memory does. Raises JobError for a checkpoint that cannot be used.
         """
         self.model = model
         self._threads = threads or torch.get_num_threads()
@@ -73,7 +85,10 @@ class TransformersEngine:
         self._model = load.load_checkpoint(model, revision, dtype, on, self._threads, rope_scaling, lora, keep_int4)
         self.max_model_len = max_model_len or checkpoint.count_context_tokens(self._model.network.config)
         self.max_request_tokens = max_request_tokens
+        self._cache_tokens = cache_tokens or count_cache_tokens(self._model.make_cache().bytes_per_token, on)
         self._batch_size = batch_size
+        self._lowered_limit: int | None = None
+        self._calm_passes = 0
         self._changed, self._clock = Condition(), TokenClock()
         self._waiting: list[PendingRequest] = []
         self._active: dict[BatchRow, PendingRequest] = {}
@@ -124,25 +139,18 @@ class TransformersEngine:
     def _serve(self) -> None:
         """Run the batch until the engine is closed; then fail every open request, also when an exception ends this thread."""
         torch.set_num_threads(self._threads)
-        batch = Batch([])
+        batch = Batch(self._model.make_cache(self._cache_tokens))
         try:
             while self._stopped is None:
-                try:
-                    batch = self._admit_and_advance(batch)
-                    self._clock.note_token()
-                except torch.OutOfMemoryError:  # outside a forward pass: while rows joined or left
-                    batch = self._requeue(list(self._active))
+                joining = self._admit(batch)
+                self._advance_all(batch)
+                self._let_join(batch, joining)
+                self._regrow_limit()
+                self._clock.note_token()
         except BaseException as error:  # any: the callers learn of it by EngineDead, and by nothing else
             self._stop(f"the engine's thread ended: {type(error).__name__}: {error}")
         for pending in [*self._active.values(), *self._waiting]:
             pending.set_outcome(EngineDead(str(self._stopped)))
-
-    def _admit_and_advance(self, batch: Batch) -> Batch:
-        """Run one pass over the requests that join and one over the batch; return both as one batch."""
-        joining = self._advance(Batch(self._admit(len(batch))), other_rows=len(batch))
-        batch = join_batches(self._advance(batch, other_rows=len(joining)), joining)
-        batch.compact()
-        return batch
 
     def _stop(self, reason: str) -> None:
         """Accept no more requests; the first reason is kept."""
@@ -150,16 +158,26 @@ class TransformersEngine:
             self._stopped = self._stopped or reason
             self._changed.notify_all()
 
-    def _admit(self, busy: int) -> list[BatchRow]:
+    @property
+    def _limit(self) -> int:
+        """Most rows of the batch now: `batch_size`, or fewer after memory ran out."""
+        return min(self._batch_size, self._lowered_limit or self._batch_size)
+
+    def _admit(self, batch: Batch) -> list[BatchRow]:
         """Return the rows that join now; waits for requests only while the batch is empty."""
+        busy = len(batch)
         with self._changed:
             if not busy:
                 self._changed.wait_for(lambda: self._waiting or self._stopped)
-                self._changed.wait_for(lambda: len(self._waiting) >= self._batch_size or self._stopped, timeout=GATHER_S)
-            free = self._batch_size - busy
-            if self._stopped or free < 1 or (busy and free < self._batch_size // 4):
+                self._changed.wait_for(lambda: len(self._waiting) >= self._limit or self._stopped, timeout=GATHER_S)
+            free = self._limit - busy
+            if self._stopped or free < 1 or (busy and free < self._limit // 4):
                 return []
             chosen = select_nearest([pending for pending in self._waiting if not pending.future.cancelled()], free)
+            while chosen and not batch.cache.fits(
+                busy + len(chosen), max(batch.tokens, *(len(one.prompt.ids) for one in chosen)) + ANSWER_ROOM
+            ):
+                chosen.pop()
             self._waiting = [pending for pending in self._waiting if pending not in chosen and not pending.future.cancelled()]
         return [row for pending in chosen if (row := self._make_row(pending))]
 
@@ -176,55 +194,85 @@ class TransformersEngine:
         self._active[row] = pending
         return row
 
-    def _advance(self, batch: Batch, other_rows: int) -> Batch:
-        """Run one pass over a batch and return the rows that are not finished. `other_rows` rows outside it hold memory as well."""
-        if not batch.rows:
-            return batch
+    def _advance_all(self, batch: Batch) -> None:
+        """Run one pass over the batch. Where memory runs out the youngest row is evicted, and asked again later, until the pass fits."""
+        is_done = not batch.rows
+        while batch.rows and not is_done:
+            try:
+                self._advance(batch, range(len(batch)))
+                is_done = True
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._remove_finished(batch)
+                self._evict(batch, [row for row in self._active if row in batch.rows][-1:], error)
+        self._remove_finished(batch)
+
+    def _let_join(self, batch: Batch, joining: list[BatchRow]) -> None:
+        """Run the first pass over rows that join. Where memory runs out the later half of them waits again, until the pass fits."""
+        while joining:
+            start = len(batch)
+            try:
+                batch.add(joining)
+                self._advance(batch, range(start, len(batch)))
+                joining = []
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._remove_finished(batch)
+                joining = [row for row in joining if row in self._active and not row.cached]
+                batch.remove([row for row in joining if row in batch.rows])
+                kept = len(joining) // 2
+                self._evict(batch, joining[kept:], error)
+                joining = joining[:kept]
+        self._remove_finished(batch)
+
+    def _advance(self, batch: Batch, span: range) -> None:
+        """Run one pass over some of the batch's rows. If one request makes it fail, find it by bisection and fail it alone.
+
+        Raises the error of a GPU that has failed, and that of memory that has run out.
+        """
         try:
-            run_step(self._model, batch)
+            run_step(self._model, batch, span)
         except Exception as error:  # any: an error that one request causes must fail that request alone
-            out_of_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # on a GPU, on a CPU
-            return self._shrink(batch, other_rows, error) if out_of_memory else self._isolate(batch, other_rows, error)
-        return self._finish_rows(batch)
+            if is_out_of_memory(error) or isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error):
+                raise
+            if len(span) == 1:
+                batch.rows[span.start].outcome = convert_request_error(error)
+                return
+            middle = span.start + len(span) // 2
+            self._advance(batch, range(span.start, middle))
+            self._advance(batch, range(middle, span.stop))
 
-    def _shrink(self, batch: Batch, other_rows: int, error: Exception) -> Batch:
-        """Requeue a batch that ran out of memory, with half the batch size; a request that was alone fails."""
-        if len(batch) + other_rows == 1:
-            row = batch.rows[0]
-            row.outcome = DocumentError("memory", f"no memory on {self._model.device} for {len(row.prompt.ids)} prompt tokens: {error}")
-            return self._finish_rows(batch)
-        return self._requeue(batch.rows)
-
-    def _requeue(self, rows: list[BatchRow]) -> Batch:
-        """Put requests back at the head of the queue, to start again in smaller batches; return an empty batch."""
-        self._batch_size = max(1, min(self._batch_size, len(self._active) // 2))
-        with self._changed:
-            self._waiting = [self._active.pop(row) for row in rows] + self._waiting
+    def _evict(self, batch: Batch, rows: Sequence[BatchRow], error: Exception) -> None:
+        """Put rows for which there is no memory back at the head of the queue, and lower the limit; a request that was alone fails."""
+        batch.remove([row for row in rows if row in batch.rows])
+        is_alone = len(self._active) == 1
+        evicted = {row: self._active.pop(row) for row in rows}
+        if is_alone:
+            for row, pending in evicted.items():
+                tokens = len(row.prompt.ids)
+                pending.set_outcome(DocumentError("memory", f"no memory on {self._model.device} for {tokens} prompt tokens: {error}"))
+        else:
+            with self._changed:
+                self._waiting = [*evicted.values(), *self._waiting]
+            self._lowered_limit, self._calm_passes = max(1, len(self._active)), 0
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
-        return Batch([])
 
-    def _isolate(self, batch: Batch, other_rows: int, error: Exception) -> Batch:
-        """Find the request that made a pass fail by bisection, and fail it alone. Raises the error of a GPU that has failed."""
-        if isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error):
-            raise error
-        if len(batch) == 1:
-            batch.rows[0].outcome = convert_request_error(error)
-            return self._finish_rows(batch)
-        half = len(batch) // 2
-        halves = batch.select(range(half)), batch.select(range(half, len(batch)))
-        first = self._advance(halves[0], other_rows + len(halves[1]))
-        return join_batches(first, self._advance(halves[1], other_rows + len(first)))
+    def _regrow_limit(self) -> None:
+        """Raise a lowered limit by one row after `REGROW_PASSES` passes in which memory sufficed."""
+        self._calm_passes += 1
+        if self._lowered_limit is not None and self._calm_passes >= REGROW_PASSES:
+            raised = self._lowered_limit + 1
+            self._lowered_limit, self._calm_passes = (raised if raised < self._batch_size else None), 0
 
-    def _finish_rows(self, batch: Batch) -> Batch:
-        """Set the outcome of every finished row and return the other rows; rows of cancelled requests are dropped."""
-        unfinished = [at for at, row in enumerate(batch.rows) if not row.is_finished and not self._active[row].future.cancelled()]
-        for row in batch.rows:
-            if row.is_finished or self._active[row].future.cancelled():
-                self._active.pop(row).set_outcome(row.outcome if isinstance(row.outcome, DocumentError) else self._build_completion(row))
-        if len(unfinished) == len(batch):
-            return batch
-        return batch.select(unfinished) if unfinished else Batch([])
+    def _remove_finished(self, batch: Batch) -> None:
+        """Set the outcome of every finished row and remove it from the batch, as well as the rows of cancelled requests."""
+        leaving = [row for row in batch.rows if row.is_finished or self._active[row].future.cancelled()]
+        for row in leaving:
+            self._active.pop(row).set_outcome(row.outcome if isinstance(row.outcome, DocumentError) else self._build_completion(row))
+        batch.remove(leaving)
 
     def _build_completion(self, row: BatchRow) -> Completion:
         """Return the completion of a finished row; of a row whose request was cancelled, what it has so far."""
@@ -232,11 +280,15 @@ class TransformersEngine:
         return build_completion(row.tokens, row.logprobs, reason, len(row.prompt.ids), self._model.vocabulary.decode_token)
 
 
-def join_batches(one: Batch, other: Batch) -> Batch:
-    """Return one batch with the rows of both; either may be empty."""
-    if not one.rows or not other.rows:
-        return one if one.rows else other
-    return one.join(other)
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory ran out, on a GPU or on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def count_cache_tokens(bytes_per_token: int, device: torch.device) -> int:
+    """Return for how many tokens the cache may have room: `GPU_CACHE_SHARE` of the memory that is free now, or `CPU_CACHE_BYTES`."""
+    free = torch.cuda.mem_get_info(device)[0] * GPU_CACHE_SHARE if device.type == "cuda" else CPU_CACHE_BYTES
+    return int(free) // bytes_per_token
 
 
 def select_nearest(waiting: Sequence[PendingRequest], count: int) -> list[PendingRequest]:

@@ -1,34 +1,33 @@
-"""Batch of answers in progress and their shared attention cache.
+"""Batch of answers in progress: its rows, and what a forward pass takes of each.
 
-A forward pass takes each row's pending tokens: its whole prompt at first, then one token, or one and the forced tokens after it.
-Rows with fewer pending tokens are padded on the left, and a mask (`seen`) marks the columns that hold a token of the row:
+A pass takes a row's pending tokens: its whole prompt at first, then one token, or one and the forced tokens after it. Rows with fewer
+pending tokens are padded on the right, where nothing attends to the padding. Rows can leave, join and take different numbers of tokens
+at any step; where their keys and values are, `cache.py` says.
 
-    row 0   prompt prompt prompt . . t1  . .  t2        t: chosen     f: forced
-    row 1      .   prompt prompt t1 f f  t2 f t3        .: padding, never attended to
-
-So rows can leave, join and take different numbers of tokens at any step. `compact` removes padding that all rows share.
+Everything that a pass needs on the device goes there as one tensor of 32-bit words (`StagedPass`), and one comes back.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import pad
-from transformers import DynamicCache
 
 from pipeline.engines.encoding import EncodedPrompt
+from pipeline.engines.transformers.cache import KeyValueCache
 from pipeline.errors import DocumentError
 from pipeline.records import FinishReason, Sampling
-from pipeline.schema.grammar import Constraint
+from pipeline.schema.grammar import Constraint, Masks
 
-SPARE_COLUMNS = 64
-"""Shared padding that `compact` leaves: removing it copies the whole cache."""
+PASS_COST_TOKENS = {"cuda": 256, "cpu": 16}
+"""What a pass costs besides its tokens, in tokens: reading 7B weights takes as long as computing 83 (int4) to 262 (bf16) tokens on an H100
+by its data sheet, and on a CPU about as long as computing 16."""
 
 
 @dataclass(eq=False)
@@ -51,6 +50,8 @@ class BatchRow:
     outcome: FinishReason | DocumentError | None = None
     """Set when no further token is chosen; the row is finished once nothing is unscored."""
     generator: torch.Generator = field(default_factory=torch.Generator)
+    point: float | None = None
+    """The random number in [0, 1) for the next token, kept until that token is chosen: a pass that fails is repeated with the same."""
 
     def __post_init__(self) -> None:
         self.generator.manual_seed(self.sampling.seed)
@@ -70,6 +71,30 @@ class BatchRow:
         self.pending += forced
         self.unscored = len(forced)
 
+    def draw_point(self) -> float:
+        """Return the random number with which the next token is chosen; 0 for a row that draws none.
+
+        It comes from the request's own generator on the CPU, so that an answer does not depend on its batch.
+        """
+        if self.sampling.temperature <= 0:
+            return 0.0
+        if self.point is None:
+            self.point = float(torch.rand((), generator=self.generator, dtype=torch.float64))
+        return self.point
+
+    def advance(self, fed: int) -> int:
+        """Record that the first `fed` pending tokens are in the cache; return how many forced ones the pass has scored."""
+        scored = len(self.list_scored(fed))
+        self.cached += fed
+        self.pending = self.pending[fed:]
+        self.unscored -= scored
+        return scored
+
+    def list_scored(self, fed: int) -> range:
+        """Return the indices of the pending tokens among the first `fed` after which a forced token stands."""
+        last = len(self.pending) - 1
+        return range(last - self.unscored, min(fed, last))
+
     def compute_pending_positions(self) -> NDArray[np.int64]:
         """Return the positions (3, pending) of the pending tokens: the prompt's own, then counting up."""
         start = int(self.prompt.positions.max()) + 1 + max(0, self.cached - len(self.prompt.ids))
@@ -84,90 +109,138 @@ class BatchRow:
 
 
 class Batch:
-    """Rows and their attention cache: for each layer keys and values (rows, heads, columns, width)."""
+    """Rows and their cache: row r of the batch is row r of the cache's buffers."""
 
-    def __init__(self, rows: Sequence[BatchRow], cache: Any = None, seen: Tensor | None = None) -> None:
-        self.rows = list(rows)
-        self.cache: Any = DynamicCache() if cache is None else cache
-        self.seen = torch.zeros((len(self.rows), 0), dtype=torch.long) if seen is None else seen
-        """(rows, columns): 1 where a column holds a token of this row."""
+    def __init__(self, cache: KeyValueCache) -> None:
+        self.rows: list[BatchRow] = []
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
-    def columns(self) -> int:
-        """Length of the cache: tokens and padding."""
-        return self.seen.shape[1]
+    def tokens(self) -> int:
+        """The longest row's tokens: those in the cache and those that a pass adds."""
+        return max((row.cached + len(row.pending) for row in self.rows), default=0)
 
-    def build_inputs(self, pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the pending tokens' ids (rows, width), mask (rows, width) and positions (3, rows, width), padded on the left."""
-        width = max(len(row.pending) for row in self.rows)
-        ids = torch.full((len(self), width), pad_id)
-        mask = torch.zeros((len(self), width), dtype=torch.long)
-        positions = torch.zeros((3, len(self), width), dtype=torch.long)
-        for at, row in enumerate(self.rows):
-            start = width - len(row.pending)
-            ids[at, start:] = torch.tensor(row.pending)
-            mask[at, start:] = 1
-            positions[:, at, start:] = torch.from_numpy(row.compute_pending_positions())
-        return ids, mask, positions
+    def add(self, rows: Sequence[BatchRow]) -> None:
+        """Append rows. Raises OutOfMemoryError, and appends none, where the cache has no room for them."""
+        longest = max(self.tokens, *(row.cached + len(row.pending) for row in rows)) if rows else 0
+        self.cache.reserve(len(self) + len(rows), longest)
+        self.rows += rows
 
-    def mark_cached(self, mask: Tensor) -> None:
-        """Record that a pass has put the pending tokens into the cache; `mask` (rows, width) is that of `build_inputs`."""
-        self.seen = torch.cat([self.seen, mask.to(self.seen.device)], dim=1)
-        for row in self.rows:
-            row.cached += len(row.pending)
-            row.pending = []
-
-    def rewind(self) -> None:
-        """Remove what a failed pass has added to the cache of some layers."""
-        for layer in self.cache.layers:
-            if layer.is_initialized:
-                layer.keys, layer.values = layer.keys[:, :, : self.columns], layer.values[:, :, : self.columns]
-
-    def select(self, chosen: Sequence[int]) -> Batch:
-        """Return a batch of the rows with these indices."""
-        index = torch.tensor(list(chosen), dtype=torch.long)
-        layers = [(k[index.to(k.device)], v[index.to(v.device)]) for k, v in self._layers()]
-        return Batch([self.rows[at] for at in chosen], make_cache(layers), self.seen[index.to(self.seen.device)])
-
-    def join(self, other: Batch) -> Batch:
-        """Return one batch with the rows of both, the shorter cache padded on the left."""
-        columns = max(self.columns, other.columns)
-        layers = []
-        for mine, theirs in zip(self._layers(), other._layers(), strict=True):
-            keys, values = (torch.cat([pad_left(a, columns, -2), pad_left(b, columns, -2)]) for a, b in zip(mine, theirs, strict=True))
-            layers.append((keys, values))
-        seen = torch.cat([pad_left(self.seen, columns, -1), pad_left(other.seen.to(self.seen.device), columns, -1)])
-        return Batch([*self.rows, *other.rows], make_cache(layers), seen)
-
-    def compact(self) -> None:
-        """Move each row's tokens to the right and remove the columns that no row needs, if there are more than `SPARE_COLUMNS`."""
-        needed = max((row.cached for row in self.rows), default=0)
-        if self.columns - needed <= SPARE_COLUMNS:
-            return
-        index = self.seen.argsort(dim=1, stable=True)[:, self.columns - needed :]
-        self.seen = self.seen.gather(1, index)
-        layers = []
-        for keys, values in self._layers():
-            positions = index[:, None, :, None].to(keys.device).expand(-1, keys.shape[1], -1, keys.shape[3])
-            layers.append((keys.gather(2, positions), values.gather(2, positions)))
-        self.cache = make_cache(layers)
-
-    def _layers(self) -> list[tuple[Tensor, Tensor]]:
-        return [(layer.keys, layer.values) for layer in self.cache.layers if layer.is_initialized]
+    def remove(self, leaving: Sequence[BatchRow]) -> None:
+        """Remove rows. Each one's place is taken by the last row; no other row is copied."""
+        for row in leaving:
+            at, last = self.rows.index(row), len(self.rows) - 1
+            if at != last:
+                self.cache.move_row(last, at)
+                self.rows[at] = self.rows[last]
+            self.rows.pop()
+        if leaving:
+            with suppress(torch.OutOfMemoryError):  # no memory for the smaller copy: the buffers stay as they are
+                self.cache.shrink(len(self), self.tokens)
 
 
-def make_cache(layers: Sequence[tuple[Tensor, Tensor]]) -> Any:
-    """Return a cache with these keys and values, one pair for each layer."""
-    cache = DynamicCache()
-    for at, (keys, values) in enumerate(layers):
-        cache.update(keys, values, at)
-    return cache
+@dataclass(frozen=True, eq=False)
+class StagedPass:
+    """What a pass over rows `start` to `stop` needs, on the CPU, in one tensor.
+
+    Scored places come in two groups: the last token of each row that gets a new token, then each token after which a forced one stands.
+    """
+
+    start: int
+    stop: int
+    width: int
+    columns: int
+    is_first: bool
+    """The rows' first pass: nothing of them is in the cache."""
+    is_even: bool
+    """All rows have as many tokens in the cache and take one more, and the pass reads no column behind it: no mask is needed."""
+    fed: tuple[int, ...]
+    """Pending tokens of each row that this pass takes."""
+    choosing: tuple[int, ...]
+    """Rows, counted from `start`, that get a new token."""
+    is_drawing: bool
+    """Whether any of them has a temperature or a repetition penalty."""
+    layout: dict[str, tuple[int, tuple[int, ...], np.dtype[np.generic]]]
+    """Offset in words, shape and type of each array."""
+    words: Tensor
+    """int32; pinned where there is a GPU."""
+
+    def unpack(self, words: Tensor) -> dict[str, Tensor]:
+        """Return the arrays as views of the words, wherever those are."""
+        views = {}
+        for name, (offset, shape, dtype) in self.layout.items():
+            part = words[offset : offset + math.prod(shape) * dtype.itemsize // 4]
+            views[name] = (part.view(torch.float64) if dtype == np.float64 else part).view(shape)
+        return views
 
 
-def pad_left(values: Tensor, columns: int, dim: int) -> Tensor:
-    """Pad with zeros on the left of dimension -1 or -2, to a length of `columns`."""
-    missing = columns - values.shape[dim]
-    return pad(values, (missing, 0) if dim == -1 else (0, 0, missing, 0))
+def choose_width(rows: Sequence[BatchRow], pass_cost: int) -> int:
+    """Return how many pending tokens of a row a pass takes at most: as many as make it the cheapest for each token.
+
+    All rows are as wide as the widest, so a pass costs `pass_cost` + rows x width, and takes min(pending, width) of each row. Forced tokens
+    that are left over are taken by the next passes.
+    """
+    pending = [len(row.pending) for row in rows]
+    return max(sorted(set(pending)), key=lambda width: sum(min(width, count) for count in pending) / (pass_cost + len(pending) * width))
+
+
+def stage_pass(
+    rows: Sequence[BatchRow], start: int, widest: int, masks: Masks, columns: int, pad_id: int, vocabulary: int, pinned: bool
+) -> StagedPass:
+    """Return what a pass over these rows needs; `masks` has a row for each of them that gets a new token.
+
+    Every row takes `widest` pending tokens at most. `vocabulary` is the width of the logits.
+    """
+    fed = [min(len(row.pending), widest) for row in rows]
+    choosing = [at for at, row in enumerate(rows) if is_choosing(row, fed[at])]
+    forced = [(at, place, row.pending[place + 1]) for at, row in enumerate(rows) for place in row.list_scored(fed[at])]
+    width = max(fed)
+    ids = np.full((len(rows), width), pad_id)
+    positions = np.zeros((3, len(rows), width), np.int64)
+    for at, row in enumerate(rows):
+        ids[at, : fed[at]] = row.pending[: fed[at]]
+        positions[:, at, : fed[at]] = row.compute_pending_positions()[:, : fed[at]]
+    samplings = [rows[at].sampling for at in choosing]
+    is_drawing = any(sampling.temperature > 0 or sampling.repetition_penalty != 1 for sampling in samplings)
+    used = [
+        place for at, s in enumerate(samplings) if s.repetition_penalty != 1 for place in list_used(rows[choosing[at]], at * vocabulary)
+    ]
+    arrays = {
+        "draws": np.array(
+            [
+                (rows[at].draw_point(), s.temperature, s.top_p, s.repetition_penalty, s.top_k if s.top_k > 0 else math.inf)
+                for at, s in zip(choosing if is_drawing else (), samplings, strict=False)
+            ],
+            np.float64,
+        ).reshape(-1, 5),  # first, because its numbers have two words
+        "ids": ids,
+        "positions": positions,
+        "cached": np.array([row.cached for row in rows]),
+        "places": np.array([at * width + fed[at] - 1 for at in choosing] + [at * width + place for at, place, _ in forced]),
+        "follows": np.array([token for _, _, token in forced]),
+        "used": np.array(used),
+        "masks": masks,
+    }
+    arrays = {name: array if name == "draws" else array.astype(np.int32) for name, array in arrays.items()}
+    layout, offset = {}, 0
+    for name, array in arrays.items():
+        layout[name] = (offset, array.shape, array.dtype)
+        offset += array.nbytes // 4
+    words = torch.empty(offset, dtype=torch.int32, pin_memory=pinned)
+    np.concatenate([array.ravel().view(np.int32) for array in arrays.values()], out=words.numpy())
+    is_first = all(not row.cached for row in rows)
+    is_even = width == 1 and {row.cached for row in rows} == {columns - 1}
+    return StagedPass(start, start + len(rows), width, columns, is_first, is_even, tuple(fed), tuple(choosing), is_drawing, layout, words)
+
+
+def list_used(row: BatchRow, offset: int) -> list[int]:
+    """Return the tokens of a row's prompt and answer, each once, plus an offset."""
+    return [offset + token for token in sorted({*row.prompt.ids, *row.tokens})]
+
+
+def is_choosing(row: BatchRow, fed: int) -> bool:
+    """Return whether a pass that takes `fed` pending tokens of a row gives it a new one."""
+    return row.outcome is None and fed == len(row.pending)

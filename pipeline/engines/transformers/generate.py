@@ -1,8 +1,10 @@
-"""Generation step: runs one forward pass over a batch and appends the next tokens to every row.
+"""Generation step: runs one forward pass over rows of the batch and appends the next tokens to each of them.
 
-One pass takes the pending tokens, scores those that were forced, chooses one token for each row from those its grammar allows, and
-appends the tokens that are then forced. Log-probabilities are the model's own, before mask and temperature, and are computed from the
-logits of this pass alone: logits of earlier passes are not kept.
+One pass takes pending tokens, scores those that were forced, chooses one token for each row from those its grammar allows, and appends
+the tokens that are then forced. Log-probabilities are the model's own, before mask and temperature, and are computed from the logits of
+this pass alone: logits of earlier passes are not kept.
+
+A step copies one tensor to the device and one back; between the two nothing waits for the device. A row's first pass copies its images too.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ from torch import Tensor
 
 from pipeline.engines.completion import LOOP_EVERY, convert_request_error, find_loop, make_loop_error
 from pipeline.engines.encoding import Encoder
-from pipeline.engines.transformers.batch import Batch, BatchRow
+from pipeline.engines.transformers.attention import build_mask
+from pipeline.engines.transformers.batch import PASS_COST_TOKENS, Batch, BatchRow, StagedPass, choose_width, is_choosing, stage_pass
+from pipeline.engines.transformers.cache import VIEW_STEP, KeyValueCache, PassWindow, round_up
 from pipeline.errors import DocumentError
-from pipeline.records import FinishReason, Sampling
-from pipeline.schema.grammar import Masks, Vocabulary
+from pipeline.records import FinishReason
+from pipeline.schema.grammar import Vocabulary
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,89 +37,111 @@ class LoadedModel:
     device: torch.device
     pad_id: int
 
+    def make_cache(self, max_tokens: int | None = None) -> KeyValueCache:
+        """Return an empty cache for this model."""
+        config = self.network.config.get_text_config()
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        embedding = self.network.get_input_embeddings().weight
+        return KeyValueCache(config.num_hidden_layers, config.num_key_value_heads, size, embedding.dtype, self.device, max_tokens)
+
 
 @torch.inference_mode()
-def run_step(model: LoadedModel, batch: Batch) -> None:
-    """Run one forward pass over the batch and append a token to every row that goes on.
+def run_step(model: LoadedModel, batch: Batch, span: range) -> None:
+    """Run one forward pass over the batch's rows in `span` and append a token to every one that goes on.
 
-    An error of one row becomes its outcome. An exception (out of memory, for example) leaves all rows unchanged.
+    They are either all at their first pass or all beyond it. An error of one row becomes its outcome. An exception (out of memory, for
+    example) leaves all rows unchanged.
     """
-    # 1) Run the network. A row's first pass takes its images too; such rows are never in one pass with older ones.
-    ids, mask, positions = batch.build_inputs(model.pad_id)
-    images = model.encoder.build_pixel_values([row.prompt for row in batch.rows]) if batch.columns == 0 else {}
-    try:
-        hidden = model.network.model(
-            input_ids=ids.to(model.device),
-            attention_mask=torch.cat([batch.seen, mask], dim=1).to(model.device),
-            position_ids=positions.to(model.device),
-            past_key_values=batch.cache,
-            use_cache=True,
-            **images,
-        ).last_hidden_state
-        # 2) While a GPU is still computing, the CPU computes which tokens the grammars allow.
-        masks = model.vocabulary.compute_masks([row.constraint for row in batch.rows])
-        # 3) Logits only where they are needed: before each forced token and at the end.
-        positions_scored = [(at, back) for at, row in enumerate(batch.rows) for back in range(row.unscored, -1, -1)]
-        rows, back = torch.tensor(positions_scored, device=hidden.device).unbind(1)
-        logits = model.network.lm_head(hidden[rows, hidden.shape[1] - 1 - back]).float()
-        # 4) Choose the next tokens, and score them and the forced ones.
-        last = back == 0
-        chosen = choose_tokens(logits[last], unpack_masks(masks, logits), batch.rows)
-        follows = torch.tensor([batch.rows[at].tokens[-back] if back else 0 for at, back in positions_scored], device=logits.device)
-        follows[last] = chosen
-        scored = iter((logits.gather(1, follows.unsqueeze(1)).squeeze(1) - logits.logsumexp(dim=-1)).tolist())
-        tokens = chosen.tolist()
-    except BaseException:
-        batch.rewind()
-        raise
-    # 5) From here on only single rows can fail.
-    batch.mark_cached(mask)
-    for row, token in zip(batch.rows, tokens, strict=True):
-        row.logprobs += [next(scored) for _ in range(row.unscored)]
-        row.unscored, logprob = 0, next(scored)
-        if row.outcome is None:
-            append_token(row, token, logprob, model.vocabulary)
-
-
-def unpack_masks(masks: Masks, logits: Tensor) -> Tensor:
-    """Unpack bit masks into (rows, vocabulary) booleans on the logits' device."""
-    words = torch.from_numpy(masks).to(logits.device)
-    bits = torch.arange(32, device=logits.device, dtype=torch.int32)
-    return ((words.unsqueeze(-1) >> bits) & 1).flatten(1)[:, : logits.shape[-1]].bool()
-
-
-def choose_tokens(logits: Tensor, allow: Tensor, rows: list[BatchRow]) -> Tensor:
-    """Return one allowed token for each row: the most probable one, or a random one if the row's sampling has a temperature."""
-    chosen = logits.masked_fill(~allow, float("-inf")).argmax(dim=-1)
+    # 1) All that the pass needs, the grammars' masks among it, is computed on the CPU and copied at once.
+    rows = [batch.rows[at] for at in span]
+    is_first = not rows[0].cached
+    pass_cost = PASS_COST_TOKENS.get(model.device.type, PASS_COST_TOKENS["cuda"])
+    widest = max(len(row.pending) for row in rows) if is_first else choose_width(rows, pass_cost)
+    needed = max(row.cached for row in rows) + widest
+    batch.cache.reserve(len(batch), max(needed, max(row.cached for row in batch.rows)))
+    columns = needed if len(rows) == 1 else min(round_up(needed, VIEW_STEP), batch.cache.shape[1])
+    masks = model.vocabulary.compute_masks([row.constraint for row in rows if is_choosing(row, min(widest, len(row.pending)))])
+    staged = stage_pass(rows, span.start, widest, masks, columns, model.pad_id, model.vocabulary.size, model.device.type == "cuda")
+    images = model.encoder.build_pixel_values([row.prompt for row in rows]) if is_first else {}
+    # 2) The device computes, and its answer is one tensor.
+    words = staged.words.to(model.device, non_blocking=True)
+    numbers = compute_pass(model, batch.cache, staged, words, images).cpu().numpy()
+    tokens, logprobs = iter(numbers[: len(staged.choosing)].tolist()), numbers[len(staged.choosing) :].view(np.float32).tolist()
+    chosen_logprobs, forced_logprobs = iter(logprobs[: len(staged.choosing)]), iter(logprobs[len(staged.choosing) :])
+    # 3) From here on only single rows can fail.
+    choosing = set(staged.choosing)
     for at, row in enumerate(rows):
-        if row.outcome is None and (row.sampling.temperature > 0 or row.sampling.repetition_penalty != 1):
-            scores = apply_repetition_penalty(logits[at], [*row.prompt.ids, *row.tokens], row.sampling.repetition_penalty)
-            chosen[at] = sample_tokens(scores.masked_fill(~allow[at], float("-inf")), row.sampling, row.generator)
-    return chosen
+        row.logprobs += [next(forced_logprobs) for _ in range(row.advance(staged.fed[at]))]
+        if at in choosing:
+            row.point = None
+            append_token(row, next(tokens), next(chosen_logprobs), model.vocabulary)
 
 
-def apply_repetition_penalty(scores: Tensor, used: list[int], penalty: float) -> Tensor:
-    """Return logits with those of tokens in the prompt or the answer lowered (arXiv:1909.05858, section 4.1)."""
-    index = torch.tensor(sorted(set(used)), device=scores.device)
-    before = scores[index]
-    return scores.index_put((index,), torch.where(before > 0, before / penalty, before * penalty))
+def compute_pass(model: LoadedModel, cache: KeyValueCache, staged: StagedPass, words: Tensor, images: dict[str, Tensor]) -> Tensor:
+    """Return what the device computes from a staged pass, as int32 words: chosen tokens, then all log-probabilities (float32).
 
-
-def sample_tokens(scores: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Return one random token: temperature, then the `top_k` most probable, then the fewest whose probabilities add up to `top_p`.
-
-    The random number comes from the request's own generator on the CPU, so that an answer does not depend on its batch.
+    `words` are the staged words on the device. Nothing here waits for the device or copies from or to it, but for the vision tower.
     """
-    if sampling.temperature == 0:
-        return int(scores.argmax())
-    probabilities, tokens = (scores / sampling.temperature).softmax(dim=-1).sort(descending=True, stable=True)
-    if sampling.top_k:
-        probabilities = probabilities[: sampling.top_k]
+    # 1) Run the network; it writes keys and values into the cache.
+    given = staged.unpack(words)
+    cached, places = given["cached"].long(), None
+    mask = None
+    if not staged.is_first:
+        rows = torch.arange(staged.stop - staged.start, device=words.device).unsqueeze(1)
+        places = (rows, cached.unsqueeze(1) + torch.arange(staged.width, device=words.device))
+    if not staged.is_first and not staged.is_even:
+        config = model.network.config.get_text_config()
+        groups = config.num_attention_heads // config.num_key_value_heads
+        mask = build_mask(cached, staged.width, staged.columns, groups, cache.dtype)
+    cache.open_window(PassWindow(staged.start, staged.stop, staged.columns, places))
+    hidden = model.network.model(
+        input_ids=given["ids"].long(),
+        attention_mask=mask,
+        position_ids=given["positions"].long(),
+        past_key_values=cache,
+        use_cache=True,
+        **images,
+    ).last_hidden_state
+    # 2) Logits only where they are needed: at the end of a row that gets a new token, and before each forced token.
+    logits = model.network.lm_head(hidden.flatten(0, 1).index_select(0, given["places"])).float()
+    # 3) Choose the next tokens, and score them and the forced ones.
+    allow = unpack_masks(given["masks"], logits.shape[-1])
+    new = logits[: len(staged.choosing)]
+    chosen = draw_tokens(new, allow, given, staged) if staged.is_drawing else new.masked_fill(~allow, float("-inf")).argmax(dim=-1)
+    follows = torch.cat([chosen, given["follows"].long()])
+    scored = logits.gather(1, follows.unsqueeze(1)).squeeze(1) - logits.logsumexp(dim=-1)
+    return torch.cat([chosen.int(), scored.view(torch.int32)])
+
+
+def unpack_masks(words: Tensor, size: int) -> Tensor:
+    """Unpack bit masks (rows, words) into (rows, vocabulary) booleans."""
+    bits = torch.arange(32, device=words.device, dtype=torch.int32)
+    return ((words.unsqueeze(-1) >> bits) & 1).flatten(1)[:, :size].bool()
+
+
+def draw_tokens(logits: Tensor, allow: Tensor, given: dict[str, Tensor], staged: StagedPass) -> Tensor:
+    """Return one allowed token for each row: the most probable one, or a random one if the row's sampling has a temperature.
+
+    Random are: temperature, then the `top_k` most probable, then the fewest whose probabilities add up to `top_p`.
+    """
+    point, temperature, top_p, penalty, top_k = given["draws"].unbind(1)
+    used = torch.zeros_like(allow).flatten().index_fill_(0, given["used"].long(), True).view_as(allow)
+    scores = apply_repetition_penalty(logits, used, penalty).masked_fill(~allow, float("-inf"))
+    heat = torch.where(temperature > 0, temperature, 1.0).float().unsqueeze(1)
+    probabilities, tokens = (scores / heat).softmax(dim=-1).sort(descending=True, stable=True)
+    rank = torch.arange(tokens.shape[1], device=tokens.device)
+    probabilities = probabilities.masked_fill(rank >= top_k.unsqueeze(1), 0.0)
     cumulative = probabilities.double().cumsum(dim=-1)
-    kept = int((cumulative - probabilities < sampling.top_p * cumulative[-1]).sum())
-    cumulative = cumulative[: max(1, kept)]
-    point = float(torch.rand((), generator=generator, dtype=torch.float64)) * float(cumulative[-1])
-    return int(tokens[min(int((cumulative <= point).sum()), len(cumulative) - 1)])
+    wanted = (cumulative - probabilities < top_p.unsqueeze(1) * cumulative[:, -1:]) & (rank < top_k.unsqueeze(1))
+    last = wanted.sum(-1, keepdim=True).clamp(min=1) - 1
+    reached = (cumulative <= point.unsqueeze(1) * cumulative.gather(1, last)).sum(-1, keepdim=True)
+    return torch.where(temperature > 0, tokens.gather(1, torch.minimum(reached, last)).squeeze(1), scores.argmax(dim=-1))
+
+
+def apply_repetition_penalty(logits: Tensor, used: Tensor, penalty: Tensor) -> Tensor:
+    """Return logits (rows, vocabulary) with those of tokens in the prompt or the answer lowered (arXiv:1909.05858, section 4.1)."""
+    factor = penalty.float().unsqueeze(1)
+    return torch.where(used, torch.where(logits > 0, logits / factor, logits * factor), logits)
 
 
 def append_token(row: BatchRow, token: int, logprob: float, vocabulary: Vocabulary) -> None:

@@ -27,6 +27,7 @@ from pipeline.engines.checkpoint import (
 )
 from pipeline.engines.encoding import Encoder
 from pipeline.engines.transformers import awq
+from pipeline.engines.transformers.attention import install_attention
 from pipeline.engines.transformers.generate import LoadedModel
 from pipeline.engines.transformers.vision import batch_windows
 from pipeline.errors import JobError
@@ -53,6 +54,7 @@ def load_checkpoint(
     if lora:
         network = merge_lora(network, lora, keep_int4)
     batch_windows(network)
+    install_attention(network)
     processor = load_processor(folder)
     tokenizer = processor.tokenizer
     vocabulary = Vocabulary(

@@ -1,0 +1,262 @@
+"""What a pass of the engine `transformers` copies and allocates, counted on a CPU: no figure here is a time.
+
+Copies between CPU and GPU are counted on fake tensors of the device `cuda`: torch computes shapes and devices of every operation, refuses
+operations between two devices, and raises where a value would have to be read from the device.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pipeline.engines.transformers import TransformersEngine
+from pipeline.engines.transformers import generate as generation
+from pipeline.engines.transformers.attention import NAME, attend_grouped, build_mask
+from pipeline.engines.transformers.batch import Batch, BatchRow, choose_width, stage_pass
+from pipeline.engines.transformers.cache import COLUMN_STEP, KeyValueCache
+from pipeline.engines.transformers.generate import LoadedModel, compute_pass, run_step
+from pipeline.records import Request, Sampling
+from pipeline.schema import prompt
+from tests.support import tiny_checkpoint
+from tests.support.requests import FLAT, make_noise
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoadedModel]:
+    engine = TransformersEngine(str(tiny_checkpoint.build_checkpoint(tmp_path_factory.mktemp("tiny"))), threads=1)
+    yield engine._model
+    engine.close()
+
+
+def start_batch(model: LoadedModel, rows: int = 4, side_px: int = 84, **sampling: Any) -> Batch:
+    """Return a batch after its first passes, until a row has forced tokens pending; its rows have prompts of different lengths."""
+    batch = Batch(model.make_cache())
+    for key in range(rows):
+        messages = prompt.build_messages("s", [make_noise(key, 28 * (2 + key), side_px)])
+        request = Request(str(key), messages, FLAT, Sampling(**{"max_tokens": 60, **sampling}))
+        constraint = model.vocabulary.start_constraint(FLAT if key % 2 else "")
+        batch.add([BatchRow(model.encoder.encode(messages), request.sampling, constraint, 60)])
+    run_step(model, batch, range(rows))
+    while rows > 1 and max(len(row.pending) for row in batch.rows) == 1:
+        run_step(model, batch, range(rows))
+    return batch
+
+
+# Copies to and from the device
+
+
+class CopyCounter(TorchDispatchMode):
+    """Counts the operations whose tensors are on two devices: those are copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[tuple[str, str]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        before, after = ({leaf.device.type for leaf in tree_leaves(t) if isinstance(leaf, torch.Tensor)} for t in ((args, kwargs), result))
+        if len(before | after) > 1:
+            self.copies.append((",".join(sorted(before)), ",".join(sorted(after))))
+        return result
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "top_p": 0.9, "top_k": 40}, {"repetition_penalty": 1.3}])
+@pytest.mark.parametrize("width", [1, 8])
+def test_a_step_copies_once_to_the_device_and_once_back(model: LoadedModel, sampling: dict[str, Any], width: int) -> None:
+    batch = start_batch(model, **sampling)
+    masks = model.vocabulary.compute_masks([row.constraint for row in batch.rows if min(len(row.pending), width) == len(row.pending)])
+    staged = stage_pass(batch.rows, 0, width, masks, 64, model.pad_id, model.vocabulary.size, pinned=False)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.inference_mode():
+        network = copy_to_fake_gpu(model.network, fake)
+        there = replace(model, network=network, device=torch.device("cuda"))
+        cache = there.make_cache()
+        cache._resize(4, COLUMN_STEP)
+        with CopyCounter() as counter:
+            words = fake.from_tensor(staged.words).to(there.device)
+            compute_pass(there, cache, staged, words, {}).cpu()
+    assert counter.copies == [("cpu", "cuda"), ("cuda", "cpu")]
+
+
+def copy_to_fake_gpu(network: Any, fake: FakeTensorMode) -> Any:
+    """Return the network with fake parameters and buffers on the device `cuda`."""
+    with torch.device("meta"):
+        made = type(network)(copy.deepcopy(network.config))
+    for module in made.modules():
+        for kept in (module._parameters, module._buffers):
+            for name, value in kept.items():
+                if value is not None:
+                    fresh = torch.empty(value.shape, dtype=value.dtype, device="cuda")
+                    kept[name] = torch.nn.Parameter(fresh, requires_grad=False) if kept is module._parameters else fresh
+    return made.eval()
+
+
+def test_the_counter_sees_what_would_wait_for_the_device() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True), CopyCounter() as counter:
+        there = torch.empty(3, device="cuda")
+        assert there.cpu().to("cuda").device.type == "cuda"
+        with pytest.raises(DataDependentOutputException):
+            there.tolist()
+    assert len(counter.copies) == 2
+
+
+# Copies of the cache
+
+
+def list_large_allocations(run: Callable[[], object], least_bytes: int) -> list[str]:
+    """Return the names of the operations that allocate at least so much; those inside fused operations are among them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    return [event.name for event in seen.events() if event.self_cpu_memory_usage >= least_bytes]
+
+
+@pytest.mark.parametrize("width", [1, 8])
+def test_no_step_allocates_as_much_as_one_layers_keys(model: LoadedModel, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = start_batch(model, side_px=2800)
+    monkeypatch.setattr(generation, "choose_width", lambda *_: width)
+    batch.cache.reserve(4, batch.tokens + 16)
+    keys = batch.cache.layers[0].keys
+    of_one_layer = 4 * keys.shape[1] * batch.tokens * keys.shape[3] * keys.element_size()
+    assert list_large_allocations(lambda: torch.cat([keys, keys]), of_one_layer)  # the check can fail
+    fed = {min(len(row.pending), width) for row in batch.rows}
+    assert list_large_allocations(lambda: run_step(model, batch, range(4)), of_one_layer) == []
+    assert len(fed) == (1 if width == 1 else 2)
+
+
+class PeakMeter(TorchDispatchMode):
+    """Measures the most bytes of tensors that live at once, storages counted once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[weakref.ref[torch.Tensor]] = []
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.seen += [weakref.ref(leaf) for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        self.seen = [ref for ref in self.seen if ref() is not None]
+        alive = [tensor.untyped_storage() for ref in self.seen if (tensor := ref()) is not None]
+        self.peak = max(self.peak, sum({storage.data_ptr(): storage.nbytes() for storage in alive}.values()))
+        return result
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache.reserve(9, 500),  # a row joins
+        lambda cache: cache.reserve(8, 600),  # answers grow
+        lambda cache: cache.move_row(7, 2),  # a row leaves
+        lambda cache: cache.shrink(1, 200),  # most rows have left
+    ],
+)
+def test_joining_growing_leaving_and_shrinking_take_a_tenth_of_the_cache_at_most(change: Callable[[KeyValueCache], None]) -> None:
+    cache = KeyValueCache(28, 4, 16, torch.float16, CPU)
+    cache.reserve(8, 500)
+    before = [getattr(layer, name) for layer in cache.layers for name in ("keys", "values")]
+    old_bytes = sum(buffer.nbytes for buffer in before)
+    with PeakMeter() as meter:
+        meter.seen = [weakref.ref(buffer) for buffer in before]
+        del before
+        change(cache)
+    new_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert 0 < meter.peak <= 1.1 * max(old_bytes, new_bytes)
+
+
+def test_growing_keeps_what_the_rows_hold() -> None:
+    cache = KeyValueCache(2, 2, 4, torch.float32, CPU)
+    cache.reserve(2, 10)
+    with torch.inference_mode():
+        cache.layers[1].values.normal_()
+    held = cache.layers[1].values.clone()
+    cache.reserve(5, 300)
+    assert cache.shape == (5, 512)
+    assert torch.equal(cache.layers[1].values[:2, :, :COLUMN_STEP], held)
+
+
+def test_rows_beyond_the_budget_are_refused_but_one_row_never_is() -> None:
+    cache = KeyValueCache(1, 1, 4, torch.float32, CPU, max_tokens=2 * COLUMN_STEP)
+    cache.reserve(2, COLUMN_STEP)
+    with pytest.raises(torch.OutOfMemoryError, match="3 rows of 256 tokens exceed the budget of 512 tokens"):
+        cache.reserve(3, COLUMN_STEP)
+    cache.reserve(1, 5 * COLUMN_STEP)
+
+
+def test_rows_leave_where_there_is_no_memory_to_shrink_the_cache(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = start_batch(model, rows=6)
+
+    def fail(*_: int) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(batch.cache, "_resize", fail)
+    batch.remove(batch.rows[1:])
+    run_step(model, batch, range(1))
+    assert len(batch) == 1
+
+
+# Attention
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_grouped_attention_is_that_of_repeated_keys(width: int) -> None:
+    cached, columns, groups = torch.tensor([5, 0, 9]), 16, 3
+    query, key, value = torch.randn(3, 6, width, 8), torch.randn(3, 2, columns, 8), torch.randn(3, 2, columns, 8)
+    mask = build_mask(cached, width, columns, groups, torch.float32)
+    found, _ = attend_grouped(None, query, key, value, mask, scaling=0.3)
+    visible = torch.arange(columns) <= (cached[:, None] + torch.arange(width))[:, None, :, None]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), attn_mask=visible, scale=0.3
+    )
+    torch.testing.assert_close(found, expected.transpose(1, 2))
+
+
+def test_only_the_language_model_has_grouped_attention(model: LoadedModel) -> None:
+    assert model.network.config.get_text_config()._attn_implementation == NAME
+    assert model.network.config.vision_config._attn_implementation == "sdpa"
+
+
+# Forced tokens
+
+
+@pytest.mark.parametrize(
+    ("pending", "cost", "width"),
+    [
+        ([6], 256, 6),  # alone: a pass costs the same
+        ([5, 1, 1, 1, 1, 1, 1, 1], 256, 5),  # small batches: 12 tokens for 296 are cheaper than 8 for 264
+        ([5] + [1] * 63, 256, 1),  # large ones: 68 tokens for 576 are dearer than 64 for 320
+        ([5] * 64, 256, 5),
+        ([5, 1, 1, 1, 1, 1, 1, 1], 16, 1),
+    ],
+)
+def test_forced_tokens_are_fed_along_while_each_token_gets_cheaper(model: LoadedModel, pending: list[int], cost: int, width: int) -> None:
+    (row,) = start_batch(model, rows=1).rows
+    rows = [copy.copy(row) for _ in pending]
+    for one, count in zip(rows, pending, strict=True):
+        one.pending = [7] * count
+    assert choose_width(rows, cost) == width
+
+
+def test_an_answer_is_the_same_with_forced_tokens_one_at_a_time(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = []
+    for width in (1, 2, 99):
+        monkeypatch.setattr(generation, "choose_width", lambda rows, _, most=width: min(most, max(len(row.pending) for row in rows)))
+        batch = start_batch(model)
+        rows = list(batch.rows)
+        while batch.rows:
+            batch.remove([row for row in batch.rows if row.is_finished])
+            if batch.rows:
+                run_step(model, batch, range(len(batch)))
+        answers.append([(row.tokens, row.outcome) for row in rows])
+        assert all(len(row.logprobs) == len(row.tokens) and np.isfinite(row.logprobs).all() for row in rows)
+    assert answers[0] == answers[1] == answers[2]
