@@ -4,6 +4,7 @@ A shard is written every few seconds, so that a killed run loses little. A run o
 which a resumed run and a settle pass open. A ledger of more than one large shard is sorted into partitions (`partitions.py`), so that
 whoever wants a range of doc_ids opens one or two shards, however many there are:
 
+    small ones with any rows  ->  large ones with any rows, whose sizes say how many partitions there shall be
     any rows  ->  16 partitions of 4 bits  ->  256 of 8 bits  ->  …     every pass reads and writes each row once
     shards of one partition  ->  one
 
@@ -56,11 +57,13 @@ def compact_ledger(output: Output) -> int:
     before = folder.list_names(SHARD_SUFFIX)
     unsorted = {name: size for name, size in before.items() if parse_partition(name) == Partition()}
     bits = max((parse_partition(name).bits for name in before), default=0)
-    if sum(unsorted.values()) > TARGET_BYTES:
-        bits = max(bits, math.ceil(math.log2(sum(before.values()) / TARGET_BYTES)))
+    for group in group_shards(unsorted, TARGET_BYTES):
+        if len(group) > MAX_SMALL_SHARDS:
+            replace_shards(folder, group, Partition(), 0)
+    sizes = folder.list_names(SHARD_SUFFIX)
+    if sum(size for name, size in sizes.items() if parse_partition(name) == Partition()) > TARGET_BYTES:
+        bits = max(bits, math.ceil(math.log2(sum(sizes.values()) / TARGET_BYTES)))
         sort_shards(folder, bits, from_bits=0)
-    elif len(unsorted) > MAX_SMALL_SHARDS:
-        replace_shards(folder, unsorted, Partition(), 0)
     sort_shards(folder, bits, from_bits=1)
     for partition, sizes in list_partitions(folder).items():
         for group in group_shards(sizes, MAX_MERGED_BYTES):
