@@ -185,7 +185,7 @@ def run_command(answered: AnsweredJob, *arguments: str) -> tuple[dict[str, Any],
     return json.loads(said), {*modules.split()}
 
 
-HEAVY = {"ray", "torch", "transformers", "pandas", "pymupdf", "llguidance"}
+HEAVY = {"ray", "torch", "transformers", "pymupdf"}
 
 
 def test_a_run_with_nothing_to_ask_imports_no_ray(answered: AnsweredJob) -> None:
