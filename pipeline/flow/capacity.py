@@ -9,8 +9,12 @@ import math
 from dataclasses import dataclass, replace
 
 from pipeline.cluster import Resources
-from pipeline.errors import JobError
+from pipeline.errors import JobError, RunError
 from pipeline.job import Job
+
+
+class ClusterShrunk(RunError):
+    """What was started cannot go on, and the machines that are left have room for a new beginning."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import ray.data
 
 from pipeline import cluster
 from pipeline.errors import RunError
-from pipeline.flow.capacity import Reservations, compute_reservations, count_actors
+from pipeline.flow.capacity import ClusterShrunk, Reservations, compute_reservations, count_actors
 from pipeline.job import Job
 
 SILENT_S = 60.0
@@ -22,10 +22,6 @@ SILENT_S = 60.0
 GONE_S = 900.0
 """How long a run waits for a machine when no engine has room any more: a cloud takes minutes to find another."""
 CHECK_PERIOD_S = 5.0
-
-
-class ClusterShrunk(RunError):
-    """What was started cannot go on, and the machines that are left have room for a new beginning."""
 
 
 class StallWatchdog:

@@ -1,4 +1,4 @@
-"""Output folder of a run: the list of sources, the ledger of requests, the records, and two small files about the run.
+"""Output folder of a run: the list of sources, the ledger of requests, the records, and three small files about the run.
 
 In: rows of these three tables, the keys of the job and the report of the run. Out: the same tables, read back from Parquet
 shards, and with them the state from which a run resumes.
@@ -8,6 +8,7 @@ shards, and with them the state from which a run resumes.
       requests/*.parquet    one row per request: the ledger
       records/*.parquet     one row per document or page, typed
       job.yaml  report.json
+      settled.json          what each shard of records was made of: one that is as it was is not written again
 
 The folder is local, or a prefix in an object store (`storage/store.py`).
 """
@@ -75,6 +76,17 @@ class Output:
     def remove_other_records(self, names: Set[str]) -> None:
         """Remove all shards of records but these: those of an earlier settle pass."""
         self.records.remove(self.records.list_names(SHARD_SUFFIX).keys() - names)
+
+    def write_settled(self, rows: list[dict[str, Any]]) -> None:
+        self.root.put("settled.json", (json.dumps(rows) + "\n").encode())
+
+    def read_settled(self) -> list[dict[str, Any]]:
+        """Return the rows of `settled.json`; none where it is not there or cannot be read, because all records can be written again."""
+        try:
+            found = json.loads(self.root.read("settled.json"))
+        except (OSError, ValueError):
+            return []
+        return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
 
     def write_report(self, content: dict[str, Any]) -> None:
         self.root.put("report.json", (json.dumps(content, indent=2) + "\n").encode())

@@ -1,29 +1,42 @@
-"""Compaction: many small shards of the ledger and of the list of sources in, few large ones with the same rows out.
+"""Compaction: many shards of the ledger, each with rows of any document, in; one shard for each range of doc_ids with the same rows out.
 
 A shard is written every few seconds, so that a killed run loses little. A run of six days therefore leaves 100,000 shards, each of
-which a resumed run and a settle pass open. The large shard is written before the small ones are removed: a crash in between leaves
-rows in two shards, which every reader counts once and the next compaction removes.
+which a resumed run and a settle pass open. A ledger of more than one large shard is sorted into partitions (`partitions.py`), so that
+whoever wants a range of doc_ids opens one or two shards, however many there are:
+
+    small ones with any rows  ->  large ones with any rows, whose sizes say how many partitions there shall be
+    any rows  ->  16 partitions of 4 bits  ->  256 of 8 bits  ->  …     every pass reads and writes each row once
+    shards of one partition  ->  one
+
+What is to be replaced is removed when what replaces it is written: a crash in between leaves rows in two shards, which every reader
+counts once and the next compaction removes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.output import SHARD_SUFFIX, Output
 from pipeline.output.ledger import LEDGER_SCHEMA
+from pipeline.output.partitions import Partition, parse_partition
 from pipeline.output.shards import read_shard, write_shard
 from pipeline.output.sources import SOURCE_SCHEMA, complete_sources
 from pipeline.storage.store import Store, map_concurrently
 
-MAX_SMALL_SHARDS = 64
-"""Up to this number, small shards are not compacted."""
+MAX_SMALL_SHARDS = 8
+"""Up to this number, shards with rows of any document are not compacted: everyone who wants a range of doc_ids opens them all."""
 TARGET_BYTES = 16 * 2**20
-"""Size of a large shard; writing one takes about 100 MB of memory. A shard of half that size counts as large."""
-ROW_GROUP_SIZE = 4096
-"""Rows per row group of a large shard, which is sorted by doc_id: settling a thousand documents reads one or two row groups."""
+"""Most that shards with rows of any document have together, and about what a partition has; one takes about 100 MB of memory."""
+MAX_MERGED_BYTES = 4 * TARGET_BYTES
+"""Shards of one partition are merged up to this size: rows that are in two of them are among those read together."""
+BITS_PER_PASS = 4
+ROW_GROUP_SIZE = 1024
+"""Rows per row group of a compacted shard, which is sorted by doc_id: settling a thousand documents reads one to three row groups."""
 KEY_COLUMNS = ["key", "attempt"]
 
 
@@ -39,43 +52,80 @@ def compact_shards(output: Output) -> int:
 
 
 def compact_ledger(output: Output) -> int:
-    """Compact the ledger's small shards, group by group; return by how many shards it shrank."""
-    sizes = output.requests.list_names(SHARD_SUFFIX)
-    small = {name: size for name, size in sizes.items() if size < TARGET_BYTES // 2}
-    if len(small) <= MAX_SMALL_SHARDS:
-        return 0
-    large = [read_shard(output.requests, name, size, KEY_COLUMNS, LEDGER_SCHEMA) for name, size in sizes.items() if name not in small]
-    known = pa.array([key for table in large for key in list_shard_keys(table)], pa.string())
-    return sum(merge_shards(output.requests, group, known) for group in group_shards(small))
+    """Compact the ledger where it is due, and finish what a killed process began; return by how many shards it shrank."""
+    folder = output.requests
+    before = folder.list_names(SHARD_SUFFIX)
+    unsorted = {name: size for name, size in before.items() if parse_partition(name) == Partition()}
+    bits = max((parse_partition(name).bits for name in before), default=0)
+    for group in group_shards(unsorted, TARGET_BYTES):
+        if len(group) > MAX_SMALL_SHARDS:
+            replace_shards(folder, group, Partition(), 0)
+    sizes = folder.list_names(SHARD_SUFFIX)
+    if sum(size for name, size in sizes.items() if parse_partition(name) == Partition()) > TARGET_BYTES:
+        bits = max(bits, math.ceil(math.log2(sum(sizes.values()) / TARGET_BYTES)))
+        sort_shards(folder, bits, from_bits=0)
+    sort_shards(folder, bits, from_bits=1)
+    for partition, sizes in list_partitions(folder).items():
+        for group in group_shards(sizes, MAX_MERGED_BYTES):
+            if partition != Partition() and len(group) > 1:
+                replace_shards(folder, group, partition, partition.bits)
+    return len(before) - len(folder.list_names(SHARD_SUFFIX))
 
 
-def group_shards(sizes: dict[str, int]) -> Iterator[dict[str, int]]:
-    """Yield groups of shards of at most `TARGET_BYTES` each, in the order of their names."""
+def sort_shards(folder: Store, bits: int, from_bits: int) -> None:
+    """Sort the shards of partitions of `from_bits` bits or more into those of `bits` bits, a few bits in each pass."""
+    while True:
+        coarse = {one: sizes for one, sizes in list_partitions(folder).items() if from_bits <= one.bits < bits and not one.is_null}
+        if not coarse:
+            return
+        for partition, sizes in coarse.items():
+            for group in group_shards(sizes, TARGET_BYTES):
+                replace_shards(folder, group, partition, min(partition.bits + BITS_PER_PASS, bits))
+
+
+def list_partitions(folder: Store) -> dict[Partition, dict[str, int]]:
+    """Return the names and sizes of each partition's shards, in order."""
+    found: dict[Partition, dict[str, int]] = {}
+    for name, size in folder.list_names(SHARD_SUFFIX).items():
+        found.setdefault(parse_partition(name), {})[name] = size
+    return found
+
+
+def group_shards(sizes: Mapping[str, int], most_bytes: int) -> Iterator[dict[str, int]]:
+    """Yield groups of shards of at most so many bytes each, or of one shard, in the order of their names."""
     group: dict[str, int] = {}
     for name, size in sizes.items():
-        if sum(group.values()) + size > TARGET_BYTES:
+        if group and sum(group.values()) + size > most_bytes:
             yield group
             group = {}
         group[name] = size
-    yield group
+    if group:
+        yield group
 
 
-def merge_shards(folder: Store, group: dict[str, int], known: pa.Array) -> int:
-    """Replace a group of shards by one without duplicate or known rows; return by how many shards the folder shrank.
-
-    `known` are the keys of rows that large shards hold already.
-    """
-    if len(group) < 2:
-        return 0
+def replace_shards(folder: Store, group: dict[str, int], partition: Partition, bits: int) -> None:
+    """Replace shards of a partition by one for each of its parts of so many bits, without duplicate rows and sorted by doc_id."""
     table = pa.concat_tables(read_group(folder, group), promote_options="permissive").select(LEDGER_SCHEMA.names)
-    keys = list_shard_keys(table)
-    first = {key: row for row, key in reversed(list(enumerate(keys)))}
-    is_new = pc.invert(pc.is_in(pa.array(list(first), pa.string()), value_set=known))
-    rows = pa.array(list(first.values()), pa.int64()).filter(is_new)
-    table = table.take(rows).sort_by([("doc_id", "ascending"), ("key", "ascending"), ("attempt", "ascending")])
-    kept = {write_shard(folder, table, list_shard_keys(table), ROW_GROUP_SIZE)} if table.num_rows else set()
+    first = {key: row for row, key in reversed(list(enumerate(list_shard_keys(table))))}
+    table = table.take(pa.array(list(first.values()), pa.int64()))
+    table = table.sort_by([("doc_id", "ascending"), ("key", "ascending"), ("attempt", "ascending")])
+    parts = cut_table(table, partition, bits) if bits > partition.bits else [(partition, table)]
+    kept = {
+        write_shard(folder, rows, list_shard_keys(rows), ROW_GROUP_SIZE, part.prefix)
+        for part, rows in parts  # one after another: each is encoded in memory
+        if rows.num_rows
+    }
     folder.remove(group.keys() - kept)
-    return len(group) - len(kept)
+
+
+def cut_table(table: pa.Table, partition: Partition, bits: int) -> Iterator[tuple[Partition, pa.Table]]:
+    """Yield the rows of each part of so many bits, given rows sorted by doc_id, and those without a doc_id, which come last."""
+    doc_ids = table["doc_id"].slice(0, table.num_rows - table["doc_id"].null_count).to_pylist()
+    parts = list(partition.list_parts(bits))
+    starts = [0, *(bisect_left(doc_ids, part.first) for part in parts[1:]), len(doc_ids)]
+    for part, (start, end) in zip(parts, pairwise(starts), strict=True):
+        yield part, table.slice(start, end - start)
+    yield Partition(is_null=True), table.slice(len(doc_ids))
 
 
 def read_group(folder: Store, group: dict[str, int], schema: pa.Schema = LEDGER_SCHEMA) -> list[pa.Table]:

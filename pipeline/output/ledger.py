@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 from pipeline.errors import DamagedShard, JobError
 from pipeline.events import emit_event
 from pipeline.output import Output
-from pipeline.output.shards import read_each_shard, read_shards, set_aside_shard, write_shard
+from pipeline.output.partitions import parse_partition
+from pipeline.output.shards import Selection, read_each_shard, read_shards, set_aside_shard, write_shard
 from pipeline.output.sources import SOURCE_SCHEMA, write_sources
 from pipeline.records import LedgerRow, Stage, Status
 
@@ -68,6 +69,8 @@ LEDGER_SCHEMA = pa.schema(
 )
 """One row per request. `answer` is the model's last text as it came; `errors` is why it was not valid."""
 OUTCOME_COLUMNS = ["key", "attempt", "status", "failure", "page_failures"]
+IDENTITY_COLUMNS = [*OUTCOME_COLUMNS, "started_at"]
+"""No two rows have the same: an attempt that was lost and made again began at another time."""
 RETRY_PATTERN = re.compile(r"failed(?::(?:(?P<stage>\w+)/)?(?P<kind>\w+))?")
 
 
@@ -136,24 +139,38 @@ def read_outcomes(output: Output) -> Iterator[LedgerRow]:
         yield from batch.to_pylist()
 
 
-def read_requests(output: Output, doc_ids: pa.ChunkedArray, with_part_tokens: bool = False) -> pa.Table:
+def read_requests(
+    output: Output, doc_ids: pa.ChunkedArray, with_part_tokens: bool = False, listed: Mapping[str, int] | None = None
+) -> pa.Table:
     """Return the ledger's rows of these documents, and of those that have no doc_id if one of these has none.
 
-    Reads the row groups whose range of doc_ids overlaps. The tokens stay on the disk, but for requests about a part of a document
-    `with_part_tokens`: a merge keeps the values whose tokens are the likeliest.
+    Opens the shards, of those `listed` if they were before, and reads the row groups whose range of doc_ids overlaps. The tokens stay on
+    the disk, but for requests about a part of a document `with_part_tokens`: a merge keeps the values whose tokens are the likeliest.
     """
-    low, high = (pc.min_max(doc_ids)[end].as_py() for end in ("min", "max"))
-    doc_id = pc.field("doc_id")
-    wanted = (doc_id >= (low or "")) & (doc_id <= (high or ""))
-    if doc_ids.null_count:
-        wanted |= doc_id.is_null()
+    selection = select_documents(doc_ids, listed)
     columns = [name for name in LEDGER_SCHEMA.names if name != "tokens"]
     if not with_part_tokens:
-        return read_shards(output.requests, columns, LEDGER_SCHEMA, wanted)
+        return read_shards(output.requests, columns, LEDGER_SCHEMA, selection)
     is_part = pc.coalesce((pc.field("first_page") > 1) | (pc.field("last_page") < pc.field("page_count")), pc.scalar(False))
-    wholes = read_shards(output.requests, columns, LEDGER_SCHEMA, wanted & ~is_part)
-    parts = read_shards(output.requests, LEDGER_SCHEMA.names, LEDGER_SCHEMA, wanted & is_part)
+    wholes = read_shards(output.requests, columns, LEDGER_SCHEMA, replace(selection, rows=selection.rows & ~is_part))
+    parts = read_shards(output.requests, LEDGER_SCHEMA.names, LEDGER_SCHEMA, replace(selection, rows=selection.rows & is_part))
     return pa.concat_tables([wholes, parts], promote_options="default")
+
+
+def read_identities(output: Output, doc_ids: pa.ChunkedArray, listed: Mapping[str, int]) -> pa.Table:
+    """Return what tells the ledger's rows of these documents from all others, without their answers."""
+    return read_shards(output.requests, IDENTITY_COLUMNS, LEDGER_SCHEMA, select_documents(doc_ids, listed))
+
+
+def select_documents(doc_ids: pa.ChunkedArray, listed: Mapping[str, int] | None) -> Selection:
+    """Return the selection of the ledger's rows of these documents, and of those without a doc_id if one of these has none."""
+    low, high = (pc.min_max(doc_ids)[end].as_py() for end in ("min", "max"))
+    with_null = bool(doc_ids.null_count)
+    doc_id = pc.field("doc_id")
+    wanted = (doc_id >= (low or "")) & (doc_id <= (high or ""))
+    if with_null:
+        wanted |= doc_id.is_null()
+    return Selection(wanted, lambda name: parse_partition(name).overlaps(low, high, with_null), listed)
 
 
 class LedgerWriter:

@@ -7,8 +7,9 @@ when a shard is read, by Parquet's checksums. What the rows mean is not looked a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,21 +27,43 @@ MAX_LISTINGS = 5
 """How often a folder is listed when shards vanish while they are read, because another run compacts them."""
 
 
-def write_shard(folder: Store, table: pa.Table, keys: Iterable[str], row_group_size: int | None = None) -> str:
+@dataclass(frozen=True)
+class Selection:
+    """Which shards and rows of a folder are read: those that may hold a wanted row, and of these the wanted rows."""
+
+    rows: pc.Expression
+    holds: Callable[[str], bool]
+    """Says of a shard's name whether the shard may hold such a row."""
+    listed: Mapping[str, int] | None = None
+    """The folder's shards and their sizes, if they were listed before."""
+
+
+def write_shard(folder: Store, table: pa.Table, keys: Iterable[str], row_group_size: int | None = None, prefix: str = "") -> str:
     """Write a table as one Parquet file named from its rows' keys; return its name. Raises RunError."""
-    name = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:24] + SHARD_SUFFIX
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, row_group_size=row_group_size, compression="zstd", write_page_checksum=True)
-    folder.put(name, buffer.getvalue().to_pybytes())
+    name = prefix + name_shard(keys)
+    folder.put(name, encode_shard(table, row_group_size))
     return name
 
 
-def read_shards(folder: Store, columns: Sequence[str] | None, schema: pa.Schema, row_filter: pc.Expression | None = None) -> pa.Table:
-    """Return the rows of all shards of a folder, in the order of the shards' names; an empty table where there is none.
+def name_shard(keys: Iterable[str]) -> str:
+    """Return the name of the shard of these rows, in any order."""
+    return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:24] + SHARD_SUFFIX
+
+
+def encode_shard(table: pa.Table, row_group_size: int | None = None) -> bytes:
+    """Return a table as the bytes of a Parquet file; the same for the same rows."""
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, row_group_size=row_group_size, compression="zstd", write_page_checksum=True)
+    content: bytes = buffer.getvalue().to_pybytes()
+    return content
+
+
+def read_shards(folder: Store, columns: Sequence[str] | None, schema: pa.Schema, selection: Selection | None = None) -> pa.Table:
+    """Return the rows of a folder's shards, in the order of the shards' names; an empty table where there is none.
 
     Raises DamagedShard, also for a wrong checksum, and RunError.
     """
-    found = read_each_shard(folder, columns, schema, row_filter)
+    found = read_each_shard(folder, columns, schema, selection)
     for damage in found:
         if isinstance(damage, DamagedShard):
             raise damage
@@ -50,22 +73,25 @@ def read_shards(folder: Store, columns: Sequence[str] | None, schema: pa.Schema,
 
 
 def read_each_shard(
-    folder: Store, columns: Sequence[str] | None, schema: pa.Schema, row_filter: pc.Expression | None = None
+    folder: Store, columns: Sequence[str] | None, schema: pa.Schema, selection: Selection | None = None
 ) -> list[pa.Table | DamagedShard]:
-    """Return, for each shard of a folder in the order of their names, its rows or its DamagedShard.
+    """Return, for each selected shard of a folder in the order of their names, its rows or its DamagedShard.
 
     Raises RunError when the folder cannot be read.
     """
 
     def read(shard: tuple[str, int]) -> pa.Table | DamagedShard:
         try:
-            return read_shard(folder, *shard, columns, schema, row_filter)
+            return read_shard(folder, *shard, columns, schema, selection.rows if selection else None)
         except DamagedShard as damage:
             return damage
 
+    known = selection.listed if selection else None
     for _ in range(MAX_LISTINGS):
+        sizes = folder.list_names(SHARD_SUFFIX) if known is None else known
+        known = None
         with suppress(FileNotFoundError):
-            return store.map_concurrently(read, folder.list_names(SHARD_SUFFIX).items())
+            return store.map_concurrently(read, [shard for shard in sizes.items() if not selection or selection.holds(shard[0])])
     raise RunError(f"the shards in {folder} keep changing while they are read: make sure that no other run writes there, and try again")
 
 

@@ -14,7 +14,7 @@ from pipeline import schema
 from pipeline.errors import JobError
 from pipeline.output import Output
 from pipeline.output.ledger import LEDGER_SCHEMA, select_newest_attempt
-from pipeline.output.shards import read_shards
+from pipeline.output.shards import Selection, read_shards
 from pipeline.records import LedgerRow, Status
 from pipeline.schema.arrow import ArrowPlan
 from pipeline.schema.certainty import score_values
@@ -71,7 +71,8 @@ class RecordSet:
         names = ["key", "attempt", "doc_id", "status", "first_page", "answer", "tokens"]
         doc_ids = self.table["_doc_id"].to_pylist()
         wanted = {doc_ids[index] for index in indices} - {None}
-        ledger = read_shards(self.output.requests, names, LEDGER_SCHEMA, pc.field("doc_id").isin(pa.array(sorted(wanted), pa.string())))
+        rows = pc.field("doc_id").isin(pa.array(sorted(wanted), pa.string()))
+        ledger = read_shards(self.output.requests, names, LEDGER_SCHEMA, Selection(rows, lambda name: True))
         attempts: dict[str, list[LedgerRow]] = {}
         certainties: dict[tuple[str, int], dict[str, float]] = {}
         for batch in ledger.to_batches(max_chunksize=CHUNK_ROWS):

@@ -300,7 +300,7 @@ def test_the_columns_are_what_check_says(finished: tuple[Workspace, Job, Report]
 def test_a_second_run_asks_nothing_and_changes_nothing(finished_copy: tuple[Workspace, Job], monkeypatch: pytest.MonkeyPatch) -> None:
     _, job = finished_copy
     monkeypatch.setenv("SLIP_PASSWORD", PASSWORD)
-    monkeypatch.setattr(flow, "ask_documents", None)  # a call fails
+    monkeypatch.setattr(ask_pass, "ask_documents", None)  # a call fails
     before = read_files(job.output)
     report = flow.run(job)
     after = read_files(job.output)
@@ -370,7 +370,7 @@ def test_a_damaged_shard_is_made_anew(finished_copy: tuple[Workspace, Job], monk
 def test_a_shard_whose_answers_are_damaged_is_found_when_it_is_settled(
     finished_copy: tuple[Workspace, Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its keys can be read, so that nothing is amiss before."""
+    """Its keys can be read, so that nothing is amiss before, and nothing is while its records need not be written again."""
     workspace, job = finished_copy
     monkeypatch.setenv("SLIP_PASSWORD", PASSWORD)
     before, shard = read_files(job.output / "records"), next((job.output / "requests").iterdir())
@@ -379,6 +379,8 @@ def test_a_shard_whose_answers_are_damaged_is_found_when_it_is_settled(
     data = bytearray(shard.read_bytes())
     data[column.data_page_offset + column.total_compressed_size // 2] ^= 0x01
     shard.write_bytes(data)
+    assert flow.settle(job).damaged == []
+    (job.output / "settled.json").unlink()
     with pytest.raises(DamagedShard, match=f"{shard.name} is damaged"):
         flow.settle(job)
     assert flow.run(job).damaged == [str(shard)]
@@ -406,7 +408,8 @@ def test_there_is_nothing_to_settle_in_a_fresh_folder(workspace: Workspace) -> N
 
 def test_a_run_killed_before_it_listed_anything_settles_to_nothing(workspace: Workspace) -> None:
     workspace.put("a.pdf")
-    flow.begin_output(job := engines.resolve_engine(workspace.job(), 0), output := Output(job.output))
+    job = engines.resolve_engine(workspace.job(), 0)
+    (output := Output(job.output)).create()
     output.write_job(flow.describe_run(job))
     report = flow.settle(workspace.job())
     assert (report.documents, report.records, report.exit_code) == (0, 0, ExitCode.OK)
