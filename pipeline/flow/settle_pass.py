@@ -93,7 +93,7 @@ class SettleTask:
         return make_settled_row(
             file=file,
             sha256=hashlib.sha256(content).hexdigest(),
-            digest=compute_digest(self.settings, documents, requests),
+            digest=compute_range_digest(self.settings, documents, requests),
             statuses=count_sorted(records["_status"].to_pylist()),
             failures=count_sorted(failures),
             documents=len({*sources}),
@@ -104,7 +104,7 @@ class SettleTask:
     def find_settled(self, documents: pa.Table, before: dict[str, SettledRow]) -> SettledRow | None:
         """Return the row of an earlier pass that made the records of this range from the same, if its shard is as it was written."""
         try:
-            digest = compute_digest(self.settings, documents, read_identities(self.output, documents["doc_id"], self.listed))
+            digest = compute_range_digest(self.settings, documents, read_identities(self.output, documents["doc_id"], self.listed))
             row = before.get(digest)
             content = self.output.records.read(str(row["file"])) if row else b""
         except (DamagedShard, OSError):
@@ -179,7 +179,7 @@ def describe_settings(job: Job, stage: SettleStage) -> str:
     return schema.dump_json([versions, sections, job.schema, str(stage.plan.schema), stage.per_request, stage.fingerprint])
 
 
-def compute_digest(settings: str, documents: pa.Table, requests: pa.Table) -> str:
+def compute_range_digest(settings: str, documents: pa.Table, requests: pa.Table) -> str:
     """Return the SHA-256 of all that a range's records are made of; a row that the ledger has twice counts once."""
     identities = requests.select(IDENTITY_COLUMNS).to_pylist()
     parts = [settings, str(documents.schema), str(documents.to_pylist()), *sorted({str(row) for row in identities})]
