@@ -92,7 +92,7 @@ def test_records_have_the_same_bytes_however_the_ledger_is_stored(answered: Answ
     answered.settle()
     before = answered.read_records()
     assert len(before) == 10
-    for target in (2**30, 2**14):  # one shard, then partitions
+    for target in (2**30, 2**12):  # one shard, then partitions
         monkeypatch.setattr(compaction, "TARGET_BYTES", target)
         compact_shards(answered.output)
         (answered.output.root.path / "settled.json").unlink()  # type: ignore[attr-defined]
