@@ -124,7 +124,7 @@ def test_settling_uses_what_the_run_found_out(workspace: Workspace) -> None:
 
 
 def test_an_invalid_answer_is_asked_for_again_with_its_errors(workspace: Workspace) -> None:
-    row = {"key": "k", "first_page": 1, "last_page": 1, "page_count": 1, "pages": [{"height_px": 56, "width_px": 84}]}
+    row = {"key": "k", "first_page": 1, "last_page": 1, "page_count": 1, "pages": [{"page_no": 1, "height_px": 56, "width_px": 84}]}
     with ChatServer(reply_text(VALID)) as stub:
         chosen = engines.resolve_engine(make_openai_job(workspace, stub), 0.0)
         stub.replies = [reply_text(f"```json\n{VALID}\n```"), reply_text(VALID)]
