@@ -39,7 +39,7 @@ PAGES = 24
 """Many more than are answered between a shard and the signal that follows it, also on a fast machine."""
 PHASE = re.compile(rf"^({'|'.join(Phase)}) +\d.*\n", re.MULTILINE)
 """The line of a phase, which a run prints when the phase ends, and every 30 s."""
-ONE_BY_ONE = ("model.batch_size=1",)
+ONE_BY_ONE = ("model.batch_size=1", "limits.canary=0")
 """Requests come back one by one, and no other request of a batch changes the last bit of a number."""
 
 
