@@ -2,4 +2,4 @@
 
 __version__ = "0.1.0"
 DISTRIBUTION = "pipeline-documents"
-"""The package and the command are called `pipeline`; on PyPI that name is somebody else's."""
+"""The package and the command are called `pipeline`; on PyPI that name belongs to another project."""

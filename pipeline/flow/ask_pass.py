@@ -116,9 +116,9 @@ class RequestRegistry:
         """Note that a request is answered."""
         self.record.end(actor, key)
 
-    def record_death(self, actor: str, last_words: str) -> None:
+    def record_death(self, actor: str, reason: str) -> None:
         """Keep why an engine ends its process, for the requests that it had."""
-        self.record.record_death(actor, last_words)
+        self.record.record_death(actor, reason)
 
     def record_node(self, actor: str, node: str) -> str | None:
         """Keep on which node an engine lives; return the node where it lived before it died."""
@@ -139,7 +139,7 @@ class RequestRegistry:
         return self.loaded > 0
 
     def count_replacement(self, actor: str) -> tuple[int, str]:
-        """Return how many engines were replaced, this one included, and the last words of the dead one."""
+        """Return how many engines were replaced, this one included, and why the dead one ended."""
         return self.record.count_replacement(actor)
 
 
@@ -181,8 +181,8 @@ class EngineActor:
         exit_without_destructors()
         self.registry = registry
         here = ray.get_runtime_context()
-        self.name = f"{here.get_actor_id()} {os.getpid()}"  # one that is replaced keeps its id
-        self.actor = str(here.get_actor_id())
+        self.actor = str(here.get_actor_id())  # one that is replaced keeps its id
+        self.name = f"{self.actor} {os.getpid()}"
         before = ray.get(registry.record_node.remote(self.actor, here.get_node_id()))
         if here.was_current_actor_reconstructed and cluster.is_node_alive(before):  # that a node went away is not the engine's failure
             self.check_replacements(job.sections.ray.max_restarts)
@@ -199,8 +199,8 @@ class EngineActor:
         while (silent_s := self.engine.measure_silence_s()) < stall_s:
             time.sleep(min(STALL_PERIOD_S, stall_s / 4))
         waiting = self.metrics.waiting
-        last_words = f"no token for {silent_s:.0f} s with {waiting} requests under way, `model.stall_s` is {stall_s:g}"
-        ray.get(self.registry.record_death.remote(self.actor, last_words))
+        reason = f"no token for {silent_s:.0f} s with {waiting} requests under way, `model.stall_s` is {stall_s:g}"
+        ray.get(self.registry.record_death.remote(self.actor, reason))
         os._exit(1)
 
     def check_replacements(self, most: int) -> None:

@@ -58,13 +58,13 @@ class Quarantine:
             yield await answered
 
     async def answer_row(self, row: RequestRow, suspects: dict[str, tuple[int, str]]) -> LedgerRow:
-        """Return a row with its answer. `suspects`: deaths and last words of engines that died with a request, at least two."""
+        """Return a row with its answer. `suspects`: deaths of engines with a request, at least two, and why the last one ended."""
         if row.get("failure"):
             return await self.stage.answer_row(row)
         key = str(row["key"])
-        deaths, last_words = suspects.get(key, (0, ""))
+        deaths, reason = suspects.get(key, (0, ""))
         if deaths >= MAX_DEATHS:
-            message = f"the engine died {deaths} times with this request, the last time with no other: {last_words}"
+            message = f"the engine died {deaths} times with this request, the last time with no other: {reason}"
             failure = make_failed_row(Stage.GENERATE, DocumentError("engine_died", message))
             return await self.stage.answer_row({**row, **failure})
         async with self.turnstile.enter(alone=deaths >= SUSPECT_DEATHS):
@@ -88,7 +88,7 @@ class DeathRecord:
         """The request that an engine has with no other; those that wait for it to end are under way, but not to blame."""
         self.deaths: dict[str, tuple[int, str]] = {}
         self.pardons, self.unused_pardons, self.replaced = 0, 0, 0
-        self.last_words = "its process ended without a message"
+        self.reason = "its process ended without a message"
 
     def begin(self, actor: str, keys: Sequence[str]) -> dict[str, tuple[int, str]]:
         """Note requests as under way, but for those at two deaths or more; return these."""
@@ -107,22 +107,22 @@ class DeathRecord:
             del self.alone[actor]
         self.pardons = 0
 
-    def record_death(self, actor: str, last_words: str) -> None:
+    def record_death(self, actor: str, reason: str) -> None:
         """Count the death of an engine for the requests that it had."""
-        self.last_words = last_words
+        self.reason = reason
         had, alone = self.under_way.pop(actor, set()), self.alone.pop(actor, None)
         for key in [alone] if alone else had:
             deaths = self.deaths.get(key, (0, ""))[0] + 1
-            self.deaths[key] = deaths, last_words
+            self.deaths[key] = deaths, reason
             if deaths == MAX_DEATHS and self.pardons < self.MAX_PARDONS:
                 self.pardons, self.unused_pardons = self.pardons + 1, self.unused_pardons + 1
 
     def count_replacement(self, actor: str) -> tuple[int, str]:
-        """Count an engine that takes the place of a dead one; return how many there were, pardoned ones left out, and the last words."""
+        """Count an engine that replaces a dead one; return how many there were, pardoned ones left out, and why the last one ended."""
         if self.under_way.get(actor) or actor in self.alone:  # it had no time to say that it dies
             self.record_death(actor, "its process ended without a message")
         if self.unused_pardons:
             self.unused_pardons -= 1
         else:
             self.replaced += 1
-        return self.replaced, self.last_words
+        return self.replaced, self.reason

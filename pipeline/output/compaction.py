@@ -2,7 +2,7 @@
 
 A shard is written every few seconds, so that a killed run loses little. A run of six days therefore leaves 100,000 shards, each of
 which a resumed run and a settle pass open. A ledger of more than one large shard is sorted into partitions (`partitions.py`), so that
-whoever wants a range of doc_ids opens one or two shards, however many there are:
+reading a range of doc_ids opens one or two shards, however many there are:
 
     small ones with any rows  ->  large ones with any rows, whose sizes say how many partitions there shall be
     any rows  ->  16 partitions of 4 bits  ->  256 of 8 bits  ->  …     every pass reads and writes each row once

@@ -36,7 +36,7 @@ CLONE_NEWNET, CLONE_NEWUSER = 0x40000000, 0x10000000
 CAP_KILL, CAP_SETGID, CAP_SETUID = 5, 6, 7
 CAPABILITY_VERSION = 0x20080522
 UNUSED_USERS = 1_900_000_000
-"""User ids from here on are nobody's (https://systemd.io/UIDS-GIDS); a renderer takes the one that its process id leads to."""
+"""User ids from here on are not assigned (https://systemd.io/UIDS-GIDS); a renderer takes the one that its process id leads to."""
 NOBODY = 65534
 """The id in a user namespace that has no such high ones."""
 SYSTEM_FOLDERS = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/local/lib64", "/etc/ld.so.cache")
@@ -78,7 +78,7 @@ def confine_process(memory_bytes: int) -> list[str]:
 def list_library_folders() -> list[str]:
     """Return what a renderer may read: the folders of the standard library, of installed packages and of shared libraries.
 
-    No folder that may have a project or somebody's files in it: not `sys.prefix`, nor all of `sys.path`.
+    No folder that may hold a project or a user's files: not `sys.prefix`, nor all of `sys.path`.
     """
     paths = sysconfig.get_paths()
     installed = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
@@ -90,7 +90,7 @@ def list_library_folders() -> list[str]:
 
 
 def take_own_user(libc: ctypes.CDLL) -> bool:
-    """Become a user that nobody else is, if this process is root, and return False if root lacks the capabilities for it.
+    """Become a user with an id of this process alone, if this process is root, and return False if root lacks the capabilities for it.
 
     CAP_KILL among them: the parent has to be able to kill this process afterwards.
     """

@@ -5,7 +5,7 @@
         for page in sandbox.draw_pages(1, 4): ...
 
 The child has one socket, the end of a pipe, a temporary file for its stderr (at most 1 MiB) and no secrets. It reads no files but
-libraries, writes none, and has no network, no children, nobody to signal, no core dumps, and a bounded address space (`confine.py`).
+libraries, writes none, and has no network, no children, no process to signal, no core dumps, and a bounded address space (`confine.py`).
 This process, which has secrets, hides its memory and environment from others of its user.
 
 Each call has a deadline: the parent kills the child then, and a limit on CPU time ends it if the parent cannot. The child dies with

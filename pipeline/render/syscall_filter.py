@@ -4,7 +4,7 @@
     refused as unknown    FIRST_NEW_CALL and later: no library needs them, because kernels of 2018 did not have them
     refused by argument   signals to and limits of other processes, commands of fcntl and ioctl, opening files, clone for a process
 
-It holds also after an execve and is the same whoever the user is. A filter cannot read what a pointer points to, so it cannot tell one
+It holds also after an execve and is the same for every user. A filter cannot read what a pointer points to, so it cannot tell one
 path from another: that is done by Landlock (`landlock.py`).
 """
 

@@ -38,16 +38,19 @@ class Part:
 class ValueClaim:
     """The value of one part at one path."""
 
-    page: int
-    """First page of the part."""
     value: Any
     path: str
     """In the part's own value: an item of a list has another index there than in the merged one."""
     part: Part
 
+    @property
+    def page(self) -> int:
+        """First page of the part."""
+        return self.part.first_page
+
     def enter(self, step: str | int) -> ValueClaim:
         """Return the claim of this part one step further."""
-        return ValueClaim(self.page, self.value[step], join_path(self.path, step), self.part)
+        return ValueClaim(self.value[step], join_path(self.path, step), self.part)
 
     def compute_certainty(self) -> float | None:
         """Return the mean certainty of the scalars in the value; None if it is not known."""
@@ -80,7 +83,7 @@ def merge_parts(schema: Schema, parts: Sequence[Part]) -> MergeResult:
     if len(parts) == 1:
         return MergeResult(parts[0].value)
     disagreements: list[Disagreement] = []
-    claims = [ValueClaim(part.first_page, part.value, "$", part) for part in parts]
+    claims = [ValueClaim(part.value, "$", part) for part in parts]
     value = join_claims(claims, "$", [schema], schema, disagreements)
     return MergeResult(value, tuple(disagreements))
 

@@ -233,6 +233,7 @@ def test_each_phase_is_reported_with_its_documents_as_soon_as_they_are_known() -
 def test_documents_that_the_demonstration_model_refuses_are_no_failures_of_a_run() -> None:
     breaker = CircuitBreaker(max_ratio=0.0, min_requests=1)
     breaker.add(row(**failed("generate", "demo")))
+    assert list(breaker.kinds) == [None]
 
 
 # --- the canary
@@ -264,6 +265,10 @@ def test_documents_that_did_not_reach_a_model_do_not_count() -> None:
     ]
     judge(0.0, *unread, unasked("d.pdf"), row("e.pdf"))
     judge(0.0, *unread)
+    canary = Canary(0.0)
+    for one in unread:
+        canary.add(one)
+    assert canary.outcomes == {}
 
 
 def test_a_document_with_one_bad_request_is_bad_once() -> None:
