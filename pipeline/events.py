@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from pipeline.errors import JobError
-from pipeline.records import LedgerRow
+from pipeline.records import ReceiptRow
 
 EVENT_LOG = logging.getLogger("pipeline.events")
 EVENT_LOG.addHandler(logging.NullHandler())
@@ -32,7 +32,7 @@ def emit_event(name: str, **facts: Any) -> None:
     EVENT_LOG.info(name, extra={"facts": facts})
 
 
-def emit_answer_event(row: LedgerRow) -> None:
+def emit_answer_event(row: ReceiptRow) -> None:
     """Log a completed request. A row that only identifies a document is no event."""
     if row["key"] and EVENT_LOG.isEnabledFor(logging.INFO):
         failure = row.get("failure")

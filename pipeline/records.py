@@ -242,13 +242,30 @@ class RequestRow(LedgerRow, total=False):
     size_bytes: int | None
     version: str
     full_url: str | None
-    pixels: list[bytes]
-    """RGB bytes of each page, height_px × width_px × 3."""
+    pixels: list[Pixels]
+    """Of each page."""
 
 
-class AnsweredRow(RequestRow, total=False):
-    """A ledger row on its way from the engine to the driver."""
+class ReceiptRow(TypedDict, total=False):
+    """What the driver learns of a request whose answer is in the ledger, or of a document that needs none (its key is None)."""
 
+    key: str | None
+    attempt: int
+    source: str
+    doc_id: str | None
+    page_count: int | None
+    first_page: int
+    last_page: int
+    status: str
+    failure: FailureRow | None
+    pages_shown: int
+    """Page images in the request."""
+    asks: int | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    engine: str | None
+    started_at: datetime | None
+    elapsed_s: float | None
     actor: str
     """The engine actor's id and process id."""
     alive_s: float

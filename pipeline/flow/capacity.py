@@ -6,11 +6,14 @@ An actor lives on one machine, and beside all actors one document at a time must
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, replace
 
 from pipeline.cluster import Resources
 from pipeline.errors import JobError, RunError
 from pipeline.job import Job
+
+FIRST_RENDERERS = 4
 
 
 class ClusterShrunk(RunError):
@@ -19,7 +22,7 @@ class ClusterShrunk(RunError):
 
 @dataclass(frozen=True)
 class Reservations:
-    """What a run reserves: the size of an engine actor, the bounds of their number, and the CPUs of a render task."""
+    """What a run reserves: the size of an engine actor, the bounds of their number, and the CPUs of a renderer."""
 
     cpus: float
     """Of an engine actor."""
@@ -31,7 +34,14 @@ class Reservations:
     min_actors: int
     max_actors: int
     max_renderers: int | None = None
-    """Render tasks at once; None: as many as there are CPUs for."""
+    """None: as many as there are CPUs for."""
+    expected_renderers: int = 1
+    """As many as there are CPUs for now, beside the engines."""
+
+    @property
+    def first_renderers(self) -> int:
+        """How many renderers are started at once; Ray starts others while these have all they take."""
+        return min(self.expected_renderers, FIRST_RENDERERS)
 
 
 def compute_reservations(job: Job, resources: Resources) -> Reservations:
@@ -43,10 +53,16 @@ def compute_reservations(job: Job, resources: Resources) -> Reservations:
     gpus_here = 0.0 if job.sections.model.reserves_gpus_itself else gpus
     bounds = job.sections.ray.least_actors, job.sections.ray.most_actors
     found = Reservations(compute_actor_cpus(job, resources), gpus, gpus_here, compute_renderer_cpus(job, resources), *bounds)
-    if job.sections.ray.renderers:
-        found = replace(found, max_renderers=job.sections.ray.renderers * len(resources.per_machine))
     room = max(1, count_actors(found, resources))
-    return found if found.min_actors <= room else replace(found, min_actors=room, max_actors=room)
+    if found.min_actors > room:
+        found = replace(found, min_actors=room, max_actors=room)
+    spare = resources.cpus - found.cpus * min(found.max_actors, room)
+    expected = max(1, int(count_fits(found.renderer_cpus, spare)))
+    machines = len(resources.per_machine)
+    most = expected if machines == 1 else None  # a cluster may grow
+    if job.sections.ray.renderers:
+        most = min(most or sys.maxsize, job.sections.ray.renderers * machines)
+    return replace(found, max_renderers=most, expected_renderers=min(expected, most or expected))
 
 
 def count_actors(needed: Reservations, resources: Resources) -> int:

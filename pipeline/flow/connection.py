@@ -1,4 +1,4 @@
-"""Connection of a run to Ray: joined or started as the job says, with Ray Data set up for requests that come and go one by one."""
+"""Connection of a run to Ray: joined or started as the job says, with Ray Data set up for long tasks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import logging
 
 from pipeline import cluster
 from pipeline.job import Job
-
-DATASET_BLOCK_BYTES = 1
-"""Block size above which Ray Data passes rows on: every request goes on as soon as it is drawn, and its answer is written as soon
-as it has come. Blocks of 32 MiB held back those of a whole task, which a kill then cost."""
 
 
 def connect_for_job(job: Job, address: str | None = None) -> cluster.Resources:
@@ -20,7 +16,7 @@ def connect_for_job(job: Job, address: str | None = None) -> cluster.Resources:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.target_max_block_size = DATASET_BLOCK_BYTES
+    context.execution_no_progress_timeout_s = -1  # a block of documents may take longer to be answered; the watchdog looks
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0  # a pool grows when its actors have all they take
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     return resources

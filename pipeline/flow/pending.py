@@ -6,8 +6,10 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from pipeline import sources
 from pipeline.errors import SourceError
@@ -18,6 +20,9 @@ from pipeline.output.sources import SOURCE_SCHEMA, read_sources
 from pipeline.records import SourceRow
 from pipeline.sources import local
 from pipeline.stages.requests import compute_document_keys
+
+DOCUMENTS_AT_ONCE = 20_000
+"""Documents whose keys are computed together."""
 
 
 def list_documents(job: Job) -> pa.Table:
@@ -48,31 +53,51 @@ def limit_documents(listing: pa.Table, limit: int, output: Output) -> pa.Table:
 
 def identify_documents(output: Output, listing: pa.Table) -> pa.Table:
     """Return the listing with the doc_ids and page counts that earlier runs found for sources that have not changed since."""
-    known = {
-        (row["source"], row["size_bytes"], row["version"]): row for row in read_sources(output).select(SOURCE_SCHEMA.names).to_pylist()
-    }
-    keys = zip(*(listing[name].to_pylist() for name in ("source", "size_bytes", "version")), strict=True)
-    found = [known.get(key, {}) for key in keys]
+    known = read_sources(output).select(SOURCE_SCHEMA.names)
+    rows = pc.index_in(listing["source"], known["source"].combine_chunks())
+    same = pc.is_valid(rows)
+    for name in ("size_bytes", "version"):
+        here, there = listing[name], known[name].take(rows)
+        is_equal = pc.or_kleene(pc.equal(here, there), pc.and_(pc.is_null(here), pc.is_null(there)))
+        same = pc.and_(same, pc.fill_null(is_equal, False))
+    rows = pc.if_else(same, rows, pa.scalar(None, pa.int32()))
     for field in (SOURCE_SCHEMA.field("doc_id"), SOURCE_SCHEMA.field("page_count")):
-        listing = listing.append_column(field, pa.array([row.get(field.name) for row in found], field.type))
+        listing = listing.append_column(field, known[field.name].take(rows))
     return listing
 
 
 def forget_unopened(job: Job, documents: pa.Table, state: LedgerState) -> pa.Table:
     """Return the documents; those that could not be opened and are tried once more have no page count."""
-    rows = documents.select(SOURCE_SCHEMA.names).to_pylist()
-    again = [row["page_count"] == 0 and not state.done.issuperset(list_document_keys(job, row)) for row in rows]
-    counts = [None if unopened else row["page_count"] for unopened, row in zip(again, rows, strict=True)]
+    is_unopened = pc.fill_null(pc.equal(documents["page_count"], 0), False)
+    rows = documents.select(SOURCE_SCHEMA.names).filter(is_unopened).to_pylist()
+    if not rows:
+        return documents
+    forgotten = is_unopened.to_numpy().copy()
+    forgotten[forgotten] = [not state.done.find(list(list_document_keys(job, row))).all() for row in rows]
+    counts = pc.if_else(pa.array(forgotten), pa.scalar(None, pa.int32()), documents["page_count"])
     place = documents.schema.get_field_index("page_count")
-    return documents.set_column(place, SOURCE_SCHEMA.field("page_count"), pa.array(counts, pa.int32()))
+    return documents.set_column(place, SOURCE_SCHEMA.field("page_count"), counts)
 
 
 def select_unanswered(job: Job, documents: pa.Table, state: LedgerState) -> pa.Table:
     """Return the documents with a request to ask: one that the ledger does not have, or that is retried."""
-    rows = documents.select(SOURCE_SCHEMA.names).to_pylist()
-    return documents.filter(
-        pa.array([row["page_count"] is None or not state.done.issuperset(list_document_keys(job, row)) for row in rows], pa.bool_())
-    )
+    wanted = [
+        find_unanswered(job, documents.select(SOURCE_SCHEMA.names).slice(start, DOCUMENTS_AT_ONCE).to_pylist(), state)
+        for start in range(0, documents.num_rows, DOCUMENTS_AT_ONCE)
+    ]
+    return documents.filter(pa.array(np.concatenate(wanted))) if wanted else documents
+
+
+def find_unanswered(job: Job, rows: list[SourceRow], state: LedgerState) -> NDArray[np.bool_]:
+    """Return for each document whether it has a request to ask, or was not opened yet."""
+    opened = [index for index, row in enumerate(rows) if row["page_count"] is not None]
+    keys = [list(list_document_keys(job, rows[index])) for index in opened]
+    is_done = state.done.find([key for some in keys for key in some])
+    wanted, first = np.ones(len(rows), np.bool_), 0
+    for index, some in zip(opened, keys, strict=True):
+        wanted[index] = not is_done[first : first + len(some)].all()
+        first += len(some)
+    return wanted
 
 
 def list_document_keys(job: Job, document: SourceRow) -> Iterable[str]:

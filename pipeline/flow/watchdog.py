@@ -6,10 +6,14 @@ leave some: on a cluster that does not grow, for ever. The run then begins again
 
 from __future__ import annotations
 
+import threading
 import time
+import traceback
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, cast
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
 
 from pipeline import cluster
@@ -22,6 +26,13 @@ SILENT_S = 60.0
 GONE_S = 900.0
 """How long a run waits for a machine when no engine has room any more: a cloud takes minutes to find another."""
 CHECK_PERIOD_S = 5.0
+NO_ANSWER_S = 1800.0
+"""How long a run goes on without an answer: longer than a model takes to load, or a document of thousands of pages to be read."""
+START_S, STEP_PAUSE_S = 5.0, 0.3
+"""Some seconds after its start, an execution pauses between its steps: one costs a millisecond of CPU, and a block of documents lasts
+seconds."""
+STOP_S = 5.0
+"""How long a Dataset may take to stop."""
 
 
 class StallWatchdog:
@@ -37,8 +48,11 @@ class StallWatchdog:
         self.answered_s = time.monotonic()
 
     def check(self) -> None:
-        """Raise ClusterShrunk when no answer can come any more, RunError when for `GONE_S` no engine has had room either."""
+        """Raise ClusterShrunk when no answer can come any more, RunError when for `GONE_S` no engine has had room either, or when for
+        `NO_ANSWER_S` no answer has come."""
         now_s = time.monotonic()
+        if now_s > self.answered_s + NO_ANSWER_S:
+            raise RunError(f"the run stopped: no answer has come for {NO_ANSWER_S / 60:g} minutes; run the same command again to resume it")
         if now_s < max(self.answered_s + SILENT_S, self.checked_s + CHECK_PERIOD_S):
             return
         self.checked_s, resources = now_s, cluster.read_resources()
@@ -54,30 +68,65 @@ class StallWatchdog:
             )
 
 
-class ExecutionStep:
-    """Callback of Ray Data: calls a function at each step of an execution in this process, several times a second.
+class DatasetRun:
+    """Runs a Dataset whose rows count documents in a thread of its own, so that the driver can do other things, and stops it.
 
-    `custom_execution_callback_classes`, a field of Ray's DataContext, takes classes with these four methods. The context is pickled, so
-    the function is an attribute of the class and not part of it.
+    A thread that waits for Ray Data cannot be ended, and stopping Ray under it can end the process: so an execution is stopped by an
+    exception that it raises itself, in the callback that Ray Data calls at each of its steps.
     """
 
-    call: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
+    def __init__(self, dataset: ray.data.Dataset) -> None:
+        self.dataset, self.documents_done = dataset, 0
+        self.error: BaseException | None = None
+        self.ended = threading.Event()
+        ExecutionStep.stopped.clear()
+        dataset.context.custom_execution_callback_classes = [ExecutionStep]  # type: ignore[list-item]
+        self.thread = threading.Thread(target=self.consume, name="dataset", daemon=True)
+        self.thread.start()
 
-    def before_execution_starts(self, executor: object) -> None: ...
+    def consume(self) -> None:
+        """Count the documents that are done, until the Dataset ends."""
+        try:
+            for block in self.dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                self.documents_done += pc.sum(cast(pa.Table, block)["documents"]).as_py()
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)
+            self.error = error
+        finally:
+            self.ended.set()
+
+    def has_ended(self, timeout_s: float) -> bool:
+        """Say whether it has ended; wait for that no longer than this."""
+        return self.ended.wait(timeout_s)
+
+    def raise_error(self) -> None:
+        """Raise what ended it early."""
+        if self.error:
+            raise self.error
+
+    def stop(self) -> None:
+        """End it."""
+        ExecutionStep.stopped.set()
+        self.ended.wait(STOP_S)
+
+
+class ExecutionStep:
+    """Callback of Ray Data, called several times a second while a Dataset of this process runs.
+
+    `custom_execution_callback_classes`, a field of Ray's DataContext, takes classes with these four methods. The context is pickled, so
+    what it looks at is an attribute of the class. One Dataset of a process at a time can be stopped.
+    """
+
+    stopped: ClassVar[threading.Event] = threading.Event()
+
+    def before_execution_starts(self, executor: object) -> None:
+        self.started_s = time.monotonic()
 
     def on_execution_step(self, executor: object) -> None:
-        ExecutionStep.call()
+        pause_s = STEP_PAUSE_S if time.monotonic() > self.started_s + START_S else 0.0
+        if ExecutionStep.stopped.wait(pause_s):
+            raise RunError("the run was stopped")
 
     def after_execution_succeeds(self, executor: object) -> None: ...
 
     def after_execution_fails(self, executor: object, error: Exception) -> None: ...
-
-
-def call_while_executing(dataset: ray.data.Dataset, call: Callable[[], None]) -> ray.data.Dataset:
-    """Return a dataset whose execution calls this at each of its steps; what it raises ends the execution.
-
-    One dataset of a process at a time can have a call.
-    """
-    ExecutionStep.call = staticmethod(call)
-    dataset.context.custom_execution_callback_classes = [ExecutionStep]  # type: ignore[list-item]
-    return dataset

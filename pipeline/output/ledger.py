@@ -6,18 +6,18 @@ The names of `LedgerRow` and of `LEDGER_SCHEMA` are the same.
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import DamagedShard, JobError
-from pipeline.events import emit_event
 from pipeline.output import Output
+from pipeline.output.key_set import Keys, KeySet, find_packed, pack_keys
 from pipeline.output.partitions import parse_partition
-from pipeline.output.shards import Selection, read_each_shard, read_shards, set_aside_shard, write_shard
+from pipeline.output.shards import Selection, encode_shard, name_shard, read_each_shard, read_shards, set_aside_shard
 from pipeline.output.sources import SOURCE_SCHEMA, write_sources
 from pipeline.records import LedgerRow, Stage, Status
 
@@ -78,12 +78,8 @@ RETRY_PATTERN = re.compile(r"failed(?::(?:(?P<stage>\w+)/)?(?P<kind>\w+))?")
 class LedgerState:
     """What the ledger says: the requests that are done, and how often those were asked that are retried."""
 
-    done: frozenset[str]
+    done: KeySet
     attempts: Mapping[str, int]
-
-    def with_done(self, keys: Set[str]) -> LedgerState:
-        """Return this state after more requests were answered."""
-        return replace(self, done=self.done | keys)
 
 
 @dataclass(frozen=True)
@@ -114,29 +110,57 @@ def select_newest_attempt(attempts: Iterable[LedgerRow]) -> LedgerRow:
     return max(attempts, key=lambda row: (row["status"] != Status.FAILED, row["attempt"]))
 
 
-def build_ledger_state(outcomes: Iterable[LedgerRow], retry: RetryFilter | None = None) -> LedgerState:
-    """Return what is done, given these rows of the ledger and the failures that are retried."""
+def build_ledger_state(outcomes: Iterable[pa.Table], retry: RetryFilter | None = None) -> LedgerState:
+    """Return what is done, given rows of the ledger with `OUTCOME_COLUMNS`, and the failures that are retried.
+
+    Without `retry` it keeps 16 bytes of each row.
+    """
+    keys, kept = list[Keys](), list[pa.Table]()
+    for table in outcomes:
+        keys += [pack_keys(chunk) for chunk in table["key"].chunks]
+        kept += [table] if retry else []
+    again = count_retried_attempts(pa.concat_tables(kept), retry) if retry and kept else {}
+    done = np.concatenate(keys) if keys else None
+    if done is not None and again:
+        done = done[~find_packed(done, KeySet.of(again).sorted)]
+    return LedgerState(KeySet(done), again)
+
+
+def count_retried_attempts(outcomes: pa.Table, retry: RetryFilter) -> dict[str, int]:
+    """Return the requests that are retried, each with the number of its attempts so far."""
+    page_failures = pc.fill_null(pc.list_value_length(outcomes["page_failures"]), 0)
+    has_failed = pc.or_(pc.equal(outcomes["status"], str(Status.FAILED)), pc.greater(page_failures, 0))
     requests: dict[str, list[LedgerRow]] = {}
-    for row in outcomes:
-        requests.setdefault(str(row["key"]), []).append(row)
-    again = {
-        key: max(row["attempt"] for row in attempts)
-        for key, attempts in requests.items()
-        if retry and retry.matches(select_newest_attempt(attempts))
+    for row in outcomes.filter(pc.is_in(outcomes["key"], outcomes["key"].filter(has_failed).combine_chunks())).to_pylist():
+        requests.setdefault(row["key"], []).append(row)
+    return {
+        key: max(row["attempt"] for row in attempts) for key, attempts in requests.items() if retry.matches(select_newest_attempt(attempts))
     }
-    return LedgerState(frozenset(requests.keys() - again.keys()), again)
 
 
 def set_aside_damaged_shards(output: Output) -> list[str]:
     """Set aside the shards of listing and ledger whose keys cannot be read; return their paths."""
-    found = [*read_each_shard(output.sources, None, SOURCE_SCHEMA), *read_each_shard(output.requests, OUTCOME_COLUMNS, LEDGER_SCHEMA)]
+    found = [
+        *read_each_shard(output.sources, None, SOURCE_SCHEMA, convert=len),
+        *read_each_shard(output.requests, OUTCOME_COLUMNS, LEDGER_SCHEMA, convert=len),
+    ]
     return [set_aside_shard(output, damage) for damage in found if isinstance(damage, DamagedShard)]
 
 
-def read_outcomes(output: Output) -> Iterator[LedgerRow]:
-    """Yield the key, attempt, status and failure of every row of the ledger."""
-    for batch in read_shards(output.requests, OUTCOME_COLUMNS, LEDGER_SCHEMA).to_batches(max_chunksize=65_536):
-        yield from batch.to_pylist()
+def read_ledger_state(output: Output, retry: RetryFilter | None = None) -> LedgerState:
+    """Return what the ledger of an output says is done. Raises DamagedShard and RunError."""
+    if retry:
+        return build_ledger_state([read_shards(output.requests, OUTCOME_COLUMNS, LEDGER_SCHEMA)], retry)
+
+    def reduce(table: pa.Table) -> Keys:
+        return np.concatenate([pack_keys(chunk) for chunk in table["key"].chunks] or [pack_keys([])])
+
+    found = read_each_shard(output.requests, ["key"], LEDGER_SCHEMA, convert=reduce)
+    for damage in found:
+        if isinstance(damage, DamagedShard):
+            raise damage
+    keys = [key for key in found if not isinstance(key, DamagedShard)]
+    return LedgerState(KeySet(np.concatenate(keys) if keys else None), {})
 
 
 def read_requests(
@@ -173,37 +197,20 @@ def select_documents(doc_ids: pa.ChunkedArray, listed: Mapping[str, int] | None)
     return Selection(wanted, lambda name: parse_partition(name).overlaps(low, high, with_null), listed)
 
 
-class LedgerWriter:
-    """Collects rows and writes them in shards, every few seconds so that a kill costs little."""
+def write_rows(output: Output, rows: Sequence[LedgerRow], name: str | None = None) -> str | None:
+    """Add a shard with these rows to the ledger, and one with what they say of their documents to the list of sources.
 
-    ROWS, SECONDS = 512, 5.0
+    A row without a key only identifies a document. Returns the name of the ledger's shard, which is `name` where that is given; None if no
+    row has a key. Raises RunError.
+    """
+    asked = [row for row in rows if row["key"]]
+    if asked:
+        name = name or name_rows(asked)
+        output.requests.put(name, encode_shard(pa.Table.from_pylist(asked, LEDGER_SCHEMA)))
+    write_sources(output, pa.Table.from_pylist([{n: row.get(n) for n in SOURCE_SCHEMA.names} for row in rows], SOURCE_SCHEMA))
+    return name if asked else None
 
-    def __init__(self, output: Output) -> None:
-        self.output, self.rows, self.written_at = output, list[LedgerRow](), time.monotonic()
-        self.seen: set[str] = set()
 
-    def add(self, row: LedgerRow) -> bool:
-        """Take a row; return whether it is new: work repeated after the loss of a machine brings rows a second time."""
-        if row["key"] in self.seen:
-            return False
-        if row["key"]:
-            self.seen.add(row["key"])
-        self.rows.append(row)
-        if len(self.rows) >= self.ROWS or time.monotonic() - self.written_at > self.SECONDS:
-            self.flush()
-        return True
-
-    def flush(self) -> None:
-        asked = [row for row in self.rows if row["key"]]
-        if asked:
-            keys = [f"{row['key']}/{row['attempt']}" for row in asked]
-            shard = write_shard(self.output.requests, pa.Table.from_pylist(asked, LEDGER_SCHEMA), keys)
-            emit_event("shard_written", shard=shard, requests=len(asked))
-        write_sources(self.output, pa.Table.from_pylist(self.rows, SOURCE_SCHEMA))
-        self.rows, self.written_at = [], time.monotonic()
-
-    def __enter__(self) -> LedgerWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.flush()
+def name_rows(rows: Iterable[LedgerRow]) -> str:
+    """Return the name of the shard that has these rows of the ledger."""
+    return name_shard(f"{row['key']}/{row['attempt']}" for row in rows)

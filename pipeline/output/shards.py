@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,6 +26,8 @@ LATER_COLUMNS = frozenset({"full_url", "page_failures", "_partial"})
 """Columns that 0.1.0 did not have: null where all columns of its shards are read."""
 MAX_LISTINGS = 5
 """How often a folder is listed when shards vanish while they are read, because another run compacts them."""
+
+Converted = TypeVar("Converted")
 
 
 @dataclass(frozen=True)
@@ -73,16 +76,20 @@ def read_shards(folder: Store, columns: Sequence[str] | None, schema: pa.Schema,
 
 
 def read_each_shard(
-    folder: Store, columns: Sequence[str] | None, schema: pa.Schema, selection: Selection | None = None
-) -> list[pa.Table | DamagedShard]:
-    """Return, for each selected shard of a folder in the order of their names, its rows or its DamagedShard.
+    folder: Store,
+    columns: Sequence[str] | None,
+    schema: pa.Schema,
+    selection: Selection | None = None,
+    convert: Callable[[pa.Table], Converted] = lambda table: table,
+) -> list[Converted | DamagedShard]:
+    """Return, for each selected shard of a folder in the order of their names, what its rows are converted to, or its DamagedShard.
 
     Raises RunError when the folder cannot be read.
     """
 
-    def read(shard: tuple[str, int]) -> pa.Table | DamagedShard:
+    def read(shard: tuple[str, int]) -> Converted | DamagedShard:
         try:
-            return read_shard(folder, *shard, columns, schema, selection.rows if selection else None)
+            return convert(read_shard(folder, *shard, columns, schema, selection.rows if selection else None))
         except DamagedShard as damage:
             return damage
 

@@ -6,8 +6,6 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-import numpy as np
-
 from pipeline import schema
 from pipeline.engines import Engine
 from pipeline.errors import DocumentError
@@ -35,7 +33,7 @@ class AskStage:
             return kept
         shown = [page["page_no"] for page in row["pages"] or []]
         whole = len(shown) == row["page_count"] or self.job.sections.extract.per == "page"
-        kept |= await self.ask_pages(str(row["key"]), decode_pages(row), [] if whole else shown, row["page_count"])
+        kept |= await self.ask_pages(str(row["key"]), row.get("pixels") or [], [] if whole else shown, row["page_count"])
         return kept
 
     async def ask_pages(self, key: str, pages: Sequence[Pixels], page_nos: Sequence[int], page_count: int) -> LedgerRow:
@@ -82,12 +80,6 @@ class AskStage:
         violations = self.validator.find_violations(value) if whole else self.part_validator.find_violations(value)
         errors = [str(violation) for violation in violations if whole or violation.keyword != "required"]
         return errors or self.columns.build_row(value)[1]
-
-
-def decode_pages(row: RequestRow) -> list[Pixels]:
-    """Return a request's page images from their bytes; copies, because torch warns of arrays that it cannot write to."""
-    shapes = [(page["height_px"], page["width_px"], 3) for page in row["pages"] or []]
-    return [np.frombuffer(data, np.uint8).reshape(shape).copy() for data, shape in zip(row["pixels"], shapes, strict=True)]
 
 
 def make_storable(text: str) -> str:

@@ -153,8 +153,11 @@ class RenderStage:
                 failures.append({"page": page_no, "kind": failure["kind"], "message": failure["message"]})
         if not pages:
             return cast(RequestRow, {**failed, "page_failures": failures})
-        pixels = [page.pixels.tobytes() for page in pages]
-        return {"pages": [describe_page(page) for page in pages], "pixels": pixels, "page_failures": failures}
+        return {
+            "pages": [describe_page(page) for page in pages],
+            "pixels": [page.pixels for page in pages],
+            "page_failures": failures,
+        }
 
     def close(self) -> None:
         """End the renderer."""

@@ -3,8 +3,8 @@
 A row's journey, for a document of 5 pages and requests of up to 4:
 
     {source: "a.pdf", size_bytes: …, version: …}
-      -> {…, doc_id: "9f…", page_count: 5, key: "c1…", first_page: 1, last_page: 4, pages: [4 sizes], pixels: [4 × bytes]}
-         {…, doc_id: "9f…", page_count: 5, key: "07…", first_page: 5, last_page: 5, pages: [1 size], pixels: [bytes]}
+      -> {…, doc_id: "9f…", page_count: 5, key: "c1…", first_page: 1, last_page: 4, pages: [4 sizes], pixels: [4 images]}
+         {…, doc_id: "9f…", page_count: 5, key: "07…", first_page: 5, last_page: 5, pages: [1 size], pixels: [image]}
       -> {…, key: "c1…", status: "extracted", answer: '{"total":…', tokens: […], …}
          {…, key: "07…", status: "failed", failure: {stage: "generate", kind: "length", …}, …}
 """

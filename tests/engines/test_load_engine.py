@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline import engines
@@ -27,11 +28,11 @@ def ask_black_page(job: Job) -> Row:
         "last_page": 1,
         "page_count": 1,
         "pages": [PAGE],
-        "pixels": [bytes(448 * 448 * 3)],
+        "pixels": [np.zeros((448, 448, 3), np.uint8)],
         "attempt": 1,
     }
     try:
-        return asyncio.run(AskStage(job, engine).answer_row(row | {"pixels": [bytes(448 * 448 * 3)]}))
+        return asyncio.run(AskStage(job, engine).answer_row(row | {"pixels": [np.zeros((448, 448, 3), np.uint8)]}))
     finally:
         engine.close()
 

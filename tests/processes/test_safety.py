@@ -17,9 +17,9 @@ import pytest
 from pipeline import Job
 from pipeline.errors import DocumentError, PipelineError, RunError
 from pipeline.output import Output
-from pipeline.output.ledger import LedgerWriter
 from pipeline.render.sandbox import Sandbox
 from pipeline.stages.render import RenderPlan, RenderStage
+from tests.support.ledger import LedgerWriter
 from tests.support.stages import Row, claim_all
 from tests.support.workspace import Workspace, draw_slip, make_listing_row
 

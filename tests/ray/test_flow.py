@@ -17,17 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pymupdf
 import pytest
-import ray
 from PIL import Image
 from ray.exceptions import RayError
 
 from pipeline import cluster, engines, flow
 from pipeline.engines import Engine
 from pipeline.errors import DamagedShard, DocumentError, EngineDead, JobError, RunError
-from pipeline.flow import ask_pass, pending
+from pipeline.flow import ask_pass, pending, watchdog
 from pipeline.job import Job
 from pipeline.output import Output
-from pipeline.output.ledger import build_ledger_state, read_outcomes
+from pipeline.output.ledger import read_ledger_state
 from pipeline.output.sources import read_sources
 from pipeline.output.status import read_status
 from pipeline.records import Completion, Request
@@ -161,6 +160,21 @@ class SilentEngine(InkEngine):
 class SilentActor(InkActor):
     def load(self, job: Job, threads: int) -> Engine:
         return SilentEngine()
+
+
+class TwoAnswersEngine(InkEngine):
+    """Answers two requests and no more."""
+
+    async def complete(self, request: Request) -> Completion:
+        self.requests.append(request)
+        if len(self.requests) > 2:
+            await asyncio.Event().wait()
+        return await super().complete(request)
+
+
+class TwoAnswersActor(InkActor):
+    def load(self, job: Job, threads: int) -> Engine:
+        return TwoAnswersEngine()
 
 
 @pytest.fixture(autouse=True)
@@ -300,7 +314,7 @@ def test_the_columns_are_what_check_says(finished: tuple[Workspace, Job, Report]
 def test_a_second_run_asks_nothing_and_changes_nothing(finished_copy: tuple[Workspace, Job], monkeypatch: pytest.MonkeyPatch) -> None:
     _, job = finished_copy
     monkeypatch.setenv("SLIP_PASSWORD", PASSWORD)
-    monkeypatch.setattr(ask_pass, "ask_documents", None)  # a call fails
+    monkeypatch.setattr(ask_pass, "AskPass", None)  # a call fails
     before = read_files(job.output)
     report = flow.run(job)
     after = read_files(job.output)
@@ -431,14 +445,14 @@ def test_a_pool_grows_while_all_its_actors_are_busy(workspace: Workspace, monkey
     assert len(list(workspace.folder.glob("*.actor"))) == 2
 
 
-def test_a_long_listing_goes_through_the_engines_in_parts(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twins in two parts are asked once, and what fails again when it is retried in the first part is not asked in the others, too."""
+def test_twins_are_asked_once_and_what_fails_again_is_retried_once(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks of one document, on several renderers."""
     for number, name in enumerate(("a.pdf", "b.pdf", "c.pdf")):
         workspace.put(name, draw_slip(number))
     workspace.put("d.pdf", draw_slip(0))
     workspace.put("e.pdf", b"")
     workspace.put("0.pdf", b"")
-    monkeypatch.setattr(flow, "DOCUMENTS_PER_DATASET", 2)
+    monkeypatch.setattr(ask_pass, "MAX_BLOCK_DOCUMENTS", 1)
     seen: list[Progress] = []
     report = flow.run(workspace.job(), on_progress=seen.append)
     assert (report.requests_asked, report.statuses) == (3, {"extracted": 4, "failed": 2})
@@ -476,8 +490,8 @@ def test_a_folder_is_kept_up_to_date(workspace: Workspace) -> None:
     assert after["b.pdf"]["total"] != before["b.pdf"]["total"]
 
 
-def test_a_stopped_run_keeps_its_answers_and_goes_on_later(workspace: Workspace) -> None:
-    """Five pages, a record each; stopped when two have come back."""
+def test_a_stopped_run_keeps_its_answers_and_goes_on_later(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five pages, a record each, of which an engine answers two at first; stopped when these are in the ledger."""
     workspace.put("a.pdf", draw_slip(1, 2, 3, 4, 5))
     job = workspace.job("extract.per=page", "model.batch_size=1")
 
@@ -485,8 +499,10 @@ def test_a_stopped_run_keeps_its_answers_and_goes_on_later(workspace: Workspace)
         if now.requests_done == 2:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        flow.run(job, on_progress=stop)
+    with monkeypatch.context() as patch:
+        patch.setattr(ask_pass, "EngineActor", TwoAnswersActor)
+        with pytest.raises(KeyboardInterrupt):
+            flow.run(job, on_progress=stop)
     assert len(read_ledger(workspace)) == 2
     flow.settle(job)
     assert sorted(pq.read_table(job.output / "records")["_status"].to_pylist()) == ["extracted"] * 2 + ["failed"] * 3
@@ -506,7 +522,7 @@ def test_failures_alone_have_the_columns_of_any_run(workspace: Workspace, finish
     assert (report.statuses, report.requests_asked) == ({"failed": 2}, 0)
     schemas = [pq.read_schema(next((output / "records").iterdir())) for output in (job.output, finished[1].output)]
     assert schemas[0].equals(schemas[1])
-    done = build_ledger_state(read_outcomes(Output(job.output)))
+    done = read_ledger_state(Output(job.output))
     assert pending.select_unanswered(job, read_sources(Output(job.output)), done).num_rows == 0
 
 
@@ -561,10 +577,8 @@ def test_a_request_that_kills_its_engine_every_time_is_a_row_and_costs_no_other(
 def test_a_run_in_which_nothing_moves_any_more_breaks_off(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     workspace.put("a.pdf")
     monkeypatch.setattr(ask_pass, "EngineActor", SilentActor)
-    monkeypatch.setattr(ray.data.DataContext.get_current(), "execution_no_progress_timeout_s", 2.0)  # of 30 minutes
-    with pytest.raises(
-        RunError, match=r"^the run stopped: .* no progress for at least \d+s .*timeout: 2s.*; run the same command again to resume it$"
-    ):
+    monkeypatch.setattr(watchdog, "NO_ANSWER_S", 3.0)  # of 30 minutes
+    with pytest.raises(RunError, match=r"^the run stopped: no answer has come for 0.05 minutes; run the same command again to resume it$"):
         flow.run(workspace.job())
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import get_type_hints
-
-import pyarrow as pa
 import pytest
 
-from pipeline.flow.ask_pass import ANSWERED_SCHEMA, RENDERED_SCHEMA
+from pipeline.flow.answer_writer import RECEIPT_COLUMNS
 from pipeline.flow.settle_pass import SETTLED_SCHEMA, SettledRow
 from pipeline.output.ledger import FAILURE_TYPE, LEDGER_SCHEMA, PAGE_TYPE, TOKEN_TYPE
 from pipeline.output.sources import SOURCE_SCHEMA
-from pipeline.records import AnsweredRow, FailureRow, LedgerRow, PageRow, RequestRow, SourceRow, TokenRow
+from pipeline.records import FailureRow, LedgerRow, PageRow, ReceiptRow, SourceRow, TokenRow
 from pipeline.stages.settle import DISAGREEMENT_TYPE, PROVENANCE_COLUMNS, DisagreementRow, ProvenanceRow
 
 
@@ -32,6 +29,6 @@ def test_a_row_type_has_the_fields_of_its_schema(row: type, columns: list[str]) 
     assert list(row.__annotations__) == columns
 
 
-@pytest.mark.parametrize(("row", "schema"), [(RequestRow, RENDERED_SCHEMA), (AnsweredRow, ANSWERED_SCHEMA)])
-def test_rows_under_way_have_fields_for_all_columns_that_travel(row: type, schema: pa.Schema) -> None:
-    assert {*schema.names} <= {*get_type_hints(row)}
+def test_a_receipt_has_columns_of_the_ledger_and_what_its_engine_says() -> None:
+    assert {*RECEIPT_COLUMNS} <= {*LEDGER_SCHEMA.names}
+    assert {*ReceiptRow.__annotations__} - {*RECEIPT_COLUMNS} == {"pages_shown", "actor", "alive_s", "busy_s"}

@@ -17,19 +17,19 @@ def report(**given: Any) -> Report:
 
 
 def row(source: str = "a.pdf", pages: tuple[int, int] = (1, 1), of: int = 1, **given: Any) -> dict[str, Any]:
-    """A ledger row as the ask pass brings it back."""
+    """A receipt as the ask pass brings it."""
     first, last = pages
     answered = {"key": f"{source}/{first}", "first_page": first, "last_page": last, "page_count": of, "status": "extracted", "asks": 1}
-    return {"source": source, "pages": [{}] * (last - first + 1), "prompt_tokens": 100, "completion_tokens": 10} | answered | given
+    return {"source": source, "pages_shown": last - first + 1, "prompt_tokens": 100, "completion_tokens": 10} | answered | given
 
 
 def unasked(source: str) -> dict[str, Any]:
     """A document that asks nothing: all of it is answered, or another file with the same bytes asks."""
-    return {"source": source, "key": None, "first_page": None, "last_page": None, "page_count": 3, "pages": None}
+    return {"source": source, "key": None, "first_page": None, "last_page": None, "page_count": 3}
 
 
 def unopened(source: str) -> dict[str, Any]:
-    return row(source, (0, 0), 0, status="failed") | dict.fromkeys(("pages", "asks", "prompt_tokens", "completion_tokens"))
+    return row(source, (0, 0), 0, status="failed") | dict.fromkeys(("asks", "prompt_tokens", "completion_tokens")) | {"pages_shown": 0}
 
 
 def count(documents: int, *rows: dict[str, Any]) -> tuple[Report, list[Progress]]:

@@ -39,7 +39,7 @@ from pipeline.engines.vllm import launch
 from pipeline.engines.vllm.launch import read_reason_since
 from pipeline.errors import DocumentError, JobError, RunError
 from pipeline.flow import capacity
-from pipeline.flow.ask_pass import BATCHES_IN_FLIGHT, compute_requests_per_batch
+from pipeline.flow.ask_pass import compute_requests_per_engine
 from pipeline.job import Job
 from pipeline.output import Output
 from pipeline.output.ledger import LEDGER_SCHEMA
@@ -141,7 +141,7 @@ def test_models_that_need_more_gpus_than_there_are_are_refused(workspace: Worksp
 
 
 def test_an_actor_gets_twice_as_many_requests_as_vllm_runs_at_once(workspace: Workspace) -> None:
-    assert compute_requests_per_batch(make_vllm_job(workspace, "model.max_num_seqs=100")) * BATCHES_IN_FLIGHT == 200
+    assert compute_requests_per_engine(make_vllm_job(workspace, "model.max_num_seqs=100")) == 200
 
 
 def test_the_reason_is_found_among_general_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,10 +23,10 @@ from pipeline.cli import console, exit_codes
 from pipeline.cli.exit_codes import Terminated
 from pipeline.errors import DamagedShard, DocumentError, EngineDead, JobError, RunError, SourceError
 from pipeline.output import Output
-from pipeline.output.ledger import LedgerWriter
 from pipeline.render import sandbox
 from pipeline.report import ExitCode, Report
 from tests.support.engines import CUT, INVALID, VALID, ScriptedEngine, make_completion
+from tests.support.ledger import LedgerWriter
 from tests.support.workspace import JOB, SCHEMA, Workspace
 
 COMMANDS = ("run", "settle", "submit", "check", "preview", "status", "eval", "compare", "init")

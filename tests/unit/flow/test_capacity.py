@@ -75,5 +75,18 @@ def test_a_cluster_that_became_too_small_has_as_many_actors_as_fit(
 def test_an_engine_that_asks_a_server_needs_no_gpu_and_one_cpu(workspace: Workspace) -> None:
     job = workspace.job("model={engine: openai, base_url: 'http://127.0.0.1:1/v1', concurrency: 20}")
     assert (capacity.compute_actor_gpus(job, Resources(8, 4)), capacity.compute_actor_cpus(job, Resources(8, 4))) == (0, 1)
-    assert ask_pass.compute_requests_per_batch(job) == 3
+    assert ask_pass.compute_requests_per_engine(job) == 40
     check(job, Resources(1, 0))
+
+
+@pytest.mark.parametrize(("setting", "renderers"), [("ray.actors=1", 4), ("ray.actors=[1, 2]", 2), ("ray.renderers=1", 1)])
+def test_renderers_leave_room_for_the_engines(workspace: Workspace, setting: str, renderers: int) -> None:
+    needed = capacity.compute_reservations(workspace.job("ray.cpus_per_actor=1", setting), Resources(3, 0))
+    assert (needed.max_renderers, needed.expected_renderers) == (renderers, renderers)
+
+
+def test_renderers_of_a_cluster_grow_with_it(workspace: Workspace) -> None:
+    needed = capacity.compute_reservations(workspace.job(), machines((8, 1), (8, 1)))
+    assert (needed.max_renderers, needed.expected_renderers, needed.first_renderers) == (None, 15, 4)
+    bounded = capacity.compute_reservations(workspace.job("ray.renderers=3"), machines((8, 1), (8, 1)))
+    assert (bounded.max_renderers, bounded.expected_renderers) == (6, 6)

@@ -17,13 +17,14 @@ from pipeline.flow import pending, settle_pass
 from pipeline.job import Job
 from pipeline.output import Output, compaction
 from pipeline.output.compaction import compact_shards
-from pipeline.output.ledger import LEDGER_SCHEMA, LedgerWriter
+from pipeline.output.ledger import LEDGER_SCHEMA
 from pipeline.output.shards import write_shard
 from pipeline.output.sources import replace_sources
 from pipeline.report import ExitCode, ProgressTracker, Report
 from pipeline.stages.requests import compute_document_keys
 from pipeline.stages.settle import RecordPlan, SettleStage
 from pipeline.storage.store import FolderStore
+from tests.support.ledger import LedgerWriter
 from tests.support.workspace import SCHEMA, Workspace
 
 ROOT = Path(__file__).parents[3]

@@ -46,8 +46,14 @@ def looking(workspace: Workspace, *settings: str, homes: tuple[str, ...] = ("a",
 
 
 def test_a_long_answer_is_waited_for_while_all_machines_are_there(workspace: Workspace, there: FakeCluster) -> None:
-    seen, there.time_s = looking(workspace), 100_000.0
+    seen, there.time_s = looking(workspace), watchdog.NO_ANSWER_S - 1
     seen.check()
+
+
+def test_a_run_without_an_answer_for_too_long_breaks_off(workspace: Workspace, there: FakeCluster) -> None:
+    seen, there.time_s = looking(workspace), watchdog.NO_ANSWER_S + 1
+    with pytest.raises(RunError, match="no answer has come for 30 minutes; run the same command again to resume it"):
+        seen.check()
 
 
 def test_answers_that_still_come_are_not_disturbed(workspace: Workspace, there: FakeCluster) -> None:

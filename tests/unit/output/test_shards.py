@@ -12,10 +12,11 @@ import pytest
 from pipeline.errors import DamagedShard, JobError, RunError
 from pipeline.output import Output
 from pipeline.output.compaction import compact_shards
-from pipeline.output.ledger import LEDGER_SCHEMA, LedgerWriter, read_outcomes, read_requests, set_aside_damaged_shards
+from pipeline.output.ledger import LEDGER_SCHEMA, read_requests, set_aside_damaged_shards
 from pipeline.output.shards import read_shards, write_shard
 from pipeline.output.sources import SOURCE_SCHEMA, read_sources, replace_sources, write_sources
 from pipeline.storage.store import FolderStore
+from tests.support.ledger import LedgerWriter
 
 TABLE = pa.table({"key": ["a", "b"], "n": [1, 2]})
 
@@ -169,7 +170,7 @@ def test_a_damaged_shard_is_set_aside_and_the_rest_is_read(output: Output) -> No
     bad.write_bytes(b"PAR1")
     assert set_aside_damaged_shards(output) == [str(bad)]
     assert list_folder(output.requests) == sorted([f".{bad.name}.damaged", good.name])
-    assert [outcome["key"] for outcome in read_outcomes(output)] == ["k1"]
+    assert read_shards(output.requests, ["key"], LEDGER_SCHEMA)["key"].to_pylist() == ["k1"]
 
 
 def test_no_shards_are_an_empty_table_of_the_schema(output: Output) -> None:
@@ -200,27 +201,6 @@ def test_the_ledger_holds_what_was_added(output: Output) -> None:
     ]
 
 
-def test_the_ledger_writes_after_so_many_rows(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LedgerWriter, "ROWS", 2)
-    ledger = LedgerWriter(output)
-    for key in ("k1", "k2", "k3"):
-        ledger.add(make_row(key))
-    assert read_shards(output.requests, ["key"], LEDGER_SCHEMA)["key"].to_pylist() == ["k1", "k2"]
-
-
-def test_the_ledger_writes_after_so_many_seconds(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LedgerWriter, "SECONDS", -1.0)
-    LedgerWriter(output).add(make_row("k1"))
-    assert read_shards(output.requests, ["key"], LEDGER_SCHEMA)["key"].to_pylist() == ["k1"]
-
-
-def test_an_interrupt_loses_no_row_that_was_added(output: Output) -> None:
-    with pytest.raises(KeyboardInterrupt), LedgerWriter(output) as ledger:  # noqa: PT012  the whole block is interrupted
-        ledger.add(make_row("k1"))
-        raise KeyboardInterrupt
-    assert read_shards(output.requests, ["key"], LEDGER_SCHEMA)["key"].to_pylist() == ["k1"]
-
-
 def test_a_document_without_a_request_is_identified_and_not_in_the_ledger(output: Output) -> None:
     with LedgerWriter(output) as ledger:
         ledger.add(make_row(None, doc_id="same"))
@@ -245,12 +225,6 @@ def test_requests_of_documents_without_a_doc_id_are_read(output: Output) -> None
 
 def test_tokens_are_not_read(output: Output) -> None:
     assert "tokens" not in read_requests(output, pa.chunked_array([["a"]])).column_names
-
-
-def test_a_row_that_comes_twice_is_kept_once(output: Output) -> None:
-    with LedgerWriter(output) as ledger:
-        assert [ledger.add(make_row(key)) for key in ("k1", "k2", "k1", None, None)] == [True, True, False, True, True]
-    assert [outcome["key"] for outcome in read_outcomes(output)] == ["k1", "k2"]
 
 
 # --- the list of sources

@@ -10,9 +10,10 @@ import pytest
 
 from pipeline.errors import JobError
 from pipeline.output import Output
-from pipeline.output.ledger import LEDGER_SCHEMA, LedgerWriter
+from pipeline.output.ledger import LEDGER_SCHEMA
 from pipeline.output.shards import write_shard
 from pipeline.output.status import MAX_WORST_DOCUMENTS, RECORD_STATUS_SCHEMA, read_status
+from tests.support.ledger import LedgerWriter
 
 
 def make_row(key: str, source: str, kind: str = "", attempt: int = 1, **columns: Any) -> dict[str, Any]:

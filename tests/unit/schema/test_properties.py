@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pipeline.budget import MAX_RATIO, PixelBudget, count_visual_tokens, fit_page
 from pipeline.errors import JobError
 from pipeline.output import Output
-from pipeline.output.ledger import LedgerWriter, read_requests
+from pipeline.output.ledger import read_requests
 from pipeline.output.sources import read_sources
 from pipeline.schema import dump_json, prompt
 from pipeline.schema.arrow import ArrowPlan
@@ -28,6 +28,7 @@ from pipeline.schema.merge import merge_parts
 from pipeline.stages.requests import compute_document_keys
 from pipeline.stages.settle import SettleStage
 from tests.support.engines import VALID
+from tests.support.ledger import LedgerWriter
 from tests.support.stages import Row, make_settle_stage
 from tests.support.tiny_tokenizer import CONTROL
 from tests.support.workspace import Workspace

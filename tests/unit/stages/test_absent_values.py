@@ -10,6 +10,7 @@ import json
 from decimal import Decimal
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline import schema as schemas
@@ -87,7 +88,7 @@ def settle_answers(job: Job, engine: ScriptedEngine, pages: int) -> Row:
     stage, listed = make_settle_stage(job, NO_EXTRAS), document(page_count=pages)
     requests = ledger(stage, listed, *[{}] * pages)
     asked = AskStage(job, engine)
-    pixels = [bytes(PAGE["width_px"] * PAGE["height_px"] * 3)]
+    pixels = [np.zeros((PAGE["height_px"], PAGE["width_px"], 3), np.uint8)]
     rows = [
         {
             **row,

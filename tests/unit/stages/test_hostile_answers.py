@@ -7,10 +7,11 @@ import json
 import random
 from collections import Counter
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.flow.ask_pass import ANSWERED_SCHEMA
+from pipeline.output.ledger import LEDGER_SCHEMA
 from pipeline.records import Request
 from pipeline.schema.validate import Validator
 from pipeline.stages.ask import AskStage
@@ -78,7 +79,14 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 def make_row(number: int) -> Row:
     page = {"page_no": 1, "width_px": 28, "height_px": 28, "dpi": 200.0, "visual_tokens": 1, "warnings": []}
-    return {"key": str(number), "first_page": 1, "last_page": 1, "page_count": 1, "pages": [page], "pixels": [bytes(28 * 28 * 3)]}
+    return {
+        "key": str(number),
+        "first_page": 1,
+        "last_page": 1,
+        "page_count": 1,
+        "pages": [page],
+        "pixels": [np.zeros((28, 28, 3), np.uint8)],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +107,7 @@ def test_every_answer_is_a_row_of_the_ledger(asked: list[Row]) -> None:
     assert statuses.total() == ANSWERS
     assert {*statuses} == {"extracted", "invalid"}
     assert min(statuses.values()) > 50
-    assert pa.Table.from_pylist(asked, ANSWERED_SCHEMA).num_rows == ANSWERS
+    assert pa.Table.from_pylist(asked, LEDGER_SCHEMA).num_rows == ANSWERS
 
 
 def test_every_answer_is_a_record(workspace: Workspace, asked: list[Row], answers: list[str]) -> None:

@@ -18,7 +18,7 @@ import pytest
 from pipeline.budget import RenderSettings
 from pipeline.errors import DocumentError, EngineDead, JobError, RunError
 from pipeline.render.sandbox import Sandbox
-from pipeline.stages.ask import AskStage, decode_pages
+from pipeline.stages.ask import AskStage
 from pipeline.stages.render import RenderPlan, RenderStage, make_render_settings
 from pipeline.stages.requests import compute_document_keys, compute_request_key, split_pages
 from tests.support.engines import CUT, INVALID, VALID, Reply, ScriptedEngine, list_texts, make_completion
@@ -28,7 +28,7 @@ from tests.support.workspace import Workspace, draw_slip, make_listing_row
 
 SIZE = {"page_no": 1, "width_px": 28, "height_px": 28, "dpi": 200.0, "visual_tokens": 1, "warnings": []}
 PLACE: Row = {"source": "a.pdf", "key": "k", "attempt": 2, "first_page": 1, "last_page": 1, "page_count": 1}
-REQUEST: Row = PLACE | {"pages": [SIZE], "pixels": [bytes(2352)]}
+REQUEST: Row = PLACE | {"pages": [SIZE], "pixels": [np.zeros((28, 28, 3), np.uint8)]}
 
 
 # --- names of requests
@@ -90,10 +90,10 @@ def test_a_document_becomes_requests_of_pages(workspace: Workspace, stage: Rende
     assert {(row["doc_id"], row["page_count"]) for row in rows} == {(hashlib.sha256(draw_slip(1, 2, 3)).hexdigest(), 3)}
 
 
-def test_pixels_come_back_as_images(workspace: Workspace, stage: RenderStage) -> None:
+def test_pixels_are_images(workspace: Workspace, stage: RenderStage) -> None:
     row = one(stage.render_documents([make_listing_row(workspace.put("a.pdf", draw_slip(1)), workspace.folder)]))
-    (image,) = decode_pages(row)
-    assert (image.shape, image.dtype, image.flags.writeable) == ((448, 448, 3), np.uint8, True)
+    (image,) = row["pixels"]
+    assert (image.shape, image.dtype) == ((448, 448, 3), np.uint8)
     assert row["pages"][0]["visual_tokens"] == 256
 
 
@@ -334,7 +334,7 @@ def test_a_part_that_is_no_json_is_asked_again(workspace: Workspace) -> None:
 
 def test_a_document_that_lacks_a_page_is_asked_as_a_part(workspace: Workspace) -> None:
     """What it lacks may stand on the page that is missing."""
-    pages = {"pages": [SIZE, {**SIZE, "page_no": 3}], "pixels": [bytes(2352)] * 2}
+    pages = {"pages": [SIZE, {**SIZE, "page_no": 3}], "pixels": [np.zeros((28, 28, 3), np.uint8)] * 2}
     row, engine = ask(workspace, make_completion('{"currency":"EUR"}'), last_page=3, page_count=3, **pages)
     assert (row["status"], row["asks"]) == ("extracted", 1)
     assert list_texts(engine.requests[0])[-1] == "These are pages 1, 3 of 3. Return the JSON object for this document."

@@ -18,7 +18,7 @@ from pipeline.cli import main
 from pipeline.errors import DamagedShard, DocumentError, JobError, RunError, SourceError
 from pipeline.output import Output, compaction
 from pipeline.output.compaction import compact_shards
-from pipeline.output.ledger import LEDGER_SCHEMA, LedgerWriter, read_requests, set_aside_damaged_shards
+from pipeline.output.ledger import LEDGER_SCHEMA, read_requests, set_aside_damaged_shards
 from pipeline.output.shards import read_shard, read_shards, write_shard
 from pipeline.output.sources import read_sources
 from pipeline.output.status import read_status
@@ -28,6 +28,7 @@ from pipeline.storage import location, object_store, store
 from pipeline.storage.store import FolderStore, Store
 from tests.support import s3
 from tests.support.engines import INVALID, VALID
+from tests.support.ledger import LedgerWriter
 from tests.support.stages import make_settle_stage
 from tests.support.workspace import Workspace, draw_slip
 from tests.unit.stages import test_settle

@@ -129,7 +129,7 @@ def test_an_invalid_answer_is_asked_for_again_with_its_errors(workspace: Workspa
         chosen = engines.resolve_engine(make_openai_job(workspace, stub), 0.0)
         stub.replies = [reply_text(f"```json\n{VALID}\n```"), reply_text(VALID)]
         with closing(engines.load_engine(chosen)) as engine:
-            answered = asyncio.run(AskStage(chosen, engine).answer_row({**row, "pixels": [make_noise().tobytes()]}))
+            answered = asyncio.run(AskStage(chosen, engine).answer_row({**row, "pixels": [make_noise()]}))
     assert (answered["status"], answered["asks"], answered["prompt_tokens"], answered["engine"]) == ("extracted", 2, 600, "openai")
     assert "That does not satisfy the schema" in stub.requests[-1]["messages"][-1]["content"]
     assert stub.complaints == []

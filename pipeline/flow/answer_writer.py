@@ -1,0 +1,87 @@
+"""Writer of one engine actor: collects answered rows and writes them into the ledger, beside the engine that made them.
+
+    rows -> a shard of the ledger, every few seconds -> receipts for the registry
+
+A row that another process has written, because the request was asked again after a death, is left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+from pipeline.errors import RunError
+from pipeline.flow.quarantine import EngineId
+from pipeline.output import Output
+from pipeline.output.ledger import name_rows, write_rows
+from pipeline.records import LedgerRow, ReceiptRow
+
+FIRST_S, LONGEST_S, GROWTH = 0.5, 5.0, 1.3
+"""Seconds between two shards: few at first, so that a run of minutes is seen to go on, and then so many that a kill costs little."""
+MAX_ROWS = 512
+RECEIPT_COLUMNS = (
+    *("key", "attempt", "source", "doc_id", "page_count", "first_page", "last_page", "status", "failure"),
+    *("asks", "prompt_tokens", "completion_tokens", "engine", "started_at", "elapsed_s"),
+)
+
+
+class AnswerWriter:
+    """Owns the rows between answer and ledger."""
+
+    def __init__(self, output: Output, registry: Any, engine: EngineId, count_load: Callable[[], int]) -> None:
+        """`count_load` returns how many requests the engine has."""
+        self.output, self.registry, self.engine, self.count_load = output, registry, engine, count_load
+        self.rows: dict[str, tuple[LedgerRow, ReceiptRow]] = {}
+        """Rows that are not written yet, by key."""
+        self.period_s, self.written_s = FIRST_S, time.monotonic()
+        self.turn = asyncio.Lock()
+        self.timer: asyncio.Task[None] | None = None
+
+    def add(self, row: LedgerRow, actor: str, alive_s: float, busy_s: float) -> None:
+        """Take an answered row, and what it says of its engine. Called on the event loop."""
+        receipt = {name: row.get(name) for name in RECEIPT_COLUMNS}
+        receipt |= {"pages_shown": len(row.get("pages") or []), "actor": actor, "alive_s": alive_s, "busy_s": busy_s}
+        self.rows[str(row["key"])] = row, cast(ReceiptRow, receipt)
+        if self.timer is None or self.timer.done():
+            self.timer = asyncio.ensure_future(self.write_later())
+
+    async def write_later(self) -> None:
+        """Write when it is time, or when there are many rows."""
+        while self.rows:
+            due_s = self.written_s + self.period_s - time.monotonic()
+            if due_s > 0 and len(self.rows) < MAX_ROWS:
+                await asyncio.sleep(min(due_s, FIRST_S))
+                continue
+            if not await self.flush():
+                return
+            self.period_s = min(LONGEST_S, self.period_s * GROWTH)
+
+    async def flush(self) -> bool:
+        """Write the rows that are there; return whether that was possible. What is in the way ends the run, and the rows stay."""
+        async with self.turn:
+            taken = dict(self.rows)
+            if not taken:
+                return True
+            try:
+                await self.write_shard(taken)
+            except RunError as error:
+                await self.registry.end_run.remote(str(error))
+                return False
+            for key in taken:
+                del self.rows[key]
+            self.written_s = time.monotonic()
+            return True
+
+    async def write_shard(self, taken: dict[str, tuple[LedgerRow, ReceiptRow]]) -> None:
+        """Write one shard and tell the registry of it. Raises RunError."""
+        name = name_rows(row for row, _ in taken.values())
+        refused, doubtful = await self.registry.begin_shard.remote(self.engine, name, list(taken))
+        if doubtful:
+            there = await asyncio.to_thread(self.output.requests.list_names, "")
+            refused |= {key for key, shard in doubtful.items() if shard in there}
+        granted = [pair for key, pair in taken.items() if key not in refused]
+        if granted:
+            await asyncio.to_thread(write_rows, self.output, [row for row, _ in granted], name)
+        await self.registry.end_shard.remote(self.engine, name if granted else None, [receipt for _, receipt in granted], self.count_load())
