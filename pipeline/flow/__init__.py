@@ -206,6 +206,7 @@ class Run:
         for _ in range(MAX_ROUNDS):
             job = self.prepared.job
             state = read_ledger_state(self.output, retry)
+            pa.default_memory_pool().release_unused()
             documents = forget_unopened(job, identify_documents(self.output, self.prepared.listing), state)
             replace_sources(self.output, documents)
             to_ask = select_unanswered(job, documents, state)

@@ -164,7 +164,7 @@ class AskPass:
             max_tasks_in_flight_per_actor=BLOCKS_IN_HAND,
             max_concurrent_calls_per_actor=BLOCKS_IN_HAND,
         )
-        return ray.data.from_arrow(blocks).map_batches(
+        return cast(ray.data.Dataset, ray.data.from_blocks(blocks)).map_batches(
             cast(Any, RenderActor),
             batch_size=None,
             batch_format="pyarrow",

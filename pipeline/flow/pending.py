@@ -21,7 +21,7 @@ from pipeline.records import SourceRow
 from pipeline.sources import local
 from pipeline.stages.requests import compute_document_keys
 
-DOCUMENTS_AT_ONCE = 20_000
+DOCUMENTS_AT_ONCE = 5_000
 """Documents whose keys are computed together."""
 
 
@@ -61,8 +61,10 @@ def identify_documents(output: Output, listing: pa.Table) -> pa.Table:
         is_equal = pc.or_kleene(pc.equal(here, there), pc.and_(pc.is_null(here), pc.is_null(there)))
         same = pc.and_(same, pc.fill_null(is_equal, False))
     rows = pc.if_else(same, rows, pa.scalar(None, pa.int32()))
-    for field in (SOURCE_SCHEMA.field("doc_id"), SOURCE_SCHEMA.field("page_count")):
-        listing = listing.append_column(field, known[field.name].take(rows))
+    found = known.select(["doc_id", "page_count"])
+    del known
+    for name in found.column_names:
+        listing = listing.append_column(SOURCE_SCHEMA.field(name), found[name].take(rows))
     return listing
 
 

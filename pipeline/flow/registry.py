@@ -12,8 +12,6 @@ A request goes through these states; what is asked again after a death is writte
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,10 +19,6 @@ from typing import Any
 from pipeline.flow.quarantine import DeathRecord, EngineId
 from pipeline.output.ledger import LedgerState
 from pipeline.records import ReceiptRow, SourceRow
-
-DEATH_KNOWN_S = 30.0
-"""How long a death is waited for that a caller has seen: the next process of the actor, or its machine's end, tells of it."""
-POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -69,7 +63,7 @@ class RequestRegistry:
         self.writing: dict[str, tuple[EngineId, str]] = {}
         self.news = News()
         self.fatal: str | None = None
-        self.gate = asyncio.Event()
+        self.is_gate_open = False
         self.record = DeathRecord()
         self.nodes: dict[str, str] = {}
         self.pids: dict[str, int] = {}
@@ -78,11 +72,11 @@ class RequestRegistry:
 
     # ---- what renderers call -----------------------------------------------------------------------------------------------------
 
-    async def wait_open(self) -> None:
-        """Return once the first documents have proven good, or at once where there is no such trial."""
-        await self.gate.wait()
+    def is_open(self) -> bool:
+        """Say whether the first documents have proven good, or there is no such trial."""
+        return self.is_gate_open
 
-    async def claim(self, document: SourceRow, keys: list[str]) -> dict[str, int]:
+    def claim(self, document: SourceRow, keys: list[str]) -> dict[str, int]:
         """Return the keys that this document shall ask, each with the number of its attempt, from 1.
 
         A request that is done is not asked again, and of several files with the same bytes one is asked. A document that shall ask none
@@ -98,28 +92,27 @@ class RequestRegistry:
             self.news.identified.append(document)
         return wanted
 
-    async def list_engines(self, is_full: bool) -> list[EngineEntry]:
+    def list_engines(self, is_full: bool) -> list[EngineEntry]:
         """Return the engines; the caller says whether it waits because all that it knows have as many requests as they take."""
         self.news.is_full |= is_full
         return list(self.engines.values())
 
-    async def judge_death(self, engine: EngineId, key: str) -> tuple[bool, str]:
-        """Return whether the death of an engine counts for a request that it had, and why it died.
+    def judge_death(self, engine: EngineId, key: str) -> tuple[bool, str] | None:
+        """Return whether the death of an engine counts for a request that it had, and why it died; None while that is not known.
 
         It does not where the engine asked another request alone, where its machine is gone, or where it was not needed any more.
         """
-        deadline = time.monotonic() + DEATH_KNOWN_S
-        while not self.record.is_known(engine) and self.is_node_alive(self.nodes.get(engine.actor)) and time.monotonic() < deadline:
-            await asyncio.sleep(POLL_S)
+        if not self.record.is_known(engine) and self.is_node_alive(self.nodes.get(engine.actor)):
+            return None
         return self.record.judge(engine, key)
 
-    async def end_run(self, reason: str) -> None:
+    def end_run(self, reason: str) -> None:
         """Note why the run cannot go on."""
         self.fatal = self.fatal or reason
 
     # ---- what engines call -------------------------------------------------------------------------------------------------------
 
-    async def begin_process(self, engine: EngineId, node: str, is_replacement: bool) -> tuple[int, str]:
+    def begin_process(self, engine: EngineId, node: str, is_replacement: bool) -> tuple[int, str]:
         """Note a new process of an engine actor; return how many engines were replaced, and why the last one died.
 
         Where the machine of its last process has gone, that is not the engine's failure.
@@ -133,31 +126,31 @@ class RequestRegistry:
         self.record.forget(last)
         return 0, ""
 
-    async def add_engine(self, entry: EngineEntry) -> None:
+    def add_engine(self, entry: EngineEntry) -> None:
         """Take an engine that has loaded its model."""
         self.engines[entry.id.actor] = entry
         self.news.loaded[entry.id.actor] = entry.node
 
-    async def remove_engine(self, actor: str) -> None:
+    def remove_engine(self, actor: str) -> None:
         """Take away an engine that is ended because it has nothing to do: its end is no death."""
         self.engines.pop(actor, None)
         self.nodes.pop(actor, None)
         self.record.forget(EngineId(actor, self.pids.pop(actor, 0)))
 
-    async def begin_alone(self, engine: EngineId, key: str) -> None:
+    def begin_alone(self, engine: EngineId, key: str) -> None:
         """Note that an engine asks a request with no other."""
         self.record.begin_alone(engine, key)
 
-    async def end_alone(self, engine: EngineId) -> None:
+    def end_alone(self, engine: EngineId) -> None:
         """Note that the request that was asked with no other is answered."""
         self.record.end_alone(engine)
 
-    async def record_death(self, engine: EngineId, reason: str) -> None:
+    def record_death(self, engine: EngineId, reason: str) -> None:
         """Keep why an engine ends its process."""
         self.engines.pop(engine.actor, None)
         self.record.record_death(engine, reason)
 
-    async def begin_shard(self, engine: EngineId, shard: str, keys: Sequence[str]) -> tuple[set[str], dict[str, str]]:
+    def begin_shard(self, engine: EngineId, shard: str, keys: Sequence[str]) -> tuple[set[str], dict[str, str]]:
         """Return which of these requests an engine shall not write, and those that it shall not if a shard of this name is there.
 
         The former are done, or another engine writes them; the latter were to be written by a process that has died since.
@@ -174,7 +167,7 @@ class RequestRegistry:
         self.writing.update((key, (engine, shard)) for key in keys if key not in refused)
         return refused, doubtful
 
-    async def end_shard(self, engine: EngineId, shard: str | None, receipts: list[ReceiptRow], load: int) -> None:
+    def end_shard(self, engine: EngineId, shard: str | None, receipts: list[ReceiptRow], load: int) -> None:
         """Take what an engine has written, and how many requests it has."""
         assert self.state is not None
         for receipt in receipts:
@@ -191,23 +184,21 @@ class RequestRegistry:
 
     # ---- what the driver calls ---------------------------------------------------------------------------------------------------
 
-    async def begin_round(self, state: LedgerState, is_open: bool) -> None:
+    def begin_round(self, state: LedgerState, is_open: bool) -> None:
         """Begin to ask what this state does not have; `is_open` says that no trial of the first documents is made."""
         self.state, self.owners, self.writing = state, {}, {}
-        self.gate = asyncio.Event()
-        if is_open:
-            self.gate.set()
+        self.is_gate_open = is_open
 
-    async def open_gate(self) -> None:
+    def open_gate(self) -> None:
         """Let the documents after the first ones be asked."""
-        self.gate.set()
+        self.is_gate_open = True
 
-    async def take_news(self) -> News:
+    def take_news(self) -> News:
         """Return what has happened since the last call."""
         news, self.news = self.news, News(loaded=self.news.loaded)
         news.nodes, news.fatal = list(self.nodes.values()), self.fatal
         return news
 
-    async def list_idle_engines(self) -> list[EngineEntry]:
+    def list_idle_engines(self) -> list[EngineEntry]:
         """Return the engines that had no request when they were last heard of."""
         return [entry for entry in self.engines.values() if not entry.load]

@@ -28,6 +28,10 @@ from pipeline.flow.registry import EngineEntry
 from pipeline.records import SourceRow
 from pipeline.stages.render import RenderPlan, RenderStage
 
+POLL_S = 0.2
+"""How often a renderer asks whether the trial is over, or how an engine died."""
+DEATH_KNOWN_S = 30.0
+"""How long it waits to know."""
 REFRESH_S = 0.5
 """How often a renderer that waits for an engine asks which there are."""
 REFRESH_IDLE_S = 5.0
@@ -134,7 +138,7 @@ class RenderActor:
         self.stage = RenderStage(plan, self.claim_requests)
         self.drawing = ThreadPoolExecutor(1, "draw")
         self.router = EngineRouter(self.registry, ray.get_runtime_context().get_node_id(), limits.requests_per_engine)
-        self.window = ByteWindow(limits.window_bytes)
+        self.window, self.is_open = ByteWindow(limits.window_bytes), False
 
     def claim_requests(self, document: SourceRow, keys: list[str]) -> dict[str, int]:
         """Return the requests that a document shall ask."""
@@ -143,8 +147,9 @@ class RenderActor:
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         documents = batch.drop_columns([TRIAL_COLUMN]).to_pylist()
-        if not batch[TRIAL_COLUMN][0].as_py():
-            await self.registry.wait_open.remote()
+        while not batch[TRIAL_COLUMN][0].as_py() and not self.is_open:
+            self.is_open = await self.registry.is_open.remote()
+            await asyncio.sleep(0 if self.is_open else POLL_S)
         loop = asyncio.get_running_loop()
         sent: list[Future[None]] = await loop.run_in_executor(self.drawing, self.draw_documents, documents, loop)
         await asyncio.gather(*map(asyncio.wrap_future, sent))
@@ -160,6 +165,18 @@ class RenderActor:
             sent.append(asyncio.run_coroutine_threadsafe(self.send_request(ray.put(row), str(row["key"]), size_bytes), loop))
         return sent
 
+    async def judge_death(self, engine: EngineId, key: str) -> tuple[bool, str]:
+        """Return whether the death of an engine counts for a request that it had, and why it died.
+
+        The next process of the actor tells of it, or its machine's end; where nothing does for a while, it counts for no request.
+        """
+        deadline = time.monotonic() + DEATH_KNOWN_S
+        while time.monotonic() < deadline:
+            if judged := await self.registry.judge_death.remote(engine, key):
+                return cast(tuple[bool, str], judged)
+            await asyncio.sleep(POLL_S)
+        return False, ""
+
     async def send_request(self, row: Any, key: str, size_bytes: int) -> None:
         """Send a request, a reference to its row, until an engine has answered it."""
         deaths, reason = 0, ""
@@ -172,7 +189,7 @@ class RenderActor:
                     return
                 except RayActorError:
                     self.router.drop_engine(engine.id)
-                    counts, why = await self.registry.judge_death.remote(engine.id, key)
+                    counts, why = await self.judge_death(engine.id, key)
                     deaths, reason = (deaths + 1, why) if counts else (deaths, reason)
         except (RayError, RunError) as error:
             await self.registry.end_run.remote(str(cluster.convert_worker_error(error, STOPPED)))

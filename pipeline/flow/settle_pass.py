@@ -123,13 +123,14 @@ def settle_output(documents: pa.Table, stage: SettleStage, output: Output, track
     requests are as they were stays. Raises DamagedShard where the ledger cannot be read, RunError where settling fails.
     """
     tracker.enter_phase(Phase.SETTLING, documents.num_rows)
-    documents = documents.sort_by([("doc_id", "ascending"), ("source", "ascending")])
-    ranges = [documents.slice(start, DOCUMENTS_PER_SHARD).combine_chunks() for start in range(0, documents.num_rows, DOCUMENTS_PER_SHARD)]
+    documents = documents.combine_chunks()  # `take` would do so again for each range
+    order = pc.sort_indices(documents, sort_keys=[("doc_id", "ascending"), ("source", "ascending")])
+    ranges = [order.slice(start, DOCUMENTS_PER_SHARD) for start in range(0, documents.num_rows, DOCUMENTS_PER_SHARD)]
     task = SettleTask(stage, output, describe_settings(job, stage), output.requests.list_names(SHARD_SUFFIX))
     before = {str(row.get("digest")): cast(SettledRow, row) for row in output.read_settled()}
-    found = map_concurrently(lambda some: task.find_settled(some, before), ranges) if before else [None] * len(ranges)
+    found = map_concurrently(lambda some: task.find_settled(documents.take(some), before), ranges) if before else [None] * len(ranges)
     rows = [row for row in found if row]
-    changed = [some for some, row in zip(ranges, found, strict=True) if row is None]
+    changed = [documents.take(some) for some, row in zip(ranges, found, strict=True) if row is None]
     tracker.add_settled(documents.num_rows - sum(some.num_rows for some in changed))
     settle_all = settle_here if len(changed) <= MAX_RANGES_HERE else settle_on_ray
     for row in settle_all(changed, task, job, tracker):
@@ -164,7 +165,7 @@ def settle_on_ray(ranges: list[pa.Table], task: SettleTask, job: Job, tracker: P
     import ray.data
     from ray.exceptions import RayError
 
-    settled = ray.data.from_arrow(ranges).map_batches(cast(Any, run_settle_task), batch_size=None, batch_format="pyarrow", fn_args=(task,))
+    settled = ray.data.from_blocks(ranges).map_batches(cast(Any, run_settle_task), batch_size=None, batch_format="pyarrow", fn_args=(task,))
     try:
         for block in settled.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from cast(list[SettledRow], cast(pa.Table, block).to_pylist())

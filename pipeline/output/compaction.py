@@ -20,11 +20,12 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.output import SHARD_SUFFIX, Output
 from pipeline.output.ledger import LEDGER_SCHEMA
 from pipeline.output.partitions import Partition, parse_partition
-from pipeline.output.shards import read_shard, write_shard
+from pipeline.output.shards import mark_first, read_shard, write_shard
 from pipeline.output.sources import SOURCE_SCHEMA, complete_sources
 from pipeline.storage.store import Store, map_concurrently
 
@@ -106,12 +107,12 @@ def group_shards(sizes: Mapping[str, int], most_bytes: int) -> Iterator[dict[str
 def replace_shards(folder: Store, group: dict[str, int], partition: Partition, bits: int) -> None:
     """Replace shards of a partition by one for each of its parts of so many bits, without duplicate rows and sorted by doc_id."""
     table = pa.concat_tables(read_group(folder, group), promote_options="permissive").select(LEDGER_SCHEMA.names)
-    first = {key: row for row, key in reversed(list(enumerate(list_shard_keys(table))))}
-    table = table.take(pa.array(list(first.values()), pa.int64()))
-    table = table.sort_by([("doc_id", "ascending"), ("key", "ascending"), ("attempt", "ascending")])
+    order = pc.sort_indices(table, sort_keys=[("doc_id", "ascending"), ("key", "ascending"), ("attempt", "ascending")])
+    is_new = pc.or_(*(mark_first(table[name].take(order)) for name in KEY_COLUMNS))
+    table = table.take(order.filter(is_new))
     parts = cut_table(table, partition, bits) if bits > partition.bits else [(partition, table)]
     kept = {
-        write_shard(folder, rows, list_shard_keys(rows), ROW_GROUP_SIZE, part.prefix)
+        write_shard(folder, rows, None, ROW_GROUP_SIZE, part.prefix)
         for part, rows in parts  # one after another: each is encoded in memory
         if rows.num_rows
     }
@@ -133,17 +134,12 @@ def read_group(folder: Store, group: dict[str, int], schema: pa.Schema = LEDGER_
     return map_concurrently(lambda name: read_shard(folder, name, group[name], None, schema), group)
 
 
-def list_shard_keys(table: pa.Table) -> list[str]:
-    """Return the keys from which a ledger's shard is named, `KEY/ATTEMPT` for each row."""
-    return [f"{key}/{attempt}" for key, attempt in zip(*(table[name].to_pylist() for name in KEY_COLUMNS), strict=True)]
-
-
 def compact_sources(output: Output) -> int:
     """Rewrite the list of sources as one shard; return by how many shards it shrank."""
     sizes = output.sources.list_names(SHARD_SUFFIX)
     if len(sizes) <= MAX_SMALL_SHARDS:
         return 0
     table = complete_sources(pa.concat_tables(read_group(output.sources, sizes, SOURCE_SCHEMA), promote_options="permissive"))
-    kept = write_shard(output.sources, table, [str(row) for row in table.to_pylist()])
+    kept = write_shard(output.sources, table)
     output.sources.remove(sizes.keys() - {kept})
     return len(sizes) - 1

@@ -28,7 +28,7 @@ class KeySet:
 
     def __init__(self, keys: Keys | None = None) -> None:
         """`keys`: in any order, repeated or not."""
-        self.sorted: Keys = np.unique(keys) if keys is not None else np.empty(0, f"S{BYTES}")
+        self.sorted: Keys = sort_unique(keys) if keys is not None else np.empty(0, f"S{BYTES}")
         self.added: set[bytes] = set()
 
     @classmethod
@@ -55,8 +55,16 @@ class KeySet:
         if key not in self:
             self.added.add(pack_key(key))
             if len(self.added) >= MERGED_AT:
-                self.sorted = np.unique(np.concatenate([self.sorted, np.array(list(self.added), f"S{BYTES}")]))
+                self.sorted = sort_unique(np.concatenate([self.sorted, np.array(list(self.added), f"S{BYTES}")]))
                 self.added = set()
+
+
+def sort_unique(keys: Keys) -> Keys:
+    """Return keys sorted, each once; needs less memory than numpy's `unique`."""
+    keys = np.sort(keys)
+    is_first = np.ones(len(keys), np.bool_)
+    is_first[1:] = keys[1:] != keys[:-1]
+    return keys if is_first.all() else keys[is_first]
 
 
 def find_packed(keys: Keys, among: Keys) -> NDArray[np.bool_]:

@@ -1,7 +1,7 @@
 """Parquet shards: tables in, files that are whole or absent out, and back.
 
-A shard is named from its rows' keys, so that writing the same rows twice leaves one file. Damage, also a changed byte, is found
-when a shard is read, by Parquet's checksums. What the rows mean is not looked at here.
+A shard is named from its rows' keys or from its bytes, so that writing the same rows twice leaves one file. Damage, also a changed
+byte, is found when a shard is read, by Parquet's checksums. What the rows mean is not looked at here.
 """
 
 from __future__ import annotations
@@ -41,11 +41,23 @@ class Selection:
     """The folder's shards and their sizes, if they were listed before."""
 
 
-def write_shard(folder: Store, table: pa.Table, keys: Iterable[str], row_group_size: int | None = None, prefix: str = "") -> str:
-    """Write a table as one Parquet file named from its rows' keys; return its name. Raises RunError."""
-    name = prefix + name_shard(keys)
-    folder.put(name, encode_shard(table, row_group_size))
+def write_shard(
+    folder: Store, table: pa.Table, keys: Iterable[str] | None = None, row_group_size: int | None = None, prefix: str = ""
+) -> str:
+    """Write a table as one Parquet file named from its rows' keys, or without them from its bytes; return its name. Raises RunError."""
+    content = encode_shard(table, row_group_size)
+    name = prefix + (name_shard(keys) if keys is not None else hashlib.sha256(content).hexdigest()[:24] + SHARD_SUFFIX)
+    folder.put(name, content)
     return name
+
+
+def mark_first(column: pa.ChunkedArray) -> pa.Array:
+    """Return for each value of a sorted column whether it differs from the one before it."""
+    values = column.combine_chunks()
+    if not len(values):
+        return pa.array([], pa.bool_())
+    differs = pc.fill_null(pc.not_equal(values.slice(1), values.slice(0, len(values) - 1)), True)
+    return pa.concat_arrays([pa.array([True]), differs])
 
 
 def name_shard(keys: Iterable[str]) -> str:
@@ -98,7 +110,8 @@ def read_each_shard(
         sizes = folder.list_names(SHARD_SUFFIX) if known is None else known
         known = None
         with suppress(FileNotFoundError):
-            return store.map_concurrently(read, [shard for shard in sizes.items() if not selection or selection.holds(shard[0])])
+            shards = [shard for shard in sizes.items() if not selection or selection.holds(shard[0])]
+            return store.map_concurrently(read, shards, store.MAX_FILES if isinstance(folder, store.FolderStore) else store.MAX_STREAMS)
     raise RunError(f"the shards in {folder} keep changing while they are read: make sure that no other run writes there, and try again")
 
 

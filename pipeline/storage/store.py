@@ -24,8 +24,8 @@ from pipeline.errors import RunError
 from pipeline.storage.location import Location
 from pipeline.storage.object_store import RangeReader, format_os_error, open_filesystem
 
-MAX_STREAMS = 16
-"""Concurrent requests to an object store: each waits 10 to 100 ms and needs little CPU."""
+MAX_STREAMS, MAX_FILES = 16, 4
+"""Concurrent requests to an object store, of which each waits 10 to 100 ms and needs little CPU; and files that are read at once."""
 WHOLE_BYTES = 4 * 2**20
 """An object up to this size is fetched whole; of a larger one only the ranges that are read."""
 Item = TypeVar("Item")
@@ -86,9 +86,9 @@ def open_store(location: Location) -> Store:
     return FolderStore(location) if isinstance(location, Path) else ObjectStore(location)
 
 
-def map_concurrently(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """Return the results of a function for the items, in their order; up to `MAX_STREAMS` calls run at once."""
-    with ThreadPoolExecutor(MAX_STREAMS) as pool:
+def map_concurrently(function: Callable[[Item], Result], items: Iterable[Item], streams: int = MAX_STREAMS) -> list[Result]:
+    """Return the results of a function for the items, in their order; up to `streams` calls run at once."""
+    with ThreadPoolExecutor(streams) as pool:
         return list(pool.map(function, items))
 
 

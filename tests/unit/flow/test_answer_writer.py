@@ -33,8 +33,8 @@ class Desk:
 
     def work(self, work: Callable[[AnswerWriter], Awaitable[Any]]) -> Any:
         async def begin() -> Any:
-            await self.registry.begin_round(LedgerState(KeySet.of(["done"]), {}), True)
-            await self.registry.begin_process(ENGINE, "here", False)
+            self.registry.begin_round(LedgerState(KeySet.of(["done"]), {}), True)
+            self.registry.begin_process(ENGINE, "here", False)
             return await work(AnswerWriter(self.output, LocalActor(self.registry), ENGINE, lambda: 3))
 
         return asyncio.run(asyncio.wait_for(begin(), 60))
@@ -88,7 +88,7 @@ def test_a_shard_has_receipts_and_completes_the_list_of_sources(desk: Desk) -> N
     async def work(writer: AnswerWriter) -> Any:
         add(writer, "k1", "k2")
         assert await writer.flush()
-        return await desk.registry.take_news()
+        return desk.registry.take_news()
 
     news = desk.work(work)
     assert [(one["key"], one["pages_shown"], one["actor"], one["busy_s"]) for one in news.receipts] == [
@@ -102,8 +102,8 @@ def test_a_shard_has_receipts_and_completes_the_list_of_sources(desk: Desk) -> N
 
 def test_what_is_done_or_another_engine_writes_is_left_out(desk: Desk) -> None:
     async def work(writer: AnswerWriter) -> None:
-        await desk.registry.begin_process(EngineId("b", 2), "here", False)
-        await desk.registry.begin_shard(EngineId("b", 2), "other.parquet", ["k1"])
+        desk.registry.begin_process(EngineId("b", 2), "here", False)
+        desk.registry.begin_shard(EngineId("b", 2), "other.parquet", ["k1"])
         add(writer, "done", "k1", "k2")
         await writer.flush()
 
@@ -114,9 +114,9 @@ def test_what_is_done_or_another_engine_writes_is_left_out(desk: Desk) -> None:
 @pytest.mark.parametrize(("is_there", "written"), [(True, ["k2"]), (False, ["k1", "k2"])])
 def test_what_a_dead_engine_was_to_write_is_written_once(desk: Desk, is_there: bool, written: list[str]) -> None:
     async def work(writer: AnswerWriter) -> None:
-        await desk.registry.begin_process(EngineId("b", 2), "here", False)
-        await desk.registry.begin_shard(EngineId("b", 2), "other.parquet", ["k1"])
-        await desk.registry.begin_process(EngineId("b", 3), "here", True)
+        desk.registry.begin_process(EngineId("b", 2), "here", False)
+        desk.registry.begin_shard(EngineId("b", 2), "other.parquet", ["k1"])
+        desk.registry.begin_process(EngineId("b", 3), "here", True)
         if is_there:
             desk.output.requests.put("other.parquet", b"")
         add(writer, "k1", "k2")
@@ -135,7 +135,7 @@ def test_a_ledger_that_cannot_be_written_ends_the_run_and_keeps_the_rows(desk: D
         add(writer, "k1")
         assert not await writer.flush()
         assert list(writer.rows) == ["k1"]
-        return await desk.registry.take_news()
+        return desk.registry.take_news()
 
     with monkeypatch.context() as patch:
         patch.setattr(answer_writer, "write_rows", refuse)
