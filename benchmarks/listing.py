@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from pipeline.output import SHARD_SUFFIX, Output
 from pipeline.output.compaction import compact_shards
-from pipeline.output.ledger import LEDGER_SCHEMA, read_outcomes
+from pipeline.output.ledger import LEDGER_SCHEMA, read_ledger_state
 from pipeline.output.shards import write_shard
 from pipeline.storage.store import FolderStore, ObjectStore
 
@@ -96,9 +96,9 @@ def in_folders(names: int, shards: int) -> None:
         output.create()
         for number in range(shards):
             write_shard(output.requests, pa.Table.from_pylist([row(number)], LEDGER_SCHEMA), [str(number)])
-        timed(f"{shards} shards of a row read", lambda: list(read_outcomes(output)))
+        timed(f"{shards} shards of a row read", lambda: read_ledger_state(output))
         print(timed("gathered", lambda: compact_shards(output)), "shards fewer")
-        timed("the same rows read", lambda: list(read_outcomes(output)))
+        timed("the same rows read", lambda: read_ledger_state(output))
 
 
 def in_object_store(names: int) -> None:

@@ -213,13 +213,14 @@ class RaySection(Section):
     )
     actors: int | tuple[int, int] = Field(
         1,
-        description="Engine actors; each loads the model once. Two numbers, `[1, 8]`, let Ray start more when all are busy, and new "
-        "machines for them where the cluster can; each costs the time to load the model.",
+        description="Engine actors; each loads the model once for a run. Two numbers, `[1, 8]`: another is started while all have as many "
+        "requests as they take, on a new machine where the cluster can start one, and one that had none for a minute is ended; each costs "
+        "the time to load the model.",
     )
     renderers: int | None = Field(
         None,
         ge=1,
-        description="Most render tasks at once for each machine of the cluster; default: as many as it has CPUs for. Each has a process of "
+        description="Most renderers at once for each machine of the cluster; default: as many as it has CPUs for. Each has a process of "
         "about 250 MB beside its renderer; fewer leave memory on machines with many cores, and must still keep the engines busy.",
     )
     max_restarts: int = Field(
