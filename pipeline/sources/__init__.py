@@ -60,6 +60,8 @@ BATCH_ROWS = 10_000
 PROGRESS_S = 0.2
 """How often it is said how many documents have been found."""
 OnFound = Callable[[int], None]
+KnownObjects = Mapping[str, tuple[int, str]]
+"""Size and version of objects, by URL."""
 FULL_URL = pa.field("full_url", pa.string())
 REMOTE_URL = re.compile(r"(?!file://)([A-Za-z][A-Za-z0-9+.-]*)(://|::)")
 OBJECT_STORE_SCHEMES = (*location.STORE_PACKAGES, "memory")
@@ -72,15 +74,23 @@ UNREADABLE_REASONS = {
 
 
 def find_documents(
-    paths: Sequence[str], root: Path, *, allow_outside: bool = False, keep_query: bool = False, on_found: OnFound = lambda _: None
+    paths: Sequence[str],
+    root: Path,
+    *,
+    allow_outside: bool = False,
+    keep_query: bool = False,
+    known: KnownObjects | None = None,
+    on_found: OnFound = lambda _: None,
 ) -> pa.Table:
     """Return every document that the paths name, one row each, sorted by `source`; relative paths start at `root`.
 
-    The paths are listed side by side. `on_found` is called in this thread, with the number of documents so far, and a last time with that
-    of the table. Raises SourceError when a path that the job itself names cannot be read or names no file.
+    The paths are listed side by side. Objects of a manifest that are `known` are not looked for. `on_found` is called in this thread, with
+    the number of documents so far, and a last time with that of the table. Raises SourceError when a path that the job itself names cannot
+    be read or names no file.
     """
     with ThreadPoolExecutor(object_store.MAX_STREAMS) as requests, ThreadPoolExecutor(object_store.MAX_STREAMS) as listings:
-        named = [PathListing.open_path(path, os.path.realpath(root), allow_outside, requests) for path in paths]
+        scope = ListingScope(os.path.realpath(root), allow_outside, known or {}, requests)
+        named = [PathListing.open_path(path, scope) for path in paths]
         running = [listings.submit(one.make_table) for one in named]
         try:
             while True:
@@ -130,6 +140,17 @@ def read_document(document: Document, root: Path, max_bytes: int, policy: http.D
 # ---- Listing -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class ListingScope:
+    """What all paths of a job are listed with."""
+
+    root: str
+    allow_outside: bool
+    known: KnownObjects
+    requests: ThreadPoolExecutor
+    """Does what waits for a file system or a store."""
+
+
 @dataclass
 class PathListing:
     """One path of the job (a file, a folder, a manifest, a glob or a URL) and its documents, which are listed when they are asked for."""
@@ -142,30 +163,30 @@ class PathListing:
     """Documents found so far."""
 
     @classmethod
-    def open_path(cls, path: str, root: str, allow_outside: bool, requests: ThreadPoolExecutor) -> PathListing:
-        """Check a path; what waits for a file system or a store is done in the pool, when the documents are listed. Raises SourceError."""
+    def open_path(cls, path: str, scope: ListingScope) -> PathListing:
+        """Check a path, and read it if it is a manifest. Raises SourceError."""
         if http.is_http_url(path):
             return cls(path, [make_url_document(path)])
         if REMOTE_URL.match(path):
             check_url_scheme(path)
-            return cls(path, list_remote_objects(path, requests))
-        full = make_absolute(os.path.expanduser(path), root)
+            return cls(path, list_remote_objects(path, scope.requests))
+        full = make_absolute(os.path.expanduser(path), scope.root)
         try:
             mode = os.stat(full).st_mode
         except FileNotFoundError:
             if GLOB_CHARACTERS.search(path):
-                return cls(path, list_glob(full, root, allow_outside, requests))
+                return cls(path, list_glob(full, scope.root, scope.allow_outside, scope.requests))
             raise SourceError(f"source {path!r} does not exist (looked for {full})") from None
         except (OSError, ValueError) as error:
             raise SourceError(f"source {path!r} cannot be read: {error}") from None
         if not os.access(full, os.R_OK) or not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
             raise SourceError(f"source {path!r} cannot be read: it is not a readable file or folder")
         if stat.S_ISDIR(mode):
-            return cls(path, walk_folder(full, root, allow_outside, requests))
+            return cls(path, walk_folder(full, scope.root, scope.allow_outside, scope.requests))
         if manifest.find_suffix(full) not in manifest.READERS:
-            return cls(path, [make_local_document(full, root)])
+            return cls(path, [make_local_document(full, scope.root)])
         names, columns = manifest.read_manifest(full)
-        return cls(path, list_manifest_entries(names, os.path.dirname(full), root, allow_outside, requests), columns)
+        return cls(path, list_manifest_entries(names, os.path.dirname(full), scope), columns)
 
     def make_table(self) -> pa.Table:
         """Return the documents as a table with a manifest's extra columns. Raises SourceError when there is none."""
@@ -182,24 +203,27 @@ class PathListing:
         return table
 
 
-def list_manifest_entries(
-    names: Sequence[str], folder: str, root: str, allow_outside: bool, requests: ThreadPoolExecutor
-) -> Iterator[Document]:
-    """Return the documents that a manifest in `folder` names, in its order. Each object is looked for by a request of its own."""
-    is_forbidden = None if allow_outside else make_outside_predicate(folder)
-    return map_ahead(requests, lambda name: make_manifest_entry(name, folder, root, is_forbidden), names)
+def list_manifest_entries(names: Sequence[str], folder: str, scope: ListingScope) -> Iterator[Document]:
+    """Return the documents that a manifest in `folder` names, in its order."""
+    is_forbidden = None if scope.allow_outside else make_outside_predicate(folder)
+    return map_ahead(scope.requests, lambda name: make_manifest_entry(name, folder, scope, is_forbidden), names)
 
 
-def make_manifest_entry(name: str, folder: str, root: str, is_forbidden: Predicate | None) -> Document:
-    """Return the document that a manifest in `folder` lists. An http(s) URL is not checked here: `read_document` refuses a bad one."""
+def make_manifest_entry(name: str, folder: str, scope: ListingScope, is_forbidden: Predicate | None) -> Document:
+    """Return the document that a manifest in `folder` lists; an object costs a request.
+
+    An http(s) URL is not checked here: `read_document` refuses a bad one.
+    """
     if http.is_http_url(name):
         return Document(http.format_listed_url(name), None, "")
     if not REMOTE_URL.match(name):
-        return make_local_document(make_absolute(name, folder), root, is_forbidden)
+        return make_local_document(make_absolute(name, folder), scope.root, is_forbidden)
     if location.has_secret(name):
         return Document(location.redact_url(name), -1, "refused")
     if is_forbidden:
         return Document(name.encode("utf-8", "backslashreplace").decode("utf-8"), -1, "outside")
+    if name in scope.known:
+        return Document(name, *scope.known[name])
     check_url_scheme(name)
     with name_store_errors(name):
         found = object_store.find_object(name)
