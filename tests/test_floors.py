@@ -17,6 +17,7 @@ FLOORS = (
 DOORS = {
     "PIL": {"render", "engines", "demo"},
     "awq": {"engines"},
+    "azure": {"storage"},
     "click": {"cli"},
     "filelock": {"output", "engines"},
     "fsspec": {"storage"},
