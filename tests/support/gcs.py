@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 import traceback
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,9 +25,10 @@ class Bucket(buckets.Bucket):
     scheme = "gs"
 
     def put(self, key: str, data: bytes) -> None:
-        resource = {"kind": "storage#object", "bucket": self.name, "name": key, "size": str(len(data)), "etag": uuid.uuid4().hex}
-        resource |= {"contentType": "application/octet-stream", "generation": str(time.time_ns())}
-        self.storage.create_file(self.name, key, data, resource)
+        from gcp_storage_emulator.handlers import objects
+
+        made = objects._make_object_resource(self.endpoint, self.name, key, "application/octet-stream", str(len(data)))
+        self.storage.create_file(self.name, key, data, objects._checksums(data, made))
 
     def get(self, key: str) -> bytes:
         return bytes(self.storage.get_file(self.name, key))

@@ -144,9 +144,13 @@ def test_an_upload_that_is_cut_leaves_the_old_object(any_bucket: Bucket, tmp_pat
 
 def test_a_large_upload_that_is_cut_leaves_nothing(any_bucket: Bucket, tmp_path: Path) -> None:
     """It is made in parts. S3 bills them until the upload is aborted; the other stores remove them after a week."""
-    with serve_until_cut(any_bucket, 1_000_000) as endpoint, any_bucket.redirect(endpoint):
-        with pytest.raises(RunError, match=r"cannot write ..://"):
-            store.open_store(any_bucket.url(tmp_path.name)).put("large.parquet", bytes(101 * 2**20))
+    files = store.open_store(any_bucket.url(tmp_path.name))
+    with (
+        serve_until_cut(any_bucket, 1_000_000) as endpoint,
+        any_bucket.redirect(endpoint),
+        pytest.raises(RunError, match="cannot write ..://"),
+    ):
+        files.put("large.parquet", bytes(101 * 2**20))
     assert any_bucket.keys(tmp_path.name) == []
     assert any_bucket.scheme != "s3" or not any_bucket.has_unfinished_uploads()
 
