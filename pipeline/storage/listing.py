@@ -13,6 +13,7 @@ A listing of n pages in one row takes at most 2 n requests and some hundred more
 
 from __future__ import annotations
 
+import errno
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ PAGE_KEYS = 1000
 MAX_OPENED = 64
 """Folders that are asked for their folders: some times `MAX_STREAMS`, because they are of different sizes."""
 MAX_GROUPS = 256
-"""Listings that the folders of one folder become."""
+"""Listings that all folders become which are not opened."""
 AZURE_FOLDER_MARKS = {"is_directory": "true", "hdi_isfolder": "true"}
 """Metadata of the empty blobs that stand for folders in accounts with a hierarchical namespace."""
 
@@ -125,9 +126,12 @@ def iterate_objects(url: str, is_glob: bool, pool: ThreadPoolExecutor) -> Iterat
         bucket, key, *_ = files.split_path(path)
         selection = KeySelection.for_glob(key) if is_glob else KeySelection(f"{key}/" if key else "")
         read_page = PAGE_READERS[scheme]
-        for keys in iterate_keys(lambda part: read_page(files, bucket, part), selection, pool):
-            is_empty = is_empty and not keys
-            yield [StoredObject(f"{scheme}://{bucket}/{found.key}", found.size_bytes, found.version) for found in keys]
+        try:
+            for keys in iterate_keys(lambda part: read_page(files, bucket, part), selection, pool):
+                is_empty = is_empty and not keys
+                yield [StoredObject(f"{scheme}://{bucket}/{found.key}", found.size_bytes, found.version) for found in keys]
+        except FileNotFoundError:
+            raise FileNotFoundError(errno.ENOENT, f"there is no bucket {bucket!r}") from None
     if is_empty and key and not is_glob:
         alone = find_object(url)
         yield [alone] if alone else []
@@ -158,7 +162,8 @@ def iterate_keys(
                 if page.next_page:
                     parts.appendleft(replace(part, next_page=page.next_page))
                     continue
-                further = split_part(part, MAX_OPENED - opened if selection.enters_all else len(part.folders))
+                most_opened = MAX_OPENED - opened if selection.enters_all else len(part.folders)
+                further = split_part(part, most_opened, max(1, MAX_GROUPS // opened))
                 opened += sum(one.is_opened for one in further)
                 parts.extend(further)
         yield from arrived
@@ -167,22 +172,22 @@ def iterate_keys(
             future.cancel()
 
 
-def split_part(part: ListedPrefix, most_opened: int) -> list[ListedPrefix]:
-    """Return what lists the folders of a part: up to `most_opened` of them opened, else at most `MAX_GROUPS` that are not."""
+def split_part(part: ListedPrefix, most_opened: int, most_groups: int) -> list[ListedPrefix]:
+    """Return what lists the folders of a part: up to `most_opened` of them opened, else at most `most_groups` prefixes that are not."""
     if len(part.folders) <= most_opened:
         return [ListedPrefix(folder, is_opened=True) for folder in part.folders]
     depth = part.prefix.count("/") + 1
-    return [ListedPrefix(prefix, min_depth=depth) for prefix in group_folders(part.prefix, part.folders)]
+    return [ListedPrefix(prefix, min_depth=depth) for prefix in group_folders(part.prefix, part.folders, most_groups)]
 
 
-def group_folders(prefix: str, folders: list[str]) -> list[str]:
-    """Return at most `MAX_GROUPS` prefixes, none of which begins with another, of which each folder of this prefix has one."""
-    if len(folders) <= MAX_GROUPS:
+def group_folders(prefix: str, folders: list[str], most: int) -> list[str]:
+    """Return at most so many prefixes, none of which begins with another, of which each folder of this prefix has one."""
+    if len(folders) <= most:
         return folders
     groups = {prefix}
     for length in range(len(prefix) + 1, max(map(len, folders)) + 1):
         longer = {folder[:length] for folder in folders}
-        if len(longer) > MAX_GROUPS:
+        if len(longer) > most:
             break
         groups = longer
     return sorted(groups)

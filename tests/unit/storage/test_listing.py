@@ -91,8 +91,9 @@ def test_a_glob_enters_no_folder_that_it_does_not_match() -> None:
         ([f"in/{n:05}" for n in range(2_000)], 20 + 1),
         ([f"in/{n % 40}/{n:05}" for n in range(2_000)], 2 + 40),
         ([f"in/{n // 2:05}/{n % 2}" for n in range(2_000)], 10 + 20),  # a folder for every two: not a request each
+        ([f"in/{n % 40:02}/{n:05}/a" for n in range(2_000)], 2 + 40 + 40),
     ],
-    ids=["a page", "flat", "folders", "very many folders"],
+    ids=["a page", "flat", "folders", "very many folders", "very many folders in folders"],
 )
 def test_a_listing_takes_few_requests_more_than_pages_one_after_another(keys: list[str], requests: int) -> None:
     store = PagedKeys(keys, 100)
@@ -106,10 +107,10 @@ def test_folders_are_listed_side_by_side_and_not_all_at_once() -> None:
     assert 8 <= store.most_running <= 16
 
 
-def test_folders_of_one_group_begin_alike_and_no_group_with_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listing, "MAX_GROUPS", 5)
-    assert group_folders("in/", [f"in/doc-{n:04}/" for n in range(1_000, 3_000)]) == ["in/doc-1", "in/doc-2"]
-    assert group_folders("in/", ["in/a/", *(f"in/ab{n}/" for n in range(20))]) == ["in/a/", "in/ab"]
+def test_folders_of_one_group_begin_alike_and_no_group_with_another() -> None:
+    assert group_folders("in/", [f"in/doc-{n:04}/" for n in range(1_000, 3_000)], 5) == ["in/doc-1", "in/doc-2"]
+    assert group_folders("in/", ["in/a/", *(f"in/ab{n}/" for n in range(20))], 5) == ["in/a/", "in/ab"]
+    assert group_folders("in/", ["in/a/", "in/b/"], 1) == ["in/"]
 
 
 def test_a_blob_that_stands_for_a_folder_is_no_document(azure_bucket: azure.Bucket, tmp_path: Path) -> None:
