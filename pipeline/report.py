@@ -51,6 +51,7 @@ class Progress:
     documents: int | None
     """Documents of this phase; None until the listing is complete."""
     documents_done: int
+    """Documents that the phase has got through; while it lists, those found so far."""
     pages_done: int
     requests_done: int
     failed: int
@@ -147,9 +148,14 @@ class ProgressTracker:
         self.phase, self.phase_started_s = phase, time.monotonic()
         self.notify()
 
+    def count_found(self, documents: int) -> None:
+        """Set the number of documents that the listing has so far."""
+        self.documents_done = documents
+        self.notify()
+
     def set_documents(self, documents: int) -> None:
-        """Set the number of documents of the current phase."""
-        self.documents = documents
+        """Set the number of documents of the current phase, of which none is done."""
+        self.documents, self.documents_done = documents, 0
         self.notify()
 
     def add_settled(self, documents: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import settings
 
 from pipeline import cluster
 from pipeline.engines import DEMO_CHECKPOINT
-from tests.support import s3
+from tests.support import azure, buckets, gcs, s3
 from tests.support.vllm_server import serve_vllm
 from tests.support.workspace import PASSWORD, Workspace
 
@@ -42,20 +43,57 @@ def workspace(tmp_path: Path) -> Workspace:
     return Workspace(tmp_path)
 
 
+@dataclass(frozen=True)
+class StoreEnvironment:
+    """Where the tests' object stores are, for this process and Ray's workers: a file that is written when S3's server starts, and ports."""
+
+    aws_config: Path
+    gcs_port: int
+    azure_port: int
+
+
 @pytest.fixture(scope="session")
-def aws_config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Configure S3 for this process and Ray's workers by a file alone, which is written when a server starts."""
+def store_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreEnvironment]:
+    """Configure all object stores; their servers start when a test needs them."""
     with pytest.MonkeyPatch.context() as patch:
-        yield s3.isolate_environment(patch, tmp_path_factory.mktemp("aws"))
+        config = s3.isolate_environment(patch, tmp_path_factory.mktemp("aws"))
+        environment = StoreEnvironment(config, buckets.find_free_port(), buckets.find_free_port())
+        gcs.isolate_environment(patch, environment.gcs_port)
+        azure.isolate_environment(patch, environment.azure_port)
+        yield environment
 
 
 @pytest.fixture(scope="session")
-def bucket(aws_config: Path) -> Iterator[s3.Bucket]:
+def bucket(store_environment: StoreEnvironment) -> Iterator[s3.Bucket]:
     """Start an S3 server once."""
     pytest.importorskip("moto")
     pytest.importorskip("s3fs")
-    with s3.serve_bucket(aws_config) as made:
+    with s3.serve_bucket(store_environment.aws_config) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def gcs_bucket(store_environment: StoreEnvironment) -> Iterator[gcs.Bucket]:
+    """Start an emulator of Google Cloud Storage once."""
+    pytest.importorskip("gcp_storage_emulator")
+    pytest.importorskip("gcsfs")
+    with gcs.serve_bucket(store_environment.gcs_port) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def azure_bucket(store_environment: StoreEnvironment, tmp_path_factory: pytest.TempPathFactory) -> Iterator[azure.Bucket]:
+    """Start an emulator of Azure Blob Storage once."""
+    pytest.importorskip("adlfs")
+    program = buckets.require_program("azurite-blob")
+    with azure.serve_bucket(program, store_environment.azure_port, tmp_path_factory.mktemp("azurite")) as made:
+        yield made
+
+
+@pytest.fixture(scope="session", params=buckets.SCHEMES)
+def any_bucket(request: pytest.FixtureRequest) -> buckets.Bucket:
+    """Each of the object stores."""
+    return buckets.start_bucket(request, request.param)
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +104,7 @@ def vllm_server() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def ray_session(aws_config: Path) -> Iterator[cluster.Resources]:
+def ray_session(store_environment: StoreEnvironment) -> Iterator[cluster.Resources]:
     """Start Ray once; it takes seconds."""
     import ray
 

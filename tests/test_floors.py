@@ -16,7 +16,10 @@ FLOORS = (
 """Files and folders of the package in the order of the data's way, read backwards: each imports only what stands before it."""
 DOORS = {
     "PIL": {"render", "engines", "demo"},
+    "aiobotocore": {"storage"},
     "awq": {"engines"},
+    "azure": {"storage"},
+    "botocore": {"storage"},
     "click": {"cli"},
     "filelock": {"output", "engines"},
     "fsspec": {"storage"},

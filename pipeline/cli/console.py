@@ -335,10 +335,12 @@ def format_phase(now: Progress, elapsed_s: float) -> str:
 
 def format_counts(now: Progress) -> str:
     """Return how many documents there are and how many of them are done; while asking, also pages and failures."""
+    if now.phase is Phase.LISTING:
+        found = now.documents_done if now.documents is None else now.documents
+        so_far = " so far" * (now.documents is None)
+        return f"{found} document{'s' * (found != 1)}{so_far}" if found or not so_far else ""
     if now.documents is None:
         return ""
-    if now.phase is Phase.LISTING:
-        return f"{now.documents} document{'s' * (now.documents != 1)}"
     documents = f"{now.documents_done}/{now.documents} documents"
     return (
         f"{documents}, {now.pages_done} pages, {now.pages_per_s:.1f} pages/s, {now.failed} failed"

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pipeline.engines.checkpoint_files import CHECKPOINT_FILES
 from pipeline.errors import JobError, RunError
-from pipeline.storage import object_store, store
+from pipeline.storage import listing, object_store, store
 from pipeline.storage.object_store import StoredObject
 
 CACHE_ENV = "PIPELINE_CACHE"
@@ -88,7 +88,7 @@ def download_checkpoint(uri: str, revision: str, copy: Path) -> None:
 def list_checkpoint_files(uri: str) -> list[StoredObject]:
     """Return the files of a checkpoint that are used, sorted by name. Raises JobError when there are none or the store fails."""
     try:
-        found = object_store.list_objects(uri)
+        found = listing.list_objects(uri)
     except OSError as error:
         raise JobError(f"the model {uri} cannot be listed: {object_store.format_os_error(error)}", key="model.name") from None
     prefix = f"{uri.rstrip('/')}/"

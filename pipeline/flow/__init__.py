@@ -23,7 +23,7 @@ from pipeline.errors import DamagedShard, JobError
 from pipeline.events import emit_answer_event, emit_event
 from pipeline.flow.capacity import ClusterShrunk, Reservations, check_capacity, compute_reservations
 from pipeline.flow.connection import connect_for_job
-from pipeline.flow.pending import forget_unopened, identify_documents, limit_documents, list_documents, select_unanswered
+from pipeline.flow.pending import forget_unopened, identify_documents, limit_documents, list_documents, record_listing, select_unanswered
 from pipeline.flow.settle_pass import settle_output
 from pipeline.job import Job, find_differences
 from pipeline.output import Output
@@ -83,7 +83,8 @@ def run(
         report.damaged = set_aside_damaged_shards(output)
         if limit is not None:
             prepared = replace(prepared, listing=limit_documents(prepared.listing, limit, output))
-        Run(prepared, output, tracker, lease).execute(retry_filter)
+        with record_listing(prepared.job, prepared.listing, limit, output):
+            Run(prepared, output, tracker, lease).execute(retry_filter)
         tracker.finish()
         report.elapsed_s = round(time.monotonic() - started_s, 3)
         output.write_report(report.as_dict())
@@ -141,7 +142,7 @@ def prepare_run(job: Job, output: Output, tracker: ProgressTracker) -> PreparedR
     if recalled is None:
         engines.check_engine(job)
     tracker.enter_phase(Phase.LISTING)
-    listing = list_documents(job)
+    listing = list_documents(job, tracker.count_found)
     tracker.set_documents(listing.num_rows)
     records = records.with_extras(select_extra_columns(listing))
     prepared = PreparedRun(job, recalled or job, listing, render, records)

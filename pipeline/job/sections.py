@@ -44,6 +44,12 @@ class SourceSection(Section):
         description="Let http(s) URLs lead to private, loopback and link-local addresses. Costs safety: the author of a manifest, "
         "or a server that it names, can then reach your network and your cloud's metadata.",
     )
+    relist: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Whether a run on an output that has a listing lists again. `always` looks at every path, file and object. `auto` does "
+        "so too, but not for objects that a manifest names and an interrupted run has read: each is a request. `never` takes the documents "
+        "in `sources/` of the output and looks at nothing. Costs: new, changed and removed files are not seen.",
+    )
 
 
 class PagesSection(Section):

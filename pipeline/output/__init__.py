@@ -1,4 +1,4 @@
-"""Output folder of a run: the list of sources, the ledger of requests, the records, and three small files about the run.
+"""Output folder of a run: the list of sources, the ledger of requests, the records, and four small files about the run.
 
 In: rows of these three tables, the keys of the job and the report of the run. Out: the same tables, read back from Parquet
 shards, and with them the state from which a run resumes.
@@ -8,6 +8,7 @@ shards, and with them the state from which a run resumes.
       requests/*.parquet    one row per request: the ledger
       records/*.parquet     one row per document or page, typed
       job.yaml  report.json
+      listing.json          what `sources/` is the listing of, and whether the run over it has ended
       settled.json          what each shard of records was made of: one that is as it was is not written again
 
 The folder is local, or a prefix in an object store (`storage/store.py`).
@@ -87,6 +88,17 @@ class Output:
         except (OSError, ValueError):
             return []
         return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+
+    def write_listing(self, facts: dict[str, Any]) -> None:
+        self.root.put("listing.json", (json.dumps(facts) + "\n").encode())
+
+    def read_listing(self) -> dict[str, Any]:
+        """Return the content of `listing.json`; nothing where it is not there or cannot be read, because all can be listed again."""
+        try:
+            found = json.loads(self.root.read("listing.json"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def write_report(self, content: dict[str, Any]) -> None:
         self.root.put("report.json", (json.dumps(content, indent=2) + "\n").encode())

@@ -29,16 +29,20 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.errors import DocumentError, JobError, SourceError
 from pipeline.records import Document
 from pipeline.sources import http, manifest
 from pipeline.sources.local import (
-    GLOB_CHARACTERS,
     Predicate,
     list_glob,
     make_absolute,
@@ -46,9 +50,18 @@ from pipeline.sources.local import (
     make_outside_predicate,
     walk_folder,
 )
-from pipeline.storage import location, object_store
+from pipeline.storage import listing, location, object_store
+from pipeline.storage.location import GLOB_CHARACTERS
+from pipeline.storage.store import map_ahead
 
 LISTING_COLUMNS = pa.schema([("source", pa.string()), ("size_bytes", pa.int64()), ("version", pa.string())])
+BATCH_ROWS = 10_000
+"""Documents that are Python objects before they are rows."""
+PROGRESS_S = 0.2
+"""How often it is said how many documents have been found."""
+OnFound = Callable[[int], None]
+KnownObjects = Mapping[str, tuple[int, str]]
+"""Size and version of objects, by URL."""
 FULL_URL = pa.field("full_url", pa.string())
 REMOTE_URL = re.compile(r"(?!file://)([A-Za-z][A-Za-z0-9+.-]*)(://|::)")
 OBJECT_STORE_SCHEMES = (*location.STORE_PACKAGES, "memory")
@@ -60,19 +73,46 @@ UNREADABLE_REASONS = {
 }
 
 
-def find_documents(paths: Sequence[str], root: Path, *, allow_outside: bool = False, keep_query: bool = False) -> pa.Table:
+def find_documents(
+    paths: Sequence[str],
+    root: Path,
+    *,
+    allow_outside: bool = False,
+    keep_query: bool = False,
+    known: KnownObjects | None = None,
+    on_found: OnFound = lambda _: None,
+) -> pa.Table:
     """Return every document that the paths name, one row each, sorted by `source`; relative paths start at `root`.
 
-    Raises SourceError when a path that the job itself names cannot be read or names no file.
+    The paths are listed side by side. Objects of a manifest that are `known` are not looked for. `on_found` is called in this thread, with
+    the number of documents so far, and a last time with that of the table. Raises SourceError when a path that the job itself names cannot
+    be read or names no file.
     """
-    real_root = os.path.realpath(root)
-    tables = [list_path(path, real_root, allow_outside) for path in paths]
+    with ThreadPoolExecutor(object_store.MAX_STREAMS) as requests, ThreadPoolExecutor(object_store.MAX_STREAMS) as listings:
+        scope = ListingScope(os.path.realpath(root), allow_outside, known or {}, requests)
+        named = [PathListing.open_path(path, scope) for path in paths]
+        running = [listings.submit(one.make_table) for one in named]
+        try:
+            while True:
+                unfinished = wait(running, PROGRESS_S, FIRST_EXCEPTION).not_done
+                for one in running:
+                    if one.done():
+                        one.result()
+                if not unfinished:
+                    break
+                on_found(sum(one.count for one in named))
+        finally:  # the other paths end at their next request
+            requests.shutdown(wait=False)
+            listings.shutdown(wait=False, cancel_futures=True)
     try:
-        table = pa.concat_tables([LISTING_COLUMNS.empty_table(), *tables], promote_options="default")
+        tables = [LISTING_COLUMNS.empty_table(), *(one.result() for one in running)]
+        table = pa.concat_tables(tables, promote_options="default")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise SourceError(f"the manifests give a column different types: {error}") from None
     table = drop_duplicate_sources(table.combine_chunks().sort_by("source"))
-    return table.append_column(FULL_URL, pa.nulls(table.num_rows, pa.string())) if keep_query else hide_queries(table)
+    table = table.append_column(FULL_URL, pa.nulls(table.num_rows, pa.string())) if keep_query else hide_queries(table)
+    on_found(table.num_rows)
+    return table
 
 
 def read_document(document: Document, root: Path, max_bytes: int, policy: http.DownloadPolicy = http.PUBLIC_ONLY) -> bytes:
@@ -100,58 +140,94 @@ def read_document(document: Document, root: Path, max_bytes: int, policy: http.D
 # ---- Listing -------------------------------------------------------------------------------------------------------
 
 
-def list_path(path: str, root: str, allow_outside: bool) -> pa.Table:
-    """Return the documents of one path of the job: a file, a folder, a manifest, a glob or a URL. Raises SourceError."""
-    if http.is_http_url(path):
-        return make_document_table(path, [make_url_document(path)])
-    if REMOTE_URL.match(path):
-        return make_document_table(path, list_remote_objects(path))
-    full = make_absolute(os.path.expanduser(path), root)
-    try:
-        mode = os.stat(full).st_mode
-    except FileNotFoundError:
-        if GLOB_CHARACTERS.search(path):
-            return make_document_table(path, list_glob(full, root, allow_outside))
-        raise SourceError(f"source {path!r} does not exist (looked for {full})") from None
-    except (OSError, ValueError) as error:
-        raise SourceError(f"source {path!r} cannot be read: {error}") from None
-    if not os.access(full, os.R_OK) or not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
-        raise SourceError(f"source {path!r} cannot be read: it is not a readable file or folder")
-    if stat.S_ISDIR(mode):
-        return make_document_table(path, walk_folder(full, root, allow_outside))
-    if manifest.find_suffix(full) not in manifest.READERS:
-        return make_document_table(path, [make_local_document(full, root)])
-    names, columns = manifest.read_manifest(full)
-    folder = os.path.dirname(full)
-    is_forbidden = None if allow_outside else make_outside_predicate(folder)
-    return make_document_table(path, (make_manifest_entry(name, folder, root, is_forbidden) for name in names), columns)
+@dataclass(frozen=True)
+class ListingScope:
+    """What all paths of a job are listed with."""
+
+    root: str
+    allow_outside: bool
+    known: KnownObjects
+    requests: ThreadPoolExecutor
+    """Does what waits for a file system or a store."""
 
 
-def make_manifest_entry(name: str, folder: str, root: str, is_forbidden: Predicate | None) -> Document:
-    """Return the document that a manifest in `folder` lists. An http(s) URL is not checked here: `read_document` refuses a bad one."""
+@dataclass
+class PathListing:
+    """One path of the job (a file, a folder, a manifest, a glob or a URL) and its documents, which are listed when they are asked for."""
+
+    path: str
+    documents: Iterable[Document]
+    extras: Mapping[str, pa.Array] = field(default_factory=dict)
+    """A manifest's other columns."""
+    count: int = 0
+    """Documents found so far."""
+
+    @classmethod
+    def open_path(cls, path: str, scope: ListingScope) -> PathListing:
+        """Check a path, and read it if it is a manifest. Raises SourceError."""
+        if http.is_http_url(path):
+            return cls(path, [make_url_document(path)])
+        if REMOTE_URL.match(path):
+            check_url_scheme(path)
+            return cls(path, list_remote_objects(path, scope.requests))
+        full = make_absolute(os.path.expanduser(path), scope.root)
+        try:
+            mode = os.stat(full).st_mode
+        except FileNotFoundError:
+            if GLOB_CHARACTERS.search(path):
+                return cls(path, list_glob(full, scope.root, scope.allow_outside, scope.requests))
+            raise SourceError(f"source {path!r} does not exist (looked for {full})") from None
+        except (OSError, ValueError) as error:
+            raise SourceError(f"source {path!r} cannot be read: {error}") from None
+        if not os.access(full, os.R_OK) or not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+            raise SourceError(f"source {path!r} cannot be read: it is not a readable file or folder")
+        if stat.S_ISDIR(mode):
+            return cls(path, walk_folder(full, scope.root, scope.allow_outside, scope.requests))
+        if manifest.find_suffix(full) not in manifest.READERS:
+            return cls(path, [make_local_document(full, scope.root)])
+        names, columns = manifest.read_manifest(full)
+        return cls(path, list_manifest_entries(names, os.path.dirname(full), scope), columns)
+
+    def make_table(self) -> pa.Table:
+        """Return the documents as a table with a manifest's extra columns. Raises SourceError when there is none."""
+        batches, documents = [], iter(self.documents)
+        while some := list(islice(documents, BATCH_ROWS)):
+            rows = zip(*((one.source, one.size_bytes, one.version) for one in some), strict=True)
+            batches.append(pa.table([pa.array(column, f.type) for column, f in zip(rows, LISTING_COLUMNS, strict=True)], LISTING_COLUMNS))
+            self.count += len(some)
+        if not batches:
+            raise SourceError(f"source {self.path!r} holds no files")
+        table = pa.concat_tables(batches)
+        for name, values in self.extras.items():
+            table = table.append_column(name, values)
+        return table
+
+
+def list_manifest_entries(names: Sequence[str], folder: str, scope: ListingScope) -> Iterator[Document]:
+    """Return the documents that a manifest in `folder` names, in its order."""
+    is_forbidden = None if scope.allow_outside else make_outside_predicate(folder)
+    return map_ahead(scope.requests, lambda name: make_manifest_entry(name, folder, scope, is_forbidden), names)
+
+
+def make_manifest_entry(name: str, folder: str, scope: ListingScope, is_forbidden: Predicate | None) -> Document:
+    """Return the document that a manifest in `folder` lists; an object costs a request.
+
+    An http(s) URL is not checked here: `read_document` refuses a bad one.
+    """
     if http.is_http_url(name):
         return Document(http.format_listed_url(name), None, "")
     if not REMOTE_URL.match(name):
-        return make_local_document(make_absolute(name, folder), root, is_forbidden)
+        return make_local_document(make_absolute(name, folder), scope.root, is_forbidden)
     if location.has_secret(name):
         return Document(location.redact_url(name), -1, "refused")
     if is_forbidden:
         return Document(name.encode("utf-8", "backslashreplace").decode("utf-8"), -1, "outside")
+    if name in scope.known:
+        return Document(name, *scope.known[name])
     check_url_scheme(name)
-    found = call_store(object_store.find_object, name)
+    with name_store_errors(name):
+        found = object_store.find_object(name)
     return Document(found.url, found.size_bytes, found.version) if found else Document(name, -1, "vanished")
-
-
-def make_document_table(path: str, documents: Iterable[Document], extras: Mapping[str, pa.Array] | None = None) -> pa.Table:
-    """Return documents as a table with a manifest's extra columns. Raises SourceError when there is none."""
-    rows = [(d.source, d.size_bytes, d.version) for d in documents]
-    if not rows:
-        raise SourceError(f"source {path!r} holds no files")
-    columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), LISTING_COLUMNS, strict=True)]
-    table = pa.table(columns, schema=LISTING_COLUMNS)
-    for name, values in (extras or {}).items():
-        table = table.append_column(name, values)
-    return table
 
 
 def drop_duplicate_sources(table: pa.Table) -> pa.Table:
@@ -159,10 +235,10 @@ def drop_duplicate_sources(table: pa.Table) -> pa.Table:
 
     Raises SourceError when two rows of one source have different values in them.
     """
+    if not pc.any(pc.equal(table["source"][1:], table["source"][:-1])).as_py():
+        return table
     names = table["source"].to_pylist()
     first = {name: row for row, name in reversed(list(enumerate(names)))}
-    if len(first) == len(names):
-        return table
     extras = table.drop_columns(LISTING_COLUMNS.names)
     repeated = {name for name, count in Counter(names).items() if count > 1} if extras.column_names else set()
     rows = [row for row, name in enumerate(names) if name in repeated]
@@ -179,6 +255,8 @@ def drop_duplicate_sources(table: pa.Table) -> pa.Table:
 
 def hide_queries(table: pa.Table) -> pa.Table:
     """Return a listing with a digest in place of the query of each http(s) URL, and the URL itself in `full_url`; sorted by `source`."""
+    if not pc.any(pc.match_substring(table["source"], "?")).as_py():
+        return table.append_column(FULL_URL, pa.nulls(table.num_rows, pa.string()))
     names = table["source"].to_pylist()
     urls = [name if http.is_http_url(name) and "?" in name else None for name in names]
     shown = [http.name_url(url) if url else name for name, url in zip(names, urls, strict=True)]
@@ -226,14 +304,14 @@ def make_url_document(url: str) -> Document:
     return Document(name, None, "")
 
 
-def list_remote_objects(url: str) -> Iterator[Document]:
+def list_remote_objects(url: str, requests: ThreadPoolExecutor) -> Iterator[Document]:
     """Yield the objects at, below or matched by an object store's URL, without dot-files. Raises SourceError."""
-    check_url_scheme(url)
     is_glob = GLOB_CHARACTERS.search(url) is not None
-    for found in call_store(object_store.list_objects, url, is_glob):
-        below = found.url.partition(url.rstrip("/") + "/")[2]
-        if is_glob or not any(part.startswith(".") for part in below.split("/")):
-            yield Document(found.url, found.size_bytes, found.version)
+    with name_store_errors(url):
+        for found in chain.from_iterable(listing.iterate_objects(url, is_glob, requests)):
+            below = found.url.partition(url.rstrip("/") + "/")[2]
+            if is_glob or not any(part.startswith(".") for part in below.split("/")):
+                yield Document(found.url, found.size_bytes, found.version)
 
 
 def check_url_scheme(url: str) -> None:
@@ -243,10 +321,11 @@ def check_url_scheme(url: str) -> None:
         raise SourceError(f"source {location.redact_url(url)!r} cannot be read; allowed are paths and URLs that begin with {allowed}")
 
 
-def call_store(function: Callable[..., Any], url: str, *arguments: object) -> Any:
-    """Return `function(url, *arguments)`, its JobError and OSError turned into a SourceError."""
+@contextmanager
+def name_store_errors(url: str) -> Iterator[None]:
+    """Convert a JobError or OSError to a SourceError that names the URL."""
     try:
-        return function(url, *arguments)
+        yield
     except JobError as error:
         raise SourceError(f"source {location.redact_url(url)!r} cannot be listed: {error}") from None
     except OSError as error:

@@ -7,17 +7,22 @@ is a document too. Its size is -1 and its version is the kind of failure that re
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import islice
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from pipeline.records import Document
+from pipeline.storage.location import GLOB_CHARACTERS
+from pipeline.storage.store import map_ahead
 
-GLOB_CHARACTERS = re.compile(r"[*?\[]")
 LOCAL_URL = "file://"
+MAX_AHEAD = 64
+"""Folders whose entries are read before it is their turn: on a mounted file system each call waits for a server."""
 Predicate = Callable[[str], bool]
 """A test of an absolute path."""
 
@@ -38,45 +43,84 @@ def make_local_document(path: str, root: str, is_forbidden: Predicate | None = N
     return Document(source, found.st_size, str(found.st_mtime_ns))
 
 
+@dataclass(frozen=True)
+class FolderEntry:
+    """What a folder holds under one name."""
+
+    path: str
+    is_link: bool = False
+    is_folder: bool = True
+    """It is entered: a folder, or a link to one that may be followed."""
+
+
+@dataclass(frozen=True)
+class FolderScan:
+    """A folder as it was read: its device and inode, and its entries sorted by name, without dot-files."""
+
+    identity: tuple[int, int]
+    entries: list[FolderEntry]
+
+
+def scan_folder(folder: str, is_forbidden: Predicate | None) -> FolderScan:
+    """Read a folder. Raises OSError."""
+    found, made = os.stat(folder), []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.name.startswith("."):
+                is_link = entry.is_symlink()
+                is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
+                may_enter = is_folder and not (is_link and is_forbidden and is_forbidden(entry.path))
+                made.append(FolderEntry(entry.path, is_link, may_enter))
+    return FolderScan((found.st_dev, found.st_ino), sorted(made, key=lambda entry: entry.path))
+
+
 def walk_folder(
-    top: str, root: str, allow_outside: bool, is_wanted: Predicate | None = None, depth: int | None = None
+    top: str, root: str, allow_outside: bool, pool: ThreadPoolExecutor, is_wanted: Predicate | None = None, depth: int | None = None
 ) -> Iterator[Document]:
     """Yield every file in a folder and at most `depth` levels of folders, each folder once, so that circular links end.
 
     A link that leads out of `top` is a document (`outside`) and not followed, unless `allow_outside`; a folder that cannot be read
-    is a document too (`unreadable`).
+    is a document too (`unreadable`). The pool reads folders and looks at files ahead; their order is that of one after another.
     """
     is_forbidden = None if allow_outside else make_outside_predicate(top)
+
+    def make_document(entry: FolderEntry) -> Document:
+        if entry.is_folder:
+            return Document(format_source(entry.path, root), -1, "unreadable")
+        return make_local_document(entry.path, root, is_forbidden if entry.is_link else None)
+
+    found = walk_entries(top, pool, is_forbidden, depth)
+    yield from map_ahead(pool, make_document, (entry for entry in found if entry.is_folder or is_wanted is None or is_wanted(entry.path)))
+
+
+def walk_entries(top: str, pool: ThreadPoolExecutor, is_forbidden: Predicate | None, depth: int | None) -> Iterator[FolderEntry]:
+    """Yield the files below a folder, and the folders that cannot be read."""
     entered: set[tuple[int, int]] = set()
-    queue = deque([top])
+    ahead: dict[str, Future[FolderScan]] = {}
+    queue = deque([FolderEntry(top)])
     while queue:
+        for following in islice(queue, MAX_AHEAD):
+            if len(ahead) < MAX_AHEAD and not following.is_link and following.path not in ahead:
+                ahead[following.path] = pool.submit(scan_folder, following.path, is_forbidden)
         folder = queue.popleft()
         try:
-            found = os.stat(folder)
-            entries = scan_folder(folder) if (found.st_dev, found.st_ino) not in entered else []
+            scan = ahead.pop(folder.path).result() if folder.path in ahead else scan_folder(folder.path, is_forbidden)
         except OSError:
-            yield Document(format_source(folder, root), -1, "unreadable")
+            yield folder
             continue
-        entered.add((found.st_dev, found.st_ino))
-        deeper = depth is None or folder.count("/") - top.count("/") + 1 < depth
-        for entry in entries:
-            check = is_forbidden if entry.is_symlink() else None
-            is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-            if is_folder and not (check and check(entry.path)):
+        if scan.identity in entered:
+            continue
+        entered.add(scan.identity)
+        deeper = depth is None or folder.path.count("/") - top.count("/") + 1 < depth
+        for entry in scan.entries:
+            if not entry.is_folder:
+                yield entry
+            elif deeper:
                 # Linked folders come after all real ones, so that a file is listed under its real path.
-                if deeper:
-                    queue.append(entry.path) if entry.is_symlink() else queue.appendleft(entry.path)
-            elif is_wanted is None or is_wanted(entry.path):
-                yield make_local_document(entry.path, root, check)
+                queue.append(entry) if entry.is_link else queue.appendleft(entry)
 
 
-def scan_folder(folder: str) -> list[os.DirEntry[str]]:
-    """Return a folder's entries sorted by name, without dot-files."""
-    with os.scandir(folder) as entries:
-        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
-
-
-def list_glob(pattern: str, root: str, allow_outside: bool) -> Iterator[Document]:
+def list_glob(pattern: str, root: str, allow_outside: bool, pool: ThreadPoolExecutor) -> Iterator[Document]:
     """Yield the files that a glob matches; `**` stands for any number of folders. Folders that it matches are not entered.
 
     The part of the pattern that is the job's folder is taken literally: that name may contain brackets.
@@ -88,7 +132,7 @@ def list_glob(pattern: str, root: str, allow_outside: bool) -> Iterator[Document
     if not os.path.isdir(top):
         return
     depth = None if "**" in rest else len(rest)
-    yield from walk_folder(top, root, allow_outside, lambda path: is_glob_match(path.split("/")[fixed:], rest), depth)
+    yield from walk_folder(top, root, allow_outside, pool, lambda path: is_glob_match(path.split("/")[fixed:], rest), depth)
 
 
 def is_glob_match(parts: Sequence[str], pattern: Sequence[str]) -> bool:

@@ -18,6 +18,7 @@ STORE_PACKAGES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "az": ("adlfs", 
 """Object store schemes: the package that each needs, and the extra of this package that installs it."""
 URL_PATTERN = re.compile(rf"([A-Za-z][A-Za-z0-9+.-]*)://(.*)|({'|'.join(STORE_PACKAGES)}):/[^/]", re.DOTALL)
 """A URL, or an object store URL that pathlib reduced to one slash."""
+GLOB_CHARACTERS = re.compile(r"[*?\[]")
 CREDENTIALS = re.compile(r"(?<=://).*@", re.DOTALL)
 QUERY = re.compile(r"(https?://[^?#]*)[?#].*", re.DOTALL | re.IGNORECASE)
 

@@ -1,4 +1,4 @@
-"""Object store client on fsspec: takes a URL and lists objects, finds one, or fetches its bytes, whole or in ranges.
+"""Object store client on fsspec: takes a URL and finds an object, or fetches its bytes, whole or in ranges.
 
 Credentials, region and endpoint come from the environment of the calling process (AWS_PROFILE, AWS_ENDPOINT_URL,
 GOOGLE_APPLICATION_CREDENTIALS, …) and are never sent to another process.
@@ -34,6 +34,10 @@ STORE_ERROR_MODULES = (
 """The exceptions of the stores' libraries other than OSError and ValueError."""
 
 
+MAX_STREAMS = 16
+"""Concurrent requests to an object store: each waits 10 to 100 ms and needs little CPU."""
+
+
 class StoreUnreachable(OSError):
     """A request to an object store failed, which says nothing about whether the object exists."""
 
@@ -50,11 +54,29 @@ def open_filesystem(url: str) -> Iterator[tuple[Any, str]]:
     try:
         files = fsspec.filesystem(scheme, use_listings_cache=False)
         files.invalidate_cache()
+        if scheme == "s3" and files.session is None:
+            files.session = make_s3_session()
         yield files, files._strip_protocol(f"{scheme}://{url.partition('://')[2]}")
     except (FileNotFoundError, StoreUnreachable):
         raise
     except list_store_errors() as error:
         raise StoreUnreachable(" ".join(format_os_error(error).split())[:300]) from None
+
+
+def make_s3_session() -> Any:
+    """Return a session whose answers are parsed in a fifth of the time: botocore takes 60 µs for the time in each row of a listing."""
+    from aiobotocore.session import AioSession
+    from botocore.utils import parse_timestamp
+
+    def parse_time(value: Any) -> Any:
+        try:
+            return datetime.fromisoformat(value) if "T" in value else parse_timestamp(value)
+        except (TypeError, ValueError):
+            return parse_timestamp(value)
+
+    session = AioSession()
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=parse_time)
+    return session
 
 
 def check_store_available(url: str) -> None:
@@ -85,19 +107,12 @@ class StoredObject:
     """The etag or the time of the last write, by which a changed object is detected."""
 
 
-def list_objects(url: str, is_glob: bool = False) -> list[StoredObject]:
-    """Return the objects at or below a URL, or those that match it as a glob, from one listing. Raises OSError."""
-    with open_filesystem(url) as (files, path):
-        found = files.glob(path, detail=True) if is_glob else files.find(path, detail=True)
-        return [make_stored_object(files, info) for name, info in found.items() if info["type"] == "file" and not name.endswith("/")]
-
-
 def find_object(url: str) -> StoredObject | None:
     """Return the object with exactly this URL, None if it does not exist. Raises OSError."""
     try:
         with open_filesystem(url) as (files, path):
             info = files.info(path)
-            return make_stored_object(files, info) if info["type"] == "file" else None
+            return make_stored_object(parse_scheme(url), info) if info["type"] == "file" else None
     except FileNotFoundError:
         return None
 
@@ -109,7 +124,7 @@ def fetch_object(url: str, size_bytes: int) -> tuple[bytes, str]:
     """
     with open_filesystem(url) as (files, path):
         data = files.cat_file(path, start=0, end=size_bytes + 1) if size_bytes else b""  # an empty object has no ranges
-        return data, make_stored_object(files, files.info(path)).version
+        return data, make_stored_object(parse_scheme(url), files.info(path)).version
 
 
 def download_object(url: str, file: Path) -> None:
@@ -118,10 +133,14 @@ def download_object(url: str, file: Path) -> None:
         files.get_file(path, str(file))
 
 
-def make_stored_object(files: Any, info: dict[str, Any]) -> StoredObject:
+def make_stored_object(scheme: str, info: dict[str, Any]) -> StoredObject:
+    """Return an object from what its file system says of it; it keeps the scheme that its URL was given with.
+
+    Azure puts quotation marks around the etag of one blob, and none around those of a listing.
+    """
     version = next((info[key] for key in ("ETag", "etag", "mtime", "LastModified", "created") if info.get(key)), "")
     text = str(version.timestamp() if isinstance(version, datetime) else version)
-    return StoredObject(files.unstrip_protocol(info["name"]), info["size"], text)
+    return StoredObject(f"{scheme}://{info['name']}", info["size"], text.strip('"') if scheme in ("az", "abfs") else text)
 
 
 class RangeReader(io.RawIOBase):

@@ -12,22 +12,26 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from pipeline.errors import RunError
 from pipeline.storage.location import Location
-from pipeline.storage.object_store import RangeReader, format_os_error, open_filesystem
+from pipeline.storage.object_store import MAX_STREAMS, RangeReader, format_os_error, open_filesystem
 
-MAX_STREAMS, MAX_FILES = 16, 4
-"""Concurrent requests to an object store, of which each waits 10 to 100 ms and needs little CPU; and files that are read at once."""
+MAX_FILES = 4
+"""Files of a folder that are read at once."""
 WHOLE_BYTES = 4 * 2**20
 """An object up to this size is fetched whole; of a larger one only the ranges that are read."""
+ITEMS_PER_TASK = 50
+"""Items of `map_ahead` that one task takes: a local file is looked at in less time than a task is handed over."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -90,6 +94,22 @@ def map_concurrently(function: Callable[[Item], Result], items: Iterable[Item], 
     """Return the results of a function for the items, in their order; up to `streams` calls run at once."""
     with ThreadPoolExecutor(streams) as pool:
         return list(pool.map(function, items))
+
+
+def map_ahead(pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Yield the results of a function for the items, in their order, while the pool works on those of some hundred items further on."""
+
+    def map_batch(batch: Sequence[Item]) -> list[Result]:
+        return [function(item) for item in batch]
+
+    waiting: deque[Future[list[Result]]] = deque()
+    remaining = iter(items)
+    while batch := list(islice(remaining, ITEMS_PER_TASK)):
+        waiting.append(pool.submit(map_batch, batch))
+        if len(waiting) > 2 * MAX_STREAMS:
+            yield from waiting.popleft().result()
+    while waiting:
+        yield from waiting.popleft().result()
 
 
 @contextmanager
@@ -218,8 +238,9 @@ class ObjectStore:
             files.pipe_file(path, content)  # one request up to 100 MB; a larger upload that fails is aborted
 
     def rename(self, name: str, new: str) -> None:
+        """Read, write and remove: a copy within a store may still go on when it is answered, and need other rights."""
         with convert_os_errors(f"rename {self / name}"), suppress(FileNotFoundError), open_filesystem(self.url) as (files, path):
-            files.cp_file(f"{path}/{name}", f"{path}/{new}")
+            files.pipe_file(f"{path}/{new}", files.cat_file(f"{path}/{name}"))
             files.rm_file(f"{path}/{name}")
 
     def remove(self, names: Iterable[str]) -> None:

@@ -1,19 +1,17 @@
-"""S3 server on loopback (moto's), and a proxy that cuts the connection to it."""
+"""S3 server on loopback: moto's."""
 
 from __future__ import annotations
 
-import socket
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+
+from tests.support import buckets
 
 SECRET = "wJalrXUtnFEMI/EXAMPLEKEY"
 CONFIG = """\
@@ -26,14 +24,10 @@ endpoint_url = {endpoint}
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """A bucket, read and written without the code under test."""
+class Bucket(buckets.Bucket):
+    """A bucket of moto's server."""
 
-    endpoint: str
-    name: str
-
-    def url(self, key: str) -> str:
-        return f"s3://{self.name}/{key}"
+    scheme = "s3"
 
     def put(self, key: str, data: bytes) -> None:
         self.backend.put_object(self.name, key, data)
@@ -42,16 +36,13 @@ class Bucket:
         return bytes(self.backend.get_object(self.name, key).value)
 
     def keys(self, prefix: str) -> list[str]:
-        """Return the keys that begin so."""
         return sorted(key for key in self.backend.buckets[self.name].keys if key.startswith(prefix))
 
-    def contents(self, prefix: str) -> dict[str, bytes]:
-        return {key: self.get(key) for key in self.keys(prefix)}
+    def has_unfinished_uploads(self) -> bool:
+        return bool(self.backend.buckets[self.name].multiparts)
 
-    def rows(self, url: str) -> list[dict[str, Any]]:
-        """Return the rows of the shards below a URL."""
-        found = self.contents(url.removeprefix(self.url("")) + "/")
-        return [row for key, data in found.items() if key.endswith(".parquet") for row in pq.read_table(pa.BufferReader(data)).to_pylist()]
+    def make_environment(self, endpoint: str) -> dict[str, str]:
+        return {"AWS_ENDPOINT_URL": endpoint}
 
     @property
     def backend(self) -> Any:
@@ -94,37 +85,3 @@ def serve_bucket(config: Path) -> Iterator[Bucket]:
         yield bucket
     finally:
         server.stop()
-
-
-@contextmanager
-def serve_until_cut(bucket: Bucket, most_bytes: int) -> Iterator[str]:
-    """Yield an address at which every connection to the server breaks off after this many bytes to it."""
-    there = bucket.endpoint.removeprefix("http://").split(":")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=accept_connections, args=(listener, (there[0], int(there[1])), most_bytes), daemon=True).start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        listener.shutdown(socket.SHUT_RDWR)
-
-
-def accept_connections(listener: socket.socket, there: tuple[str, int], most_bytes: int) -> None:
-    with suppress(OSError):
-        while True:
-            client, _ = listener.accept()
-            threading.Thread(target=relay_requests, args=(client, there, most_bytes), daemon=True).start()
-
-
-def relay_requests(client: socket.socket, there: tuple[str, int], most_bytes: int) -> None:
-    """Relay what a client sends until it is too much, and every answer before that."""
-    with client, socket.create_connection(there) as server, suppress(OSError):
-        threading.Thread(target=relay_answers, args=(server, client), daemon=True).start()
-        while most_bytes > 0 and (data := client.recv(min(65_536, most_bytes))):
-            server.sendall(data)
-            most_bytes -= len(data)
-        for end in (client, server):
-            end.shutdown(socket.SHUT_RDWR)
-
-
-def relay_answers(server: socket.socket, client: socket.socket) -> None:
-    with suppress(OSError):
-        while data := server.recv(65_536):
-            client.sendall(data)

@@ -84,6 +84,11 @@ def test_each_phase_ends_with_a_line() -> None:
     ]
 
 
+def test_a_listing_says_how_many_documents_it_has_found() -> None:
+    for done, total, line in ((0, None, ""), (1, None, "1 document so far"), (9, None, "9 documents so far"), (0, 0, "0 documents")):
+        assert console.format_counts(replace(HALFWAY, phase=Phase.LISTING, documents=total, documents_done=done)) == line
+
+
 def test_beside_json_there_is_nothing_but_messages() -> None:
     with console.show_progress(shown := on_terminal(), quiet=True) as display:
         display.update(HALFWAY)

@@ -13,7 +13,7 @@ from pipeline import engines
 from pipeline.engines import model_cache
 from pipeline.errors import JobError, RunError
 from pipeline.job import Job
-from pipeline.storage import object_store
+from pipeline.storage import listing, object_store
 from tests.support import s3
 from tests.support.workspace import Workspace
 
@@ -109,7 +109,7 @@ def test_offline_the_copy_is_used_and_nothing_else(uri: str, monkeypatch: pytest
     monkeypatch.delenv(model_cache.OFFLINE_ENV)
     copy = model_cache.copy_checkpoint(uri, model_cache.resolve_store_revision(uri))
     monkeypatch.setenv(model_cache.OFFLINE_ENV, "1")
-    monkeypatch.setattr(object_store, "list_objects", None)  # a call would fail
+    monkeypatch.setattr(listing, "list_objects", None)  # a call would fail
     assert model_cache.copy_checkpoint(uri, model_cache.resolve_store_revision(uri)) == copy
 
 

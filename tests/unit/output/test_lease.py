@@ -12,9 +12,10 @@ import pytest
 
 from pipeline.errors import JobError, RunError
 from pipeline.output import lease
-from pipeline.output.lease import NAME, Lease, is_output_leased
+from pipeline.output.lease import NAME, Lease, LeaseHolder, is_output_leased
 from pipeline.storage import store
 from pipeline.storage.store import Store
+from tests.support.buckets import Bucket
 from tests.support.leases import leave_lease
 
 HELD = """
@@ -106,3 +107,44 @@ def test_a_run_that_was_held_up_learns_that_another_took_over(folder: Store, tmp
         with pytest.raises(RunError, match=r"another run \(process \d+ on worker-3\) has taken over .*, because this one did not renew"):
             mine.check()
     assert json.loads((tmp_path / NAME).read_text())["holder"] == "other"
+
+
+# ---- In an object store
+
+
+@pytest.fixture
+def prefix(any_bucket: Bucket, tmp_path: Path) -> Store:
+    return store.open_store(any_bucket.url(tmp_path.name))
+
+
+def test_a_lease_in_a_store_is_there_while_it_is_held(prefix: Store) -> None:
+    with Lease(prefix) as mine:
+        assert LeaseHolder.parse(prefix.read(NAME)) == mine.mine
+        assert is_output_leased(prefix)
+        with pytest.raises(JobError, match=r"another run works on ..://bucket/.*: process"):
+            Lease(prefix)
+    assert prefix.list_names("") == {}
+
+
+def test_a_lease_of_another_machine_in_a_store_holds_until_it_expires(prefix: Store) -> None:
+    leave_lease(prefix, pid=4711)
+    with pytest.raises(JobError, match=r"another run works on ..://bucket/.*: process 4711 on worker-3"):
+        Lease(prefix)
+    leave_lease(prefix, renewed_at=time.time() - 61)
+    with Lease(prefix) as mine:
+        assert LeaseHolder.parse(prefix.read(NAME)) == mine.mine
+
+
+def test_of_two_machines_that_take_a_lease_in_a_store_one_has_it(prefix: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other machine's lease arrives right after this one's."""
+    monkeypatch.setattr(lease.time, "sleep", lambda _: leave_lease(prefix, pid=4711))
+    with pytest.raises(JobError, match=r"process 4711 on worker-3"):
+        Lease(prefix)
+
+
+def test_a_run_learns_from_a_store_that_another_took_over(prefix: Store) -> None:
+    with Lease(prefix, life_s=0.3) as mine:
+        leave_lease(prefix)
+        mine.thread.join(30)
+        with pytest.raises(RunError, match="has taken over"):
+            mine.check()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,28 @@ def test_a_folder_that_cannot_be_listed_is_a_row(root: Path, monkeypatch: pytest
 
     monkeypatch.setattr(os, "scandir", scandir)
     assert rows(root, "scans")["scans/2024/05"] == "unreadable"
+
+
+def test_folders_are_read_side_by_side_and_in_the_order_of_one_after_another(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(40):
+        (root / f"many/{number:02}/deep").mkdir(parents=True)
+        (root / f"many/{number:02}/deep/a.pdf").touch()
+    (root / "many/05/linked").symlink_to(root / "scans")
+    (root / "many/03/also").symlink_to(root / "scans")
+    expected, real, running, most = find_documents(["many"], root, allow_outside=True), os.scandir, set[str](), 0
+
+    def scandir(path: str) -> Any:
+        nonlocal most
+        running.add(path)
+        most = max(most, len(running))
+        time.sleep(0.01)
+        running.discard(path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert find_documents(["many"], root, allow_outside=True).equals(expected)
+    assert 8 <= most <= 17
+    assert next(name for name in expected["source"].to_pylist() if "deep" not in name).startswith("many/05/linked/")
 
 
 # ---- Odd names, pipes and links -----------------------------------------------------------------------------------
