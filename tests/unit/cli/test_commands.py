@@ -21,6 +21,8 @@ from ray.job_submission import JobStatus
 from pipeline import cli, engines, flow
 from pipeline.cli import console, exit_codes
 from pipeline.cli.exit_codes import Terminated
+from pipeline.cli.run import show_run
+from pipeline.cli.submit import follow_submission
 from pipeline.errors import DamagedShard, DocumentError, EngineDead, JobError, RunError, SourceError
 from pipeline.output import Output
 from pipeline.output.ledger import LedgerWriter
@@ -400,7 +402,7 @@ def test_who_follows_a_run_has_its_id_beside_the_error(
     capsys: pytest.CaptureFixture[str], end: BaseException | ExitCode, code: int, kind: str | None, message: str | None
 ) -> None:
     server: Any = FollowedServer(end)
-    assert cli.follow_submission(server, "raysubmit_1", None, as_json=True) == code
+    assert follow_submission(server, "raysubmit_1", None, as_json=True) == code
     found = json.loads(capsys.readouterr().out)
     error = found.pop("error", {})
     assert (found, error.get("kind")) == ({"submission_id": "raysubmit_1", "exit_code": code}, kind)
@@ -412,7 +414,7 @@ def test_who_follows_a_run_has_its_id_beside_the_error(
 
 def test_the_end_of_a_run_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     report = Report("slips", "/tmp/out", "demo", True, documents=2, records=2, failures={"render/empty": 1})
-    assert cli.show_run(lambda _: report, "stopping", as_json=True) is ExitCode.DOCUMENTS_FAILED
+    assert show_run(lambda _: report, "stopping", as_json=True) is ExitCode.DOCUMENTS_FAILED
     printed = capsys.readouterr()
     assert (json.loads(printed.out), printed.err) == (report.as_dict(), "")
 
