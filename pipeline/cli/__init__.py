@@ -16,6 +16,7 @@ from pipeline.cli.compare import compare_command
 from pipeline.cli.console import detach_streams, erase_line, print_message
 from pipeline.cli.eval import eval_command
 from pipeline.cli.exit_codes import CommandError, CommandGroup, ErrorKind
+from pipeline.cli.export import export_command
 from pipeline.cli.init import init_command
 from pipeline.cli.run import run_command, settle_command
 from pipeline.cli.status import status_command
@@ -34,7 +35,7 @@ def main() -> None:
 
 for command in (
     *(run_command, settle_command, submit_command, check_command, preview_command),
-    *(status_command, eval_command, compare_command, init_command),
+    *(status_command, eval_command, compare_command, export_command, init_command),
 ):
     main.add_command(command)
 

@@ -31,7 +31,7 @@ from pipeline.report import ExitCode, Report
 from tests.support.engines import CUT, INVALID, VALID, ScriptedEngine, make_completion
 from tests.support.workspace import JOB, SCHEMA, Workspace
 
-COMMANDS = ("run", "settle", "submit", "check", "preview", "status", "eval", "compare", "init")
+COMMANDS = ("run", "settle", "submit", "check", "preview", "status", "eval", "compare", "export", "init")
 
 
 def invoke(*arguments: str | Path) -> Result:
@@ -96,6 +96,7 @@ WRONG_OPTIONS = {
     "init": "--sample",
     "eval out": "--truth",
     "compare out": None,
+    "export out --to parquet": "--to",
     "compare a b --max-drop 1": None,
     "jump": None,
     "status": None,
@@ -193,6 +194,7 @@ REFUSED: dict[str, tuple[list[str], str, str | None, str | None]] = {
     "status": (["{0}/in"], "job", "in", None),
     "eval": (["{0}/in", "--truth", "{0}/truth.csv"], "job", "in", None),
     "compare": (["{0}/in", "{0}/in"], "job", "in", None),
+    "export": (["{0}/in", "--to", "csv"], "job", "in", None),
     "init": (["--sample", "{0}/job.yaml"], "job", "job.yaml/jobs", "--sample"),
 }
 """What each command refuses: its arguments, and the kind, the file in the workspace and the key of its error."""
