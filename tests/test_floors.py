@@ -17,6 +17,7 @@ FLOORS = (
 DOORS = {
     "PIL": {"render", "engines", "demo"},
     "awq": {"engines"},
+    "cel": {"schema"},
     "click": {"cli"},
     "filelock": {"output", "engines"},
     "duckdb": {"export"},
@@ -35,6 +36,7 @@ DOORS = {
     "ray": {"cluster", "flow"},
     "rich": {"cli"},
     "scipy": {"score"},
+    "stdnum": {"schema"},
     "tifffile": {"render"},
     "torch": {"engines", "demo"},
     "transformers": {"engines", "demo"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from textwrap import indent
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ def check_command(job_file: Path, settings: tuple[str, ...], as_json: bool) -> N
         "fingerprint": job.fingerprint,
         "prompt": job.system_message,
         **described,
+        "rules": [asdict(rule) for rule in job.rules],
         "not_in_grammar": list(notes),
         "not_nullable": list_required_leaves(job.schema),
         "not_confined": list(describe_confinement()),
@@ -93,6 +95,7 @@ def show_job(found: dict[str, Any]) -> None:
         click.echo(f"  {name}: {kind}")
     cost = "makes up a value" if found["job"]["extract"]["absent"] == "forbid" else "is invalid"
     sections = {
+        "rules": [f"{rule['name']}: {rule['expression']}" for rule in found["rules"]],
         "kept as JSON text or narrowed": found["notes"],
         "left to the validator by the grammar": found["not_in_grammar"],
         f"warning: may not be null, so that a document that does not show it {cost}": found["not_nullable"],

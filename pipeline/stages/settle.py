@@ -28,6 +28,7 @@ from pipeline.records import FailureRow, LedgerRow, PageFailureRow, SourceRow, S
 from pipeline.schema.arrow import ArrowPlan
 from pipeline.schema.certainty import score_values
 from pipeline.schema.merge import MergeResult, Part, merge_parts
+from pipeline.schema.rules import RULE_TYPE, RuleRow, RuleSet, check_rules
 from pipeline.schema.validate import Validator
 from pipeline.stages.requests import compute_document_keys, make_failed_row
 
@@ -45,6 +46,11 @@ PROVENANCE_COLUMNS = {
         pa.list_(DISAGREEMENT_TYPE),
         "Where two requests of one document read different values: the one kept, which is the one with the likeliest tokens, the other, "
         "their pages.",
+    ),
+    "_rules": (
+        pa.list_(RULE_TYPE),
+        "What each rule says of the record: name, result (`passed`, `broken`, `unknown`, `error`), and where it is broken or an error, "
+        "message and fields. Empty where the record failed.",
     ),
     "_partial": (pa.bool_(), "Whether pages of this document are missing in it, because they could not be drawn."),
     "_page_failures": (PAGE_FAILURES_TYPE, "The pages that could not be drawn: page, kind, message."),
@@ -84,6 +90,7 @@ class ProvenanceRow(TypedDict, total=False):
     _failure: FailureRow | None
     _errors: list[str]
     _disagreements: list[DisagreementRow]
+    _rules: list[RuleRow]
     _partial: bool
     _page_failures: list[PageFailureRow]
     _answer: str | None
@@ -109,9 +116,11 @@ class RecordPlan:
     """The columns of a job's records, decided once: the schema's, the manifest's, and the provenance."""
 
     def __init__(self, job: Job) -> None:
-        """Plan the records of a job whose sources have no manifest with columns of its own."""
+        """Plan the records of a job whose sources have no manifest with columns of its own. Raises JobError for a wrong rule."""
         self.job_schema, self.per_page = job.schema, job.sections.extract.per == "page"
         self.columns, self.validator = ArrowPlan(job.schema), Validator(job.schema)
+        self.rules = RuleSet(job.rules, self.columns.root)
+        check_rules(self.rules)
         self.provenance = [(name, kind) for name, (kind, _) in PROVENANCE_COLUMNS.items() if name != "_page" or self.per_page]
         self.refuses_disagreements = job.sections.limits.disagreements == "invalid"
         self.refuses_partial = job.sections.limits.partial == "fail"
@@ -202,7 +211,7 @@ class SettleStage:
             about |= make_invalid_columns("invalid", errors[0], errors, schema.dump_json(merged.value))
         elif merged.disagreements and self.plan.refuses_disagreements:
             about |= make_invalid_columns("disagreement", describe_disagreement(merged), [], schema.dump_json(merged.value))
-        return {**columns, **about}
+        return {**columns, **about, "_rules": self.plan.rules.judge_record(columns)}
 
 
 class RecordColumns(TypedDict):
@@ -274,6 +283,7 @@ def sum_provenance(requests: Sequence[LedgerRow]) -> ProvenanceRow:
         "_page_failures": [failure for request in requests for failure in list_page_failures(request)],
         "_errors": [],
         "_disagreements": [],
+        "_rules": [],
         "_model": requests[0].get("model"),
         "_engine": requests[0].get("engine"),
     }

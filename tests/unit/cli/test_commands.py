@@ -127,6 +127,11 @@ WRONG: dict[str, tuple[Callable[[Workspace], Any], list[str], str]] = {
     "no schema": (lambda workspace: (workspace.folder / "schema.json").unlink(), [], r"schema\.json cannot be read: No such file"),
     "misspelt keyword": (lambda workspace: spoil(workspace, {"minimun": 0}), [], r"minimun"),
     "impossible keyword": (lambda workspace: spoil(workspace, {"$dynamicRef": "#x"}), [], r"'\$dynamicRef' .* not supported"),
+    "failing rule": (
+        lambda workspace: None,
+        ["--set", "extract.rules=[{name: r, expression: total + 1 > 0.0, message: m}]"],
+        r"the rule r fails on a record with all values: Unsupported operation: float \+ int",
+    ),
     "no source": (lambda workspace: None, ["--set", "source.paths=[gone]"], r"source 'gone' does not exist"),
     "no files": (lambda workspace: (workspace.inputs / "a.pdf").unlink(), [], r"source 'in' holds no files"),
     "no password": (lambda workspace: None, ["--set", "source.password_env=NOT_SET_HERE"], r"variable NOT_SET_HERE, which is not set"),

@@ -113,6 +113,23 @@ def test_an_answer_that_is_no_json_is_kept_as_it_came(stage: SettleStage) -> Non
     assert (row["_status"], row["_answer"], row["_errors"]) == ("invalid", "Here it is:", ["no JSON"])
 
 
+RULE = "extract.rules=[{name: cheap, expression: total < 10.0, message: too dear}]"
+
+
+def test_a_record_says_what_each_rule_says(workspace: Workspace) -> None:
+    judged = make_settle_stage(workspace.job(RULE), NO_EXTRAS)
+    row = record(judged, document(), VALID)
+    assert row["_rules"] == [{"name": "cheap", "result": "broken", "message": "too dear", "fields": ["total"]}]
+    assert row["_status"] == "extracted"
+    assert record(judged, document(), VALID.replace("19.99", "null"))["_rules"][0]["result"] == "unknown"
+    assert record(judged, document(), {"status": "failed", "failure": FAILURE})["_rules"] == []
+
+
+def test_a_rule_that_fails_is_refused(workspace: Workspace) -> None:
+    with pytest.raises(JobError, match="the rule cheap fails on a record with all values"):
+        make_settle_stage(workspace.job(RULE.replace("10.0", "10 + total")), NO_EXTRAS)
+
+
 def test_a_failed_request_is_a_failed_record(stage: SettleStage) -> None:
     row = record(stage, document(), {"status": "failed", "failure": FAILURE, "answer": VALID})
     assert (row["_status"], row["_failure"], row["total"], row["_answer"]) == ("failed", FAILURE, None, None)
