@@ -11,7 +11,23 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pipeline"
 FLOORS = (
     *("version", "errors", "deadline", "processes", "scratch", "records", "budget", "events", "report"),
-    *("schema", "storage", "render", "job", "sources", "output", "export", "score", "engines", "cluster", "stages", "flow", "demo", "cli"),
+    *(
+        "schema",
+        "storage",
+        "render",
+        "job",
+        "sources",
+        "output",
+        "export",
+        "score",
+        "engines",
+        "cluster",
+        "stages",
+        "review",
+        "flow",
+        "demo",
+        "cli",
+    ),
 )
 """Files and folders of the package in the order of the data's way, read backwards: each imports only what stands before it."""
 DOORS = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli.console import capture_ray_output, describe_demo_model, make_console, print_json, print_text
+from pipeline.cli.console import capture_ray_output, describe_demo_model, make_console, print_json, print_message, print_text
 from pipeline.cli.exit_codes import call_on_signal, convert_to_exit_code
 from pipeline.cli.options import CLUSTER, JOB, JSON, LIMIT, OUTPUT, RETRY, SET, SHARED, load_job
 from pipeline.cli.progress import show_progress
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pipeline.cli.progress import ProgressDisplay
+    from pipeline.job import Job
     from pipeline.report import Report
 
 
@@ -57,12 +58,20 @@ def run_command(job_file: Path, limit: int | None, retry: str | None, log: Path 
 @OUTPUT
 @CLUSTER
 @SHARED
+@click.option(
+    "--corrections",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Values that a person has put right, from `pipeline review`; they are kept with the output and apply from then on.",
+)
 @SET
 @JSON
 @partial(convert_to_exit_code, stopped="stopped; run the same command again to write all records")
-def settle_command(job_file: Path, as_json: bool, **given: Any) -> ExitCode:
+def settle_command(job_file: Path, corrections: Path | None, as_json: bool, **given: Any) -> ExitCode:
     """Write the records again from what was asked already; needs no model."""
     job = load_job(job_file, **given)
+    if corrections:
+        keep_corrections(job, corrections, as_json)
 
     def settle(shown: ProgressDisplay) -> Report:
         from pipeline import flow
@@ -70,6 +79,19 @@ def settle_command(job_file: Path, as_json: bool, **given: Any) -> ExitCode:
         return flow.settle(job, shown.update)
 
     return show_run(settle, "stopping", as_json)
+
+
+def keep_corrections(job: Job, file: Path, as_json: bool) -> None:
+    """Add a file's corrections to those of the job's output, and say how many. Raises JobError."""
+    from pipeline.output import Output
+    from pipeline.output.corrections import add_corrections
+    from pipeline.output.sources import read_sources
+    from pipeline.schema.arrow import ArrowPlan
+
+    output = Output(job.output)
+    added = add_corrections(output, file, ArrowPlan(job.schema), read_sources(output)["source"].to_pylist())
+    if not as_json:
+        print_message(f"{sum(len(found.paths) for found in added)} values in {len(added)} records corrected by {file}")
 
 
 def show_run(work: Callable[[ProgressDisplay], Report], stopping: str, as_json: bool, bar: bool = True) -> ExitCode:

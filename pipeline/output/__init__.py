@@ -8,6 +8,7 @@ shards, and with them the state from which a run resumes.
       requests/*.parquet    one row per request: the ledger
       records/*.parquet     one row per document or page, typed
       job.yaml  report.json
+      corrections.jsonl     what people have put right
       settled.json          what each shard of records was made of: one that is as it was is not written again
 
 The folder is local, or a prefix in an object store (`storage/store.py`).

@@ -31,7 +31,7 @@ from pipeline.report import ExitCode, Report
 from tests.support.engines import CUT, INVALID, VALID, ScriptedEngine, make_completion
 from tests.support.workspace import JOB, SCHEMA, Workspace
 
-COMMANDS = ("run", "settle", "submit", "check", "preview", "status", "eval", "compare", "export", "init")
+COMMANDS = ("run", "settle", "submit", "check", "preview", "status", "eval", "compare", "review", "export", "init")
 
 
 def invoke(*arguments: str | Path) -> Result:
@@ -199,6 +199,7 @@ REFUSED: dict[str, tuple[list[str], str, str | None, str | None]] = {
     "status": (["{0}/in"], "job", "in", None),
     "eval": (["{0}/in", "--truth", "{0}/truth.csv"], "job", "in", None),
     "compare": (["{0}/in", "{0}/in"], "job", "in", None),
+    "review": (["{0}/in"], "job", "in", None),
     "export": (["{0}/in", "--to", "csv"], "job", "in", None),
     "init": (["--sample", "{0}/job.yaml"], "job", "job.yaml/jobs", "--sample"),
 }
