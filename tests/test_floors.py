@@ -43,7 +43,7 @@ DOORS = {
     "jsonschema": {"schema"},
     "llguidance": {"schema"},
     "matplotlib": {"score"},
-    "openpyxl": {"export"},
+    "openpyxl": {"export", "job"},
     "pillow_heif": {"render"},
     "pydantic": {"job"},
     "pymupdf": {"render", "demo"},

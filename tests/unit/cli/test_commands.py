@@ -93,7 +93,7 @@ WRONG_OPTIONS = {
     "run job.yaml --limit 0": "--limit",
     "preview job.yaml a.pdf --page 0": "--page",
     "submit job.yaml": "--address",
-    "init": "--sample",
+    "init": None,
     "eval out": "--truth",
     "compare out": None,
     "export out --to parquet": "--to",
