@@ -25,6 +25,7 @@ FLOORS = (
         "stages",
         "review",
         "flow",
+        "plan",
         "demo",
         "cli",
     ),

@@ -18,6 +18,7 @@ from pipeline.cli.eval import eval_command
 from pipeline.cli.exit_codes import CommandError, CommandGroup, ErrorKind
 from pipeline.cli.export import export_command
 from pipeline.cli.init import init_command
+from pipeline.cli.plan import plan_command
 from pipeline.cli.review import review_command
 from pipeline.cli.run import run_command, settle_command
 from pipeline.cli.status import status_command
@@ -35,7 +36,7 @@ def main() -> None:
 
 
 for command in (
-    *(run_command, settle_command, submit_command, check_command, preview_command),
+    *(run_command, settle_command, submit_command, check_command, preview_command, plan_command),
     *(status_command, eval_command, compare_command, review_command, export_command, init_command),
 ):
     main.add_command(command)

@@ -31,7 +31,7 @@ from pipeline.report import ExitCode, Report
 from tests.support.engines import CUT, INVALID, VALID, ScriptedEngine, make_completion
 from tests.support.workspace import JOB, SCHEMA, Workspace
 
-COMMANDS = ("run", "settle", "submit", "check", "preview", "status", "eval", "compare", "review", "export", "init")
+COMMANDS = ("run", "settle", "submit", "check", "preview", "plan", "status", "eval", "compare", "review", "export", "init")
 
 
 def invoke(*arguments: str | Path) -> Result:
@@ -196,6 +196,7 @@ REFUSED: dict[str, tuple[list[str], str, str | None, str | None]] = {
     "submit": (["{0}/job.yaml", "--address", "head:8265"], "job", None, "--address"),
     "check": (["{0}/gone.yaml"], "job", "gone.yaml", None),
     "preview": (["{0}/job.yaml", "{0}/gone.pdf"], "job", "gone.pdf", None),
+    "plan": (["{0}/gone.yaml"], "job", "gone.yaml", None),
     "status": (["{0}/in"], "job", "in", None),
     "eval": (["{0}/in", "--truth", "{0}/truth.csv"], "job", "in", None),
     "compare": (["{0}/in", "{0}/in"], "job", "in", None),
