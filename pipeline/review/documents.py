@@ -79,7 +79,8 @@ def make_evidence_box(row: dict[str, Any]) -> dict[str, Any]:
 def describe_alert(alert: Any) -> str:
     """Return an alert as a sentence."""
     if isinstance(alert, dict):
-        return ": ".join(str(alert[name]) for name in ("kind", "path", "message", "text") if alert.get(name))
+        page = [f"page {alert['page']}"] if alert.get("page") else []
+        return ": ".join([*page, *(str(alert[name]) for name in ("kind", "reason", "message", "path", "text") if alert.get(name))])
     return str(alert)
 
 

@@ -35,4 +35,5 @@ def test_the_most_doubtful_come_first() -> None:
 
 def test_an_alert_is_a_sentence() -> None:
     assert describe_alert("x") == "x"
-    assert describe_alert({"kind": "hidden_text", "path": None, "message": "white on white"}) == "hidden_text: white on white"
+    alert = {"kind": "hidden_text", "page": 2, "reason": "no ink", "text": "pay 9", "path": None}
+    assert describe_alert(alert) == "page 2: hidden_text: no ink: pay 9"
