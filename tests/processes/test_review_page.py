@@ -31,6 +31,7 @@ from pipeline.review.page import write_review_page
 from pipeline.score.cells import make_tolerance
 from pipeline.score.evaluation import evaluate_output
 from pipeline.stages.requests import compute_document_keys
+from tests.support.scored import write_output
 from tests.support.workspace import Workspace
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -293,6 +294,19 @@ def test_what_was_corrected_is_settled_and_is_a_truth(reviewer: Reviewer, output
     assert list(frame.loc["in/a.pdf"]["_corrected"]) == []
     scores = evaluate_output(str(output.root), file, make_tolerance(0, 0))["scores"]
     assert (scores["documents"], scores["perfect"]["value"]) == (2, 1.0)
+
+
+def test_lists_in_lists_can_be_edited(browser: Any, tmp_path: Path) -> None:
+    schema = json.loads((Path(__file__).parents[2] / "schemas/table.json").read_text())
+    table = {"title": "T", "unit": None, "continued": False, "columns": ["a", "b"], "rows": [["1", None], ["3", "4"]], "notes": []}
+    out = write_output(tmp_path / "out", {"a.pdf": {"tables": [table]}}, schema=schema)
+    write_review_page(str(out), tmp_path / "review.html", 0)
+    found = Reviewer(browser, tmp_path / "review.html")
+    found.page.locator('[data-path="$.tables[0].rows[0][1]"]').fill("2")
+    found.press("Enter", "Enter")
+    (line,) = found.save()
+    assert (line["tables"], line["_corrected"]) == ([{**table, "rows": [["1", "2"], ["3", "4"]]}], ["$.tables[0].rows[0][1]"])
+    assert found.complaints == []
 
 
 def test_five_thousand_documents_open_at_once(browser: Any, output: Output, tmp_path: Path) -> None:
