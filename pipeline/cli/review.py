@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -37,13 +38,18 @@ MAX_PROBLEMS_SHOWN = 3
     metavar="DIR",
     help="Folder to which the sources belong, the job file's. By default it is looked for near the output.",
 )
+@click.option("--serve", is_flag=True, help="Serve the page on this machine instead and draw pages as they are looked at; Ctrl-C ends it.")
+@click.option("--port", type=click.IntRange(min=0, max=65535), default=0, metavar="N", help="Port for --serve; default: a free one.")
 @JSON
 @convert_to_exit_code
-def review_command(output: str, file: Path, with_pages: int, documents: Path | None, as_json: bool) -> None:
+def review_command(output: str, file: Path, with_pages: int, documents: Path | None, serve: bool, port: int, as_json: bool) -> None:
     """Write one HTML file in which a person reviews the records of an output, the most doubtful first, and corrects them.
 
     It needs no network. It holds the documents' pages: keep it as private as they are.
     """
+    if serve:
+        serve_review(output, documents, port, as_json)
+        return
     from pipeline.review.page import write_review_page
 
     with show_waiting("drawing the pages", quiet=as_json):
@@ -57,3 +63,16 @@ def review_command(output: str, file: Path, with_pages: int, documents: Path | N
     if (more := len(written["problems"]) - MAX_PROBLEMS_SHOWN) > 0:
         print_message(f"{more} more pages are not shown; --documents DIR says where the files are")
     print_message("then: pipeline settle JOB --corrections FILE")
+
+
+def serve_review(output: str, documents: Path | None, port: int, as_json: bool) -> None:
+    """Serve the review page until Ctrl-C."""
+    from pipeline.review.server import ReviewServer
+
+    server = ReviewServer(output, documents, port)
+    if as_json:
+        print_json({"address": server.address, "documents": len(server.documents)})
+    else:
+        print_message(f"{len(server.documents)} records at {server.address}\nopen it on this machine; Ctrl-C ends the server")
+    with suppress(KeyboardInterrupt):
+        server.serve()

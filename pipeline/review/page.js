@@ -6,6 +6,7 @@ const $ = (id) => document.getElementById(id);
 const has = (sign) => data.signs.includes(sign);
 const storageKey = "review-" + data.key;
 const work = loadWork(); // by document: {values, paths, done}, of those that were changed or accepted
+const served = new Map(); // by document: the pages that the server has drawn, of the last ones looked at
 let shown = [], current = -1, zoom = 100, urls = [];
 
 // ---- What is kept ------------------------------------------------------------------------------------------------
@@ -265,21 +266,39 @@ function showProblem(input, text) {
 
 // ---- Pages and boxes ---------------------------------------------------------------------------------------------
 
+// Of a file: from an element of its own. Of a server: asked for once, the next document's ahead of time.
+async function fetchPages(number) {
+  if (!data.is_served || number === undefined || served.has(number)) return;
+  if (served.size > 30) served.delete(served.keys().next().value);
+  served.set(number, []);
+  try {
+    served.set(number, await (await fetch(`pages/${number}`)).json());
+  } catch {
+    served.delete(number);
+    if (number === current) say("The server does not answer: is pipeline review still running?");
+    return;
+  }
+  documents[number].images = served.get(number);
+  if (number === current) showPages(number);
+}
+
+function findImage(number, image) { return image.jpeg ?? $(`image-${number}-${image.page}`)?.textContent; }
+
 function showPages(number) {
   const one = documents[number];
   urls.forEach((url) => URL.revokeObjectURL(url));
   urls = [];
   const sheets = one.images.map((image) => {
     const sheet = make("div", { className: "sheet" });
-    const stored = $(`image-${number}-${image.page}`);
+    const stored = findImage(number, image);
     if (!stored) { sheet.append(make("p", { textContent: `Page ${image.page} is not shown: ${image.problem ?? "no image"}` })); return sheet; }
-    const bytes = Uint8Array.from(atob(stored.textContent), (letter) => letter.charCodeAt(0));
+    const bytes = Uint8Array.from(atob(stored), (letter) => letter.charCodeAt(0));
     urls.push(URL.createObjectURL(new Blob([bytes], { type: "image/jpeg" })));
     sheet.append(make("img", { src: urls.at(-1), alt: `Page ${image.page} of ${one.source}` }));
     for (const found of one.evidence) if (found.page === image.page && found.box) sheet.append(makeBox(one, found, image));
     return sheet;
   });
-  if (!sheets.length) sheets.push(make("div", { className: "sheet" }, make("p", { textContent: one.doc_id ? "The pages of this document are not in this file." : "This document could not be read." })));
+  if (!sheets.length) sheets.push(make("div", { className: "sheet" }, make("p", { textContent: !one.doc_id ? "This document could not be read." : data.is_served ? "The pages are being drawn." : "The pages of this document are not in this file." })));
   $("sheets").replaceChildren(...sheets);
   setZoom(zoom);
 }
@@ -376,6 +395,7 @@ function open(number) {
   $("pages").scrollTop = 0;
   $("record").scrollTop = 0;
   $("record").focus({ preventScroll: true });
+  fetchPages(number).then(() => fetchPages(shown[shown.indexOf(number) + 1]));
 }
 
 function showNotes(one) {

@@ -75,11 +75,12 @@ def draw_review_pages(records: RecordTable, documents: list[ReviewDocument], fol
                 yield list(artist.draw_document(document))
 
 
-def write_head(stream: IO[str], records: RecordTable) -> None:
-    """Write the part of the page before its data."""
+def write_head(stream: IO[str], records: RecordTable, is_served: bool = False) -> None:
+    """Write the part of the page before its data; one that is served may ask its server for images, one that is a file nobody."""
     template = read_asset("page.html").partition("<!-- data -->")[0]
     title = f"Review of {records.job['job']['name']}"
-    stream.write(template.replace("{title}", html.escape(title)).replace("/* style */", read_asset("page.css")))
+    template = template.replace("{title}", html.escape(title)).replace("/* style */", read_asset("page.css"))
+    stream.write(template.replace("default-src 'none'", "default-src 'none'; connect-src 'self'") if is_served else template)
 
 
 def write_images(stream: IO[str], number: int, images: list[PageImage]) -> None:
@@ -89,12 +90,14 @@ def write_images(stream: IO[str], number: int, images: list[PageImage]) -> None:
             stream.write(f'<script type="text/plain" id="image-{number}-{one.page}">{one.jpeg}</script>\n')
 
 
-def write_tail(stream: IO[str], records: RecordTable, documents: list[ReviewDocument], pages: list[list[dict[str, Any]]]) -> None:
+def write_tail(
+    stream: IO[str], records: RecordTable, documents: list[ReviewDocument], pages: list[list[dict[str, Any]]], is_served: bool = False
+) -> None:
     """Write the data and the rest of the page."""
     data = {
         "key": hashlib.sha256(f"{records.output.root}/{records.job['fingerprint']}".encode()).hexdigest()[:16],
         "job": records.job["job"]["name"],
-        "per_page": records.per_page,
+        "is_served": is_served,
         "signs": [name for name in SIGNS if name in records.table.column_names],
         "form": build_form(records.plan.root, records.schema),
         "documents": [{**document, "images": pages[number] if number < len(pages) else []} for number, document in enumerate(documents)],

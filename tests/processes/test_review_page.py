@@ -6,8 +6,10 @@ Needs Chromium and the package playwright, which drives it; nothing is downloade
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from decimal import Decimal
@@ -28,6 +30,7 @@ from pipeline.output.records import read_record_table
 from pipeline.output.shards import write_shard
 from pipeline.output.sources import write_sources
 from pipeline.review.page import write_review_page
+from pipeline.review.server import ReviewServer
 from pipeline.score.cells import make_tolerance
 from pipeline.score.evaluation import evaluate_output
 from pipeline.stages.requests import compute_document_keys
@@ -307,6 +310,50 @@ def test_lists_in_lists_can_be_edited(browser: Any, tmp_path: Path) -> None:
     (line,) = found.save()
     assert (line["tables"], line["_corrected"]) == ([{**table, "rows": [["1", "2"], ["3", "4"]]}], ["$.tables[0].rows[0][1]"])
     assert found.complaints == []
+
+
+@pytest.fixture
+def server(output: Output) -> Iterator[ReviewServer]:
+    found = ReviewServer(str(output.root))
+    running = threading.Thread(target=found.serve)
+    running.start()
+    yield found
+    found.close()
+    running.join()
+
+
+def test_a_served_page_draws_what_is_looked_at(browser: Any, server: ReviewServer) -> None:
+    page = browser.new_context().new_page()
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.goto(server.address)
+    page.wait_for_selector(".sheet img")
+    page.keyboard.press("j")
+    page.wait_for_selector(".sheet img[alt*='a.pdf']")
+    page.wait_for_selector(".box")
+    assert complaints == []
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/guess/", "/guess/pages/0", "TOKEN/pages/4", "TOKEN/pages/-1", "TOKEN/pages/x", "TOKEN/../job.yaml"]
+)
+def test_nothing_else_is_served(server: ReviewServer, path: str) -> None:
+    assert ask_server(server, path.replace("TOKEN", f"/{server.token}"), f"127.0.0.1:{server.server.server_port}") == 404
+
+
+def test_another_host_name_is_not_answered(server: ReviewServer) -> None:
+    assert ask_server(server, f"/{server.token}/", f"127.0.0.1:{server.server.server_port}") == 200
+    assert ask_server(server, f"/{server.token}/", "evil.example") == 404
+    assert server.server.server_address[0] == "127.0.0.1"
+
+
+def ask_server(server: ReviewServer, path: str, host: str) -> int:
+    """Return the status of an answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server.server_port)
+    connection.request("GET", path, headers={"Host": host})
+    status = connection.getresponse().status
+    connection.close()
+    return status
 
 
 def test_five_thousand_documents_open_at_once(browser: Any, output: Output, tmp_path: Path) -> None:
