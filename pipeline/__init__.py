@@ -1,7 +1,8 @@
 """Folders of PDFs and images -> typed, validated Parquet, with an open vision-language model on Ray Data.
 
-from pipeline import Job, run
+from pipeline import Job, read, run
 report = run(Job.load("jobs/invoices.yaml"))
+read(report.output)     # a pandas DataFrame
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.export.frame import read
     from pipeline.flow import run, settle
     from pipeline.job import Job
 
 
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 """Read when Ray is imported: it would hold messages back and print them to stdout at the very end, behind a command's data."""
-__all__ = ["Job", "__version__", "run", "settle"]
+__all__ = ["Job", "__version__", "read", "run", "settle"]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,6 +27,10 @@ def __getattr__(name: str) -> Any:
         from pipeline.job import Job
 
         return Job
+    if name == "read":
+        from pipeline.export.frame import read
+
+        return read
     if name in ("run", "settle"):
         from pipeline import flow
 

@@ -94,6 +94,18 @@ class Page:
     """`pdfium` or `tifffile` for a page that the first renderer, MuPDF or Pillow, could not draw."""
 
 
+@dataclass(frozen=True)
+class PageMeasure:
+    """A page that was measured and not drawn: the numbers that its `Page` would have."""
+
+    width_pt: float
+    height_pt: float
+    width_px: int
+    height_px: int
+    dpi: float
+    visual_tokens: int
+
+
 @dataclass(frozen=True, eq=False)
 class Message:
     """One turn of a conversation: texts and page images in order."""

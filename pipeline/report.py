@@ -7,10 +7,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum, StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import RunError
 from pipeline.records import ReceiptRow, Stage
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class ExitCode(IntEnum):
@@ -113,6 +116,12 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """Return the content of `report.json` and of `--json`."""
         return {**asdict(self), "pages_per_s": round(self.pages_per_s, 3), "exit_code": int(self.exit_code)}
+
+    def to_pandas(self, explode: str | None = None) -> pd.DataFrame:
+        """Return the records of the output as a DataFrame, with a row for each item of an array if `explode` names one: `pipeline.read`."""
+        import pipeline
+
+        return pipeline.read(self.output, explode)
 
     def count_records(self, statuses: Iterable[str], failures: Iterable[str]) -> None:
         """Count the records."""

@@ -29,6 +29,7 @@ from pipeline.job.yaml_file import apply_setting, build_job_error, read_yaml
 from pipeline.records import Sampling
 from pipeline.schema import prompt
 from pipeline.schema.request_schema import build_request_schema
+from pipeline.schema.rules import RecordRule, combine_rules, list_schema_rules
 from pipeline.storage.location import Location, hide_query, is_store_url, parse_location
 from pipeline.version import __version__
 
@@ -91,6 +92,18 @@ class Job:
     def part_schema(self) -> str:
         """The same for the pages of one of several requests: the others may have what these lack."""
         return build_request_schema(self.schema, absent=True)
+
+    @cached_property
+    def rules(self) -> tuple[RecordRule, ...]:
+        """The rules of the schema and of the job. Raises JobError."""
+        own = [
+            RecordRule(rule.name, rule.expression, rule.message, rule.fields, rule.if_null == "judge")
+            for rule in self.sections.extract.rules
+        ]
+        try:
+            return combine_rules(list_schema_rules(self.schema), own)
+        except ValueError as error:
+            raise JobError(f"{self.file}: {error}", self.file, "extract.rules") from None
 
     @property
     def sampling(self) -> Sampling:

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.budget import PixelBudget, check_budget
 from pipeline.job.model_section import ModelSection, Section
+from pipeline.schema import rules
 from pipeline.storage import location
 
 
@@ -84,6 +85,14 @@ class PagesSection(Section):
         return PixelBudget(self.min_pixels, self.max_pixels, self.resized_height, self.resized_width)
 
 
+class RuleSection(Section):
+    name: str = Field(pattern=f"^{rules.NAME.pattern}$", description="Its name in `_rules`.")
+    expression: str = Field(min_length=1, description="In CEL, true where the rule holds.")
+    message: str = Field(min_length=1, description="What a broken rule means.")
+    fields: tuple[str, ...] = Field((), description="Columns that it concerns, with dots inside arrays and objects.")
+    if_null: Literal["skip", "judge"] = Field("skip", description="What becomes of it where a field is null.")
+
+
 class ExtractSection(Section):
     schema_file: str = Field(
         alias="schema",
@@ -100,6 +109,11 @@ class ExtractSection(Section):
         "`forbid` keeps a document of one request to the schema: where a page shows no value, the model must make one up.",
     )
     instructions: str = Field("", description="Added to the prompt; the schema's titles and descriptions are in it already.")
+    rules: tuple[RuleSection, ...] = Field(
+        (),
+        description="What must hold in a record, as [expressions](#rules), beside the schema's `x-rules`; one of the same name replaces "
+        "it. Results are in `_rules` and change nothing else. Can be changed without asking again: `pipeline settle` judges anew.",
+    )
     re_asks: int = Field(
         1,
         ge=0,

@@ -9,6 +9,7 @@ shards, and with them the state from which a run resumes.
       records/*.parquet     one row per document or page, typed
       job.yaml  report.json
       listing.json          what `sources/` is the listing of, and whether the run over it has ended
+      corrections.jsonl     what people have put right
       settled.json          what each shard of records was made of: one that is as it was is not written again
 
 The folder is local, or a prefix in an object store (`storage/store.py`).

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from pipeline.budget import RenderSettings
 from pipeline.errors import DocumentError
-from pipeline.records import Page
+from pipeline.records import Page, PageMeasure
 from pipeline.render.errors import convert_library_errors
 from pipeline.render.fallback import OpenDocumentPages, SecondRenderer
 from pipeline.render.images import DocumentKind, open_image
@@ -48,6 +48,8 @@ class OpenDocument:
     page_count: int
     draw: Callable[[int], Page]
     """Returns the page with this 1-based number. Raises DocumentError."""
+    measure: Callable[[int], PageMeasure]
+    """Returns the measures of this page. Raises DocumentError."""
 
 
 def render_pages(data: bytes, settings: RenderSettings, first_page: int = 1, last_page: int | None = None) -> Iterator[Page]:
@@ -89,7 +91,18 @@ def open_document(data: bytes, settings: RenderSettings) -> OpenDocument:
                 raise
             return second.draw_after(error, page_no, page_count)
 
-    return OpenDocument(kind, page_count, draw_page)
+    def measure_page(page_no: int) -> PageMeasure:
+        if first.measure is None:
+            return measure_drawn_page(draw_page(page_no))
+        with convert_library_errors(f"page {page_no} of the {kind} file cannot be measured"):
+            return first.measure(page_no)
+
+    return OpenDocument(kind, page_count, draw_page, measure_page)
+
+
+def measure_drawn_page(page: Page) -> PageMeasure:
+    height_px, width_px, _ = page.pixels.shape
+    return PageMeasure(page.width_pt, page.height_pt, width_px, height_px, page.dpi, page.visual_tokens)
 
 
 def detect_kind(data: bytes) -> DocumentKind:

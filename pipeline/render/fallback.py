@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pipeline.budget import RenderSettings
 from pipeline.errors import DocumentError
-from pipeline.records import Page
+from pipeline.records import Page, PageMeasure
 from pipeline.render.errors import convert_library_errors
 
 WHITE = 0xFF
@@ -28,6 +28,8 @@ class OpenPages:
     """Returns the page with this 1-based number. Raises DocumentError and the library's errors."""
     is_complete: bool = True
     """False if the last page that was counted could not be read, so that more may follow it."""
+    measure: Callable[[int], PageMeasure] | None = None
+    """Returns the measures of a page, which is not drawn for that. None where only drawing tells."""
 
 
 OpenDocumentPages = Callable[[bytes, RenderSettings], OpenPages]

@@ -38,7 +38,7 @@ except ImportError:
 
 from pipeline.budget import ImageSize, RenderSettings, count_visual_tokens, fit_content, fit_image
 from pipeline.errors import DocumentError
-from pipeline.records import Page, Pixels
+from pipeline.records import Page, PageMeasure, Pixels
 from pipeline.render.errors import MAX_WARNINGS, clean_text, convert_library_errors
 from pipeline.render.fallback import OpenPages
 from pipeline.version import DISTRIBUTION
@@ -84,6 +84,7 @@ REDUCE_ABOVE = 3
 """Before it is resampled, a much larger image is averaged in whole blocks to this many times the target size: Pillow's
 `reducing_gap`, for which 3.0 gives nearly the result of no reduction."""
 ORIENTATION = 0x0112
+IMAGE_WIDTH, IMAGE_LENGTH = 256, 257
 PHOTOMETRIC = 0x0106
 BITS_PER_SAMPLE, PLANAR_CONFIGURATION, SAMPLE_FORMAT = 258, 284, 339
 UNSIGNED = 1
@@ -146,7 +147,13 @@ def open_image(data: bytes, settings: RenderSettings, kind: DocumentKind) -> Ope
         texts = dict.fromkeys(clean_text(str(warning.message)) for warning in caught)
         return replace(page, warnings=(*page.warnings, *texts)[:MAX_WARNINGS])
 
-    return OpenPages(page_count, draw, is_complete)
+    def measure(page_no: int) -> PageMeasure:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image.seek(first_frame + page_no - 1)
+            return measure_image(image, settings)
+
+    return OpenPages(page_count, draw, is_complete, measure)
 
 
 def register_heif() -> None:
@@ -274,6 +281,24 @@ def draw_image(image: Image.Image, page_no: int, settings: RenderSettings, halvi
     return Page(page_no, pixels, dpi, width_pt, height_pt, count_visual_tokens(canvas), (), notes)
 
 
+def measure_image(image: Image.Image, settings: RenderSettings) -> PageMeasure:
+    """Return an image's measures as `draw_image` would draw it, from its header. Raises DocumentError if it is larger than allowed."""
+    check_image_size(image.width, image.height, settings)
+    x_dpi, y_dpi = read_dpi(image)
+    is_swapped = find_transpose(image) in SWAPPING_TRANSPOSES
+    if is_swapped:
+        x_dpi, y_dpi = y_dpi, x_dpi
+    tags = getattr(image, "tag_v2", {})
+    stored = (int(tags[IMAGE_WIDTH]), int(tags[IMAGE_LENGTH])) if tags else image.size  # some versions of Pillow turn the size, others not
+    upright = stored[::-1] if is_swapped else stored
+    width_px, height_px = square_pixels(*upright, x_dpi, y_dpi)
+    canvas = fit_image(width_px, height_px, settings.budget)
+    inner = fit_content(width_px, height_px, canvas)
+    width_pt, height_pt = upright[0] / x_dpi * 72, upright[1] / y_dpi * 72
+    dpi = 72 * math.sqrt(inner.width_px * inner.height_px / (width_pt * height_pt))
+    return PageMeasure(width_pt, height_pt, canvas.width_px, canvas.height_px, dpi, count_visual_tokens(canvas))
+
+
 def check_tiff_layout(image: Image.Image) -> None:
     """Raise DocumentError for a TIFF whose samples Pillow 13 decodes, without an error, to other colours than those in the file."""
     tags, codecs = getattr(image, "tag_v2", {}), {tile.codec_name for tile in getattr(image, "tile", ())}
@@ -388,4 +413,11 @@ def encode_page_png(pixels: Pixels) -> bytes:
     """Return a page image as a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def encode_page_jpeg(pixels: Pixels, quality: int = 65) -> bytes:
+    """Return a page image as a JPEG file: a tenth of a PNG's size, for people to look at."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, optimize=True)
     return buffer.getvalue()

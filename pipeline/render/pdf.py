@@ -19,7 +19,7 @@ from pymupdf import mupdf
 
 from pipeline.budget import ImageSize, RenderSettings, count_visual_tokens, fit_content, fit_page
 from pipeline.errors import DocumentError
-from pipeline.records import Page, Pixels, Word
+from pipeline.records import Page, PageMeasure, Pixels, Word
 from pipeline.render.errors import ALLOCATION, MAX_WARNINGS, clean_text, convert_library_errors
 from pipeline.render.fallback import OpenPages
 from pipeline.render.images import pad_with_white
@@ -80,7 +80,16 @@ def open_pdf(data: bytes, settings: RenderSettings) -> OpenPages:
             collector.take()
             mupdf.fz_empty_store()  # otherwise MuPDF caches up to 256 MiB of fonts and images for the next page
 
-    return OpenPages(page_count, draw)
+    def measure(page_no: int) -> PageMeasure:
+        assert data  # as above
+        try:
+            if page_no in unreadable:
+                raise DocumentError("broken", f"page {page_no} cannot be found: the page tree has something else in its place")
+            return measure_pdf_page(pdf, page_no, settings)
+        finally:
+            collector.take()
+
+    return OpenPages(page_count, draw, measure=measure)
 
 
 def parse_pdf(data: bytes) -> Any:
@@ -196,6 +205,18 @@ def draw_pdf_page(pdf: Any, page_no: int, settings: RenderSettings, collector: W
         raise DocumentError("memory", f"page {page_no} cannot be drawn within `limits.memory_mib`: {memory_line}")
     dpi = 72 * math.sqrt(inner.width_px * inner.height_px / (width_pt * height_pt))
     return Page(page_no, pixels, dpi, width_pt, height_pt, count_visual_tokens(canvas), words, (*notes, *warnings)[:MAX_WARNINGS])
+
+
+def measure_pdf_page(pdf: Any, page_no: int, settings: RenderSettings) -> PageMeasure:
+    """Return a page's measures as `draw_pdf_page` would draw it; its content is not read. Raises DocumentError."""
+    box = mupdf.fz_bound_page(mupdf.pdf_load_page(pdf, page_no - 1).super())
+    width_pt, height_pt = box.x1 - box.x0, box.y1 - box.y0
+    if not (0 < width_pt < math.inf and 0 < height_pt < math.inf):
+        raise DocumentError("broken", f"page {page_no} measures {width_pt} x {height_pt} pt")
+    canvas = fit_page(width_pt, height_pt, settings.dpi, settings.budget)
+    inner = fit_content(width_pt, height_pt, canvas)
+    dpi = 72 * math.sqrt(inner.width_px * inner.height_px / (width_pt * height_pt))
+    return PageMeasure(width_pt, height_pt, canvas.width_px, canvas.height_px, dpi, count_visual_tokens(canvas))
 
 
 def paint_page(drawing: Any, box: Any, size: ImageSize) -> Pixels:

@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.budget import CELL_AREA, CELL_PX, MAX_TOKENS, ImageSize, count_visual_tokens
 from pipeline.deadline import compute_time_left
 from pipeline.errors import DocumentError
-from pipeline.records import Page, Word
+from pipeline.records import Page, PageMeasure, Word
 
 MAX_PAGE_BYTES = 3 * CELL_AREA * MAX_TOKENS
 MAX_HEADER_BYTES = 4 * 2**20
@@ -88,6 +88,15 @@ def unpack_page(header: Header, body: bytearray, page_no: int) -> Page:
     tokens = count_visual_tokens(ImageSize(width_px, height_px))
     warnings = tuple(map(str, header["warnings"]))
     return Page(page_no, pixels, visual_tokens=tokens, words=words, warnings=warnings, renderer=header["renderer"], **measures)
+
+
+def parse_measures(header: Header) -> PageMeasure:
+    """Return the measures in an answer. Raises KeyError, TypeError, ValueError or OverflowError if they are none of a page."""
+    found = header["measures"]
+    width_px, height_px, tokens = (int(found[name]) for name in ("width_px", "height_px", "visual_tokens"))
+    if min(width_px, height_px, tokens) < 1 or tokens > MAX_TOKENS:
+        raise ValueError(f"a page of {width_px}x{height_px} px and {tokens} tokens")
+    return PageMeasure(float(found["width_pt"]), float(found["height_pt"]), width_px, height_px, float(found["dpi"]), tokens)
 
 
 def parse_page_count(header: Header, most: int) -> int:

@@ -36,7 +36,7 @@ from typing import TypeVar
 from pipeline.budget import RenderSettings
 from pipeline.errors import DocumentError, RunError
 from pipeline.processes import hide_process
-from pipeline.records import Page
+from pipeline.records import Page, PageMeasure
 from pipeline.render import protocol
 from pipeline.render.protocol import Header
 
@@ -100,6 +100,12 @@ class Sandbox:
         """
         for page_no in range(first_page, min(last_page or self.page_count, self.page_count) + 1):
             yield self.retry_once(partial(self.draw_page, page_no))
+
+    def measure_page(self, page_no: int) -> PageMeasure:
+        """Return the measures of a page of the open document, which is not drawn. Raises DocumentError."""
+        if self.child is None:
+            self.load_document()
+        return self.call_child(f"page {page_no}", {"measure": page_no}, b"", lambda header, _: protocol.parse_measures(header))
 
     def retry_once(self, attempt: Callable[[], Result]) -> Result:
         """Return the result of an attempt; the document's first crash or lack of memory repeats it in a new child."""

@@ -1,7 +1,8 @@
 """Render worker: the child process of a `Sandbox`, started with `python -m pipeline.render.worker DESCRIPTOR`.
 
 DESCRIPTOR is the file descriptor of a socket to the parent. The settings come in first, then one message per request:
-`{}` with a document's bytes, answered by `{"page_count"}`, or `{"page_no"}`, answered by that page (`protocol.py`). A failure
+`{}` with a document's bytes, answered by `{"page_count"}`, `{"page_no"}`, answered by that page, or `{"measure"}`, the number of a page,
+answered by its measures (`protocol.py`). A failure
 is answered by `{"kind", "message"}`. The worker confines itself before it reads a document, says in its first message which
 restrictions the system does not grant (`{"gaps"}`), and ends when the parent closes the socket.
 """
@@ -12,6 +13,7 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 from pipeline.budget import PixelBudget, RenderSettings
@@ -35,6 +37,8 @@ def serve_parent(descriptor: int, open_document: Callable[[bytes, RenderSettings
                 if "page_no" in header:
                     page = opened.draw(header["page_no"])
                     send_message(connection, pack_page(page), memoryview(page.pixels).cast("B"))
+                elif "measure" in header:
+                    send_message(connection, {"measures": asdict(opened.measure(header["measure"]))})
                 else:
                     opened = None
                     data = bytes(body)

@@ -1,4 +1,5 @@
-"""Conversion of valid JSON values to the values of Arrow columns; a value that its column cannot hold exactly becomes null, with a reason.
+"""Conversion of valid JSON values to the values of Arrow columns, and back. A value that its column cannot hold exactly becomes null, with
+a reason.
 
 Nothing is rounded or changed silently, with three exceptions: a missing property becomes null, a date-time is kept as the instant in
 UTC, without its offset, and strings are normalized to NFC, so that "é" from a scan equals "é" from a text layer.
@@ -6,17 +7,18 @@ UTC, without its offset, and strings are normalized to NFC, so that "é" from a 
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, time
 from decimal import Context, Decimal
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.schema import LOCAL_DATE_TIME, dump_json, format_value, is_local_date_time, join_path
+from pipeline.schema import LOCAL_DATE_TIME, dump_json, format_value, is_local_date_time, join_path, parse_json
 
 DATE_TIME = re.compile(r"(\d{4}-\d\d-\d\d)[Tt](\d\d:\d\d:\d\d)(?:\.(\d+?)0*)?([Zz]|[+-]\d\d:\d\d)")
 DECIMAL_TEXT = re.compile(r"[+-]?([0-9]{1,60}(\.[0-9]{0,60})?|\.[0-9]{1,60})([eE][+-]?[0-9]{1,3})?", re.ASCII)
@@ -154,6 +156,24 @@ def convert_local_date_time(_: Column, value: Any, path: str) -> datetime:
 
 def convert_to_json(_: Column, value: Any, path: str) -> str:
     return unicodedata.normalize("NFC", dump_json(value))
+
+
+def make_json_value(part: Column | None, value: Any) -> Any:
+    """Return a value of a Parquet file as the JSON value that a document would have; `part` is its column, None where there is none."""
+    match value:
+        case dict():
+            return {key: make_json_value(part.fields.get(key) if part else None, inner) for key, inner in value.items()}
+        case list():
+            return [make_json_value(part.fields.get("") if part else None, inner) for inner in value]
+        case str() if part and part.convert is convert_to_json:
+            return parse_json(value)
+        case float():
+            return None if math.isnan(value) else Decimal(repr(value))
+        case datetime() if part and pa.types.is_date(part.type) and value.time() == time():
+            return value.date().isoformat()
+        case date():
+            return value.isoformat()
+    return value
 
 
 BOOLEAN = Column(pa.bool_(), convert_boolean)

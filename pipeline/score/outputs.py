@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -12,14 +11,12 @@ import pyarrow.compute as pc
 
 from pipeline import schema
 from pipeline.errors import JobError
-from pipeline.output import Output
 from pipeline.output.ledger import LEDGER_SCHEMA, select_newest_attempt
+from pipeline.output.records import read_record_table
 from pipeline.output.shards import Selection, read_shards
 from pipeline.records import LedgerRow, Status
-from pipeline.schema.arrow import ArrowPlan
 from pipeline.schema.certainty import score_values
 from pipeline.score.truth import SourceIndex, Truth
-from pipeline.storage.location import parse_location
 
 CHUNK_ROWS = 1000
 RecordKey = tuple[str, int | None]
@@ -31,20 +28,9 @@ class RecordSet:
 
     def __init__(self, place: str) -> None:
         """Raises JobError when the place is no output folder or has no records, and RunError for damaged shards."""
-        self.place, self.output = place, Output(parse_location(place))
-        job = self.output.read_job()
-        if job is None:
-            raise JobError(f"{place} is not an output folder: it has no job.yaml", place)
-        self.plan = ArrowPlan(schema.check_schema(schema.parse_json(json.dumps(job["asked"]["extract"]["schema"]))))
-        table = read_shards(self.output.records, None, pa.schema([]))
-        if not table.num_rows:
-            raise JobError(f"{place} has no records: run the job, or `pipeline settle`", place)
-        if {**dict.fromkeys(self.plan.schema.names), "_source": None}.keys() - {*table.column_names}:
-            raise JobError(f"the records in {place} lack columns of the schema in its job.yaml: run the job again", place)
-        self.per_page = "_page" in table.column_names
-        order = [("_source", "ascending"), *[("_page", "ascending")] * self.per_page]
-        self.table = table.take(pc.sort_indices(table, order))
-        pages = self.table["_page"].to_pylist() if self.per_page else [None] * table.num_rows
+        read = read_record_table(place)
+        self.place, self.output, self.plan, self.table, self.per_page = place, read.output, read.plan, read.table, read.per_page
+        pages = self.table["_page"].to_pylist() if self.per_page else [None] * self.table.num_rows
         self.keys: list[RecordKey] = list(zip(self.table["_source"].to_pylist(), pages, strict=True))
         self.statuses: list[str] = self.table["_status"].to_pylist()
 

@@ -11,11 +11,8 @@ A key that no document has is a field without truth: it is not scored. A key tha
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import date, datetime, time
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import JobError
 from pipeline.schema import parse_json
 from pipeline.schema.arrow import ArrowPlan
-from pipeline.schema.arrow_values import Column, convert_to_json
+from pipeline.schema.arrow_values import Column, convert_to_json, make_json_value
 from pipeline.score.cells import list_labelled
 
 OPTION = "--truth"
@@ -204,24 +201,6 @@ def is_text_column(part: Column) -> bool:
     if part.convert is None or part.convert is convert_to_json:
         return False
     return any(is_kind(part.type) for is_kind in (pa.types.is_string, pa.types.is_dictionary, pa.types.is_date, pa.types.is_timestamp))
-
-
-def make_json_value(part: Column | None, value: Any) -> Any:
-    """Return a value of a Parquet file as the JSON value that a document would have."""
-    match value:
-        case dict():
-            return {key: make_json_value(part.fields.get(key) if part else None, inner) for key, inner in value.items()}
-        case list():
-            return [make_json_value(part.fields.get("") if part else None, inner) for inner in value]
-        case str() if part and part.convert is convert_to_json:
-            return parse_json(value)
-        case float():
-            return None if math.isnan(value) else Decimal(repr(value))
-        case datetime() if part and pa.types.is_date(part.type) and value.time() == time():
-            return value.date().isoformat()
-        case date():
-            return value.isoformat()
-    return value
 
 
 class SourceIndex:

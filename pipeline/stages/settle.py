@@ -15,6 +15,7 @@ the pages drawn before it: they stay in the ledger.)
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from copy import copy
 from typing import Any, TypedDict, cast
 
@@ -23,11 +24,14 @@ import pyarrow as pa
 from pipeline import schema
 from pipeline.errors import JobError
 from pipeline.job import Job
+from pipeline.output import Output
+from pipeline.output.corrections import Correction, compute_corrections_digest, read_corrections
 from pipeline.output.ledger import DISAGREEMENT_TYPE, FAILURE_TYPE, PAGE_FAILURES_TYPE, select_newest_attempt
 from pipeline.records import FailureRow, LedgerRow, PageFailureRow, SourceRow, Stage, Status
 from pipeline.schema.arrow import ArrowPlan
 from pipeline.schema.certainty import score_values
 from pipeline.schema.merge import MergeResult, Part, merge_parts
+from pipeline.schema.rules import RULE_TYPE, RuleRow, RuleSet, check_rules
 from pipeline.schema.validate import Validator
 from pipeline.stages.requests import compute_document_keys, make_failed_row
 
@@ -46,6 +50,12 @@ PROVENANCE_COLUMNS = {
         "Where two requests of one document read different values: the one kept, which is the one with the likeliest tokens, the other, "
         "their pages.",
     ),
+    "_rules": (
+        pa.list_(RULE_TYPE),
+        "What each rule says of the record: name, result (`passed`, `broken`, `unknown`, `error`), and where it is broken or an error, "
+        "message and fields. Empty where the record failed.",
+    ),
+    "_corrected": (pa.list_(pa.string()), "The paths of the values that a person has put right (`pipeline settle --corrections`)."),
     "_partial": (pa.bool_(), "Whether pages of this document are missing in it, because they could not be drawn."),
     "_page_failures": (PAGE_FAILURES_TYPE, "The pages that could not be drawn: page, kind, message."),
     "_answer": (pa.string(), "The merged answer as JSON, where it is invalid."),
@@ -84,6 +94,8 @@ class ProvenanceRow(TypedDict, total=False):
     _failure: FailureRow | None
     _errors: list[str]
     _disagreements: list[DisagreementRow]
+    _rules: list[RuleRow]
+    _corrected: list[str]
     _partial: bool
     _page_failures: list[PageFailureRow]
     _answer: str | None
@@ -109,22 +121,31 @@ class RecordPlan:
     """The columns of a job's records, decided once: the schema's, the manifest's, and the provenance."""
 
     def __init__(self, job: Job) -> None:
-        """Plan the records of a job whose sources have no manifest with columns of its own."""
+        """Plan the records of a job whose sources have no manifest with columns of its own. Raises JobError for a wrong rule."""
         self.job_schema, self.per_page = job.schema, job.sections.extract.per == "page"
         self.columns, self.validator = ArrowPlan(job.schema), Validator(job.schema)
+        self.rules = RuleSet(job.rules, self.columns.root)
+        check_rules(self.rules)
         self.provenance = [(name, kind) for name, (kind, _) in PROVENANCE_COLUMNS.items() if name != "_page" or self.per_page]
         self.refuses_disagreements = job.sections.limits.disagreements == "invalid"
         self.refuses_partial = job.sections.limits.partial == "fail"
         self.extras: list[str] = []
+        self.output, self.corrections = job.output, dict[Any, Correction]()
         self.schema = pa.schema([*self.columns.schema, *self.provenance])
 
     def with_extras(self, extras: pa.Schema) -> RecordPlan:
-        """Return the plan with a manifest's own columns. Raises JobError when one of them has the name of another column."""
+        """Return the plan with a manifest's own columns and the output's corrections.
+
+        Raises JobError when a column has the name of another one, or the corrections cannot be read.
+        """
         own = {*self.columns.schema.names, *PROVENANCE_COLUMNS}
         if clashes := [name for name in extras.names if name in own]:
             raise JobError(f"the manifest's column {clashes[0]!r} has the name of a column of the records: rename it")
         plan = copy(self)
         plan.extras, plan.schema = extras.names, pa.schema([*self.columns.schema, *extras, *self.provenance])
+        plan.corrections = dict(read_corrections(Output(self.output)))
+        if plan.corrections:  # in the schema, which is part of what decides whether records are settled again
+            plan.schema = plan.schema.with_metadata({"corrections": compute_corrections_digest(plan.corrections)})
         return plan
 
 
@@ -167,9 +188,23 @@ class SettleStage:
         extras = {name: cast(dict[str, Any], document)[name] for name in self.plan.extras}
         if self.plan.per_page and page_count:
             for request in requests:
-                yield {**extras, **about, "_page": request["first_page"], **self.build_record([request])}
+                record = self.build_record([request])
+                yield {**extras, **about, "_page": request["first_page"], **self.correct_record(record, document, [request])}
         else:
-            yield {**extras, **about, "_page": None, **self.build_record(requests)}
+            yield {**extras, **about, "_page": None, **self.correct_record(self.build_record(requests), document, requests)}
+
+    def correct_record(self, record: dict[str, Any], document: SourceRow, requests: Sequence[LedgerRow]) -> dict[str, Any]:
+        """Return a record with what a person has put right in it, valid or invalid as it is then; unchanged without a correction."""
+        page = requests[0]["first_page"] if self.plan.per_page and document["page_count"] else None
+        found = self.plan.corrections.get((document["source"], page))
+        if found is None or found.doc_id not in (None, document["doc_id"]):
+            return record
+        value = found.correct_value(merge_parts(self.plan.job_schema, list(list_parts(requests))).value)
+        columns, misfits = self.plan.columns.build_row(value)
+        about: ProvenanceRow = {"_status": str(Status.EXTRACTED), "_failure": None, "_errors": [], "_answer": None}
+        if errors := [*map(str, self.plan.validator.find_violations(value)), *misfits]:
+            about = make_invalid_columns("invalid", errors[0], errors, schema.dump_json(value))
+        return {**record, **columns, **about, "_corrected": list(found.paths), "_rules": self.plan.rules.judge_record(columns)}
 
     def build_record(self, requests: Sequence[LedgerRow]) -> dict[str, Any]:
         """Return the columns that come from a record's requests, which are in page order."""
@@ -202,7 +237,7 @@ class SettleStage:
             about |= make_invalid_columns("invalid", errors[0], errors, schema.dump_json(merged.value))
         elif merged.disagreements and self.plan.refuses_disagreements:
             about |= make_invalid_columns("disagreement", describe_disagreement(merged), [], schema.dump_json(merged.value))
-        return {**columns, **about}
+        return {**columns, **about, "_rules": self.plan.rules.judge_record(columns)}
 
 
 class RecordColumns(TypedDict):
@@ -225,6 +260,16 @@ def make_part(request: LedgerRow) -> Part:
     answer, tokens = request["answer"] or "", request.get("tokens") or []
     value = schema.parse_json(answer)
     return Part(request["first_page"], request["last_page"], value, score_values(answer, tokens) if tokens else {})
+
+
+def list_parts(requests: Sequence[LedgerRow]) -> Iterator[Part]:
+    """Yield the parts of a document that were answered by JSON; an empty one if there are none."""
+    found = []
+    for request in requests:
+        with suppress(ValueError):
+            if request["status"] != Status.FAILED:
+                found.append(make_part(request))
+    yield from found or [Part(1, 1, {})]
 
 
 def is_undrawn(request: LedgerRow) -> bool:
@@ -274,6 +319,8 @@ def sum_provenance(requests: Sequence[LedgerRow]) -> ProvenanceRow:
         "_page_failures": [failure for request in requests for failure in list_page_failures(request)],
         "_errors": [],
         "_disagreements": [],
+        "_rules": [],
+        "_corrected": [],
         "_model": requests[0].get("model"),
         "_engine": requests[0].get("engine"),
     }

@@ -9,10 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline import schema
 from pipeline.output import Output
 from pipeline.output.ledger import LEDGER_SCHEMA
 from pipeline.output.shards import write_shard
+from pipeline.schema import check_schema, parse_json
 from pipeline.schema.arrow import ArrowPlan
 from pipeline.schema.certainty import find_values
 
@@ -34,7 +34,7 @@ Values = Mapping[str, Any]
 
 
 def make_plan(found: Mapping[str, Any] = SCHEMA) -> ArrowPlan:
-    return ArrowPlan(schema.check_schema(schema.parse_json(json.dumps(found))))
+    return ArrowPlan(check_schema(parse_json(json.dumps(found))))
 
 
 def write_output(
@@ -42,14 +42,15 @@ def write_output(
     documents: Mapping[str, Values | None],
     certainty: Mapping[str, Mapping[str, float]] | None = None,
     tiers: Mapping[str, str] | None = None,
+    schema: Mapping[str, Any] = SCHEMA,
 ) -> Path:
     """Write the output of a run: one record for each source, `failed` where it has no values, and return its folder.
 
     `certainty` has the log-probability of each value's tokens by source and path, 0 where it says nothing; without it no tokens are kept.
     """
-    output, plan = Output(folder), make_plan()
+    output, plan = Output(folder), make_plan(schema)
     output.create()
-    output.write_job({"job": {"name": "scored"}, "fingerprint": "f", "asked": {"extract": {"schema": SCHEMA, "per": "document"}}})
+    output.write_job({"job": {"name": "scored"}, "fingerprint": "f", "asked": {"extract": {"schema": schema, "per": "document"}}})
     records, ledger = [], []
     for source, values in documents.items():
         columns, misfits = plan.build_row(parse(values or {}))
@@ -82,4 +83,4 @@ def make_tokens(answer: str, certainty: Mapping[str, float]) -> Sequence[dict[st
 
 
 def parse(values: Values) -> Any:
-    return schema.parse_json(json.dumps(values))
+    return parse_json(json.dumps(values))

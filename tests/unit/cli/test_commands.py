@@ -21,6 +21,8 @@ from ray.job_submission import JobStatus
 from pipeline import cli, engines, flow
 from pipeline.cli import console, exit_codes
 from pipeline.cli.exit_codes import Terminated
+from pipeline.cli.run import show_run
+from pipeline.cli.submit import follow_submission
 from pipeline.errors import DamagedShard, DocumentError, EngineDead, JobError, RunError, SourceError
 from pipeline.output import Output
 from pipeline.render import sandbox
@@ -29,7 +31,7 @@ from tests.support.engines import CUT, INVALID, VALID, ScriptedEngine, make_comp
 from tests.support.ledger import LedgerWriter
 from tests.support.workspace import JOB, SCHEMA, Workspace
 
-COMMANDS = ("run", "settle", "submit", "check", "preview", "status", "eval", "compare", "init")
+COMMANDS = ("run", "settle", "submit", "check", "preview", "plan", "status", "eval", "compare", "review", "export", "init")
 
 
 def invoke(*arguments: str | Path) -> Result:
@@ -91,9 +93,10 @@ WRONG_OPTIONS = {
     "run job.yaml --limit 0": "--limit",
     "preview job.yaml a.pdf --page 0": "--page",
     "submit job.yaml": "--address",
-    "init": "--sample",
+    "init": None,
     "eval out": "--truth",
     "compare out": None,
+    "export out --to parquet": "--to",
     "compare a b --max-drop 1": None,
     "jump": None,
     "status": None,
@@ -124,6 +127,11 @@ WRONG: dict[str, tuple[Callable[[Workspace], Any], list[str], str]] = {
     "no schema": (lambda workspace: (workspace.folder / "schema.json").unlink(), [], r"schema\.json cannot be read: No such file"),
     "misspelt keyword": (lambda workspace: spoil(workspace, {"minimun": 0}), [], r"minimun"),
     "impossible keyword": (lambda workspace: spoil(workspace, {"$dynamicRef": "#x"}), [], r"'\$dynamicRef' .* not supported"),
+    "failing rule": (
+        lambda workspace: None,
+        ["--set", "extract.rules=[{name: r, expression: total + 1 > 0.0, message: m}]"],
+        r"the rule r fails on a record with all values: Unsupported operation: float \+ int",
+    ),
     "no source": (lambda workspace: None, ["--set", "source.paths=[gone]"], r"source 'gone' does not exist"),
     "no files": (lambda workspace: (workspace.inputs / "a.pdf").unlink(), [], r"source 'in' holds no files"),
     "no password": (lambda workspace: None, ["--set", "source.password_env=NOT_SET_HERE"], r"variable NOT_SET_HERE, which is not set"),
@@ -188,9 +196,12 @@ REFUSED: dict[str, tuple[list[str], str, str | None, str | None]] = {
     "submit": (["{0}/job.yaml", "--address", "head:8265"], "job", None, "--address"),
     "check": (["{0}/gone.yaml"], "job", "gone.yaml", None),
     "preview": (["{0}/job.yaml", "{0}/gone.pdf"], "job", "gone.pdf", None),
+    "plan": (["{0}/gone.yaml"], "job", "gone.yaml", None),
     "status": (["{0}/in"], "job", "in", None),
     "eval": (["{0}/in", "--truth", "{0}/truth.csv"], "job", "in", None),
     "compare": (["{0}/in", "{0}/in"], "job", "in", None),
+    "review": (["{0}/in"], "job", "in", None),
+    "export": (["{0}/in", "--to", "csv"], "job", "in", None),
     "init": (["--sample", "{0}/job.yaml"], "job", "job.yaml/jobs", "--sample"),
 }
 """What each command refuses: its arguments, and the kind, the file in the workspace and the key of its error."""
@@ -400,7 +411,7 @@ def test_who_follows_a_run_has_its_id_beside_the_error(
     capsys: pytest.CaptureFixture[str], end: BaseException | ExitCode, code: int, kind: str | None, message: str | None
 ) -> None:
     server: Any = FollowedServer(end)
-    assert cli.follow_submission(server, "raysubmit_1", None, as_json=True) == code
+    assert follow_submission(server, "raysubmit_1", None, as_json=True) == code
     found = json.loads(capsys.readouterr().out)
     error = found.pop("error", {})
     assert (found, error.get("kind")) == ({"submission_id": "raysubmit_1", "exit_code": code}, kind)
@@ -412,7 +423,7 @@ def test_who_follows_a_run_has_its_id_beside_the_error(
 
 def test_the_end_of_a_run_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     report = Report("slips", "/tmp/out", "demo", True, documents=2, records=2, failures={"render/empty": 1})
-    assert cli.show_run(lambda _: report, "stopping", as_json=True) is ExitCode.DOCUMENTS_FAILED
+    assert show_run(lambda _: report, "stopping", as_json=True) is ExitCode.DOCUMENTS_FAILED
     printed = capsys.readouterr()
     assert (json.loads(printed.out), printed.err) == (report.as_dict(), "")
 

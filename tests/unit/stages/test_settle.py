@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import JobError
+from pipeline.output import Output
 from pipeline.stages.requests import compute_document_keys
 from pipeline.stages.settle import PROVENANCE_COLUMNS, SettleStage, list_record_columns
 from tests.support.engines import VALID
@@ -111,6 +112,63 @@ def test_a_value_that_fits_no_column_empties_its_own_cell(stage: SettleStage) ->
 def test_an_answer_that_is_no_json_is_kept_as_it_came(stage: SettleStage) -> None:
     row = record(stage, document(), {"answer": "Here it is:", "status": "invalid", "errors": ["no JSON"]})
     assert (row["_status"], row["_answer"], row["_errors"]) == ("invalid", "Here it is:", ["no JSON"])
+
+
+RULE = "extract.rules=[{name: cheap, expression: total < 10.0, message: too dear}]"
+
+
+def test_a_record_says_what_each_rule_says(workspace: Workspace) -> None:
+    judged = make_settle_stage(workspace.job(RULE), NO_EXTRAS)
+    row = record(judged, document(), VALID)
+    assert row["_rules"] == [{"name": "cheap", "result": "broken", "message": "too dear", "fields": ["total"]}]
+    assert row["_status"] == "extracted"
+    assert record(judged, document(), VALID.replace("19.99", "null"))["_rules"][0]["result"] == "unknown"
+    assert record(judged, document(), {"status": "failed", "failure": FAILURE})["_rules"] == []
+
+
+def correct(workspace: Workspace, **line: Any) -> SettleStage:
+    """Return a settle stage with a correction of a document's total."""
+    job = workspace.job(RULE)
+    output = Output(job.output)
+    output.create()
+    about = {"_source": "a.pdf", "_page": None, "_doc_id": "d1", "_corrected": ["$.total"], "total": 5}
+    output.root.put("corrections.jsonl", json.dumps(about | line).encode())
+    return make_settle_stage(job, NO_EXTRAS)
+
+
+def test_a_correction_replaces_a_value(workspace: Workspace) -> None:
+    row = record(correct(workspace), document(), VALID)
+    assert (row["_status"], row["total"], row["currency"], row["_corrected"]) == ("extracted", Decimal("5.00"), "EUR", ["$.total"])
+    assert row["_rules"][0]["result"] == "passed"
+
+
+@pytest.mark.parametrize("line", [{"_doc_id": "d2"}, {"_source": "b.pdf"}, {"_page": 1}])
+def test_a_correction_of_another_record_does_not_apply(workspace: Workspace, line: Row) -> None:
+    row = record(correct(workspace, **line), document(), VALID)
+    assert (row["total"], row["_corrected"]) == (Decimal("19.99"), [])
+
+
+def test_a_correction_makes_an_invalid_record_valid_and_the_reverse(workspace: Workspace) -> None:
+    answer = VALID.replace("19.99", "-1")
+    assert record(correct(workspace), document(), answer)["_status"] == "extracted"
+    row = record(correct(workspace, total=-2), document(), answer)
+    assert (row["_status"], row["_errors"]) == ("invalid", ["$.total: -2 is less than 0"])
+
+
+def test_a_person_can_fill_in_a_document_that_failed(workspace: Workspace) -> None:
+    whole = {"_corrected": ["$.total", "$.currency", "$.lines"], "currency": "USD", "lines": []}
+    row = record(correct(workspace, **whole), document(), {"status": "failed", "failure": FAILURE})
+    assert (row["_status"], row["_failure"], row["total"], row["currency"]) == ("extracted", None, Decimal("5.00"), "USD")
+
+
+def test_a_correction_is_part_of_what_records_are_made_of(workspace: Workspace) -> None:
+    before = str(make_settle_stage(workspace.job(RULE), NO_EXTRAS).plan.schema)
+    assert str(correct(workspace).plan.schema) != before
+
+
+def test_a_rule_that_fails_is_refused(workspace: Workspace) -> None:
+    with pytest.raises(JobError, match="the rule cheap fails on a record with all values"):
+        make_settle_stage(workspace.job(RULE.replace("10.0", "10 + total")), NO_EXTRAS)
 
 
 def test_a_failed_request_is_a_failed_record(stage: SettleStage) -> None:

@@ -1,0 +1,125 @@
+"""Commands `check` and `preview`: a job before it runs, and one page as the model gets it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from textwrap import indent
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.cli.console import LOG_WIDTH, describe_demo_model, measure_terminal, print_json, print_message, strip_control_characters
+from pipeline.cli.exit_codes import convert_to_exit_code
+from pipeline.cli.options import JOB, JSON, SET, load_job
+from pipeline.cli.progress import show_waiting
+from pipeline.report import ExitCode
+
+if TYPE_CHECKING:
+    from pipeline.stages.preview import PreviewAnswer, PreviewFacts
+
+
+@click.command("check")
+@JOB
+@SET
+@JSON
+@convert_to_exit_code
+def check_command(job_file: Path, settings: tuple[str, ...], as_json: bool) -> None:
+    """Show the resolved job, its prompt, the columns of its records, and what this machine cannot keep renderers from. Starts no run."""
+    job = load_job(job_file, settings)
+    from pipeline import engines
+    from pipeline.render.sandbox import describe_confinement
+    from pipeline.schema.request_schema import list_required_leaves
+    from pipeline.stages.settle import list_record_columns
+
+    notes = engines.check_engine(job)
+    described = list_record_columns(job)
+    found = {
+        "job": job.dump_keys(),
+        "fingerprint": job.fingerprint,
+        "prompt": job.system_message,
+        **described,
+        "rules": [asdict(rule) for rule in job.rules],
+        "not_in_grammar": list(notes),
+        "not_nullable": list_required_leaves(job.schema),
+        "not_confined": list(describe_confinement()),
+    }
+    if as_json:
+        print_json(found)
+        return
+    show_job(found)
+
+
+@click.command("preview")
+@JOB
+@click.argument("file")
+@click.option("--page", type=click.IntRange(min=1), default=1, show_default=True, help="Page to look at.")
+@click.option("--png", type=click.Path(path_type=Path), help="Write the exact image that the model sees.")
+@click.option("--no-answer", is_flag=True, help="Do not load the model.")
+@SET
+@JSON
+@convert_to_exit_code
+def preview_command(
+    job_file: Path, file: str, page: int, png: Path | None, no_answer: bool, settings: tuple[str, ...], as_json: bool
+) -> ExitCode:
+    """Show one page as the model sees it, and what the model answers."""
+    job = load_job(job_file, settings)
+    from pipeline.stages.preview import ask_preview, render_preview, write_preview_png
+
+    seen = render_preview(job, file, page)
+    if png:
+        write_preview_png(seen, png)
+    if not as_json:
+        show_page(seen.facts["file"], page, seen.facts, job.system_message, seen.ask)
+    answer = None
+    if not no_answer:
+        on_demo = None if as_json else lambda replaced: print_message(describe_demo_model(replaced))
+        with show_waiting("asking the model", quiet=as_json):
+            answer = ask_preview(job, seen, on_demo)
+    if as_json:
+        print_json({**seen.facts, "prompt": job.system_message, "ask": seen.ask, **(answer or {})})
+    elif answer:
+        show_answer(answer)
+    return ExitCode.DOCUMENTS_FAILED if answer and answer["failure"] else ExitCode.OK
+
+
+def show_job(found: dict[str, Any]) -> None:
+    """Print a job with all its keys, its prompt, the columns of its records, and what is left out of the grammar and the confinement."""
+    import yaml
+
+    columns = measure_terminal(sys.stdout)[0] or LOG_WIDTH
+    click.echo(yaml.safe_dump({name: found[name] for name in ("job", "fingerprint")}, sort_keys=False, allow_unicode=True, width=columns))
+    click.echo(f"prompt:\n{indent(found['prompt'], '  ')}\n\ncolumns:")
+    for name, kind in found["columns"].items():
+        click.echo(f"  {name}: {kind}")
+    cost = "makes up a value" if found["job"]["extract"]["absent"] == "forbid" else "is invalid"
+    sections = {
+        "rules": [f"{rule['name']}: {rule['expression']}" for rule in found["rules"]],
+        "kept as JSON text or narrowed": found["notes"],
+        "left to the validator by the grammar": found["not_in_grammar"],
+        f"warning: may not be null, so that a document that does not show it {cost}": found["not_nullable"],
+        "what this machine cannot keep renderers from": found["not_confined"],
+    }
+    for title, notes in sections.items():
+        if notes:
+            click.echo(f"\n{title}:\n" + "\n".join(f"  {line}" for line in notes))
+
+
+def show_page(file: str, number: int, facts: PreviewFacts, prompt: str, ask: str) -> None:
+    """Print what a model gets with a page."""
+    click.echo(
+        f"{file}, page {number} of {facts['page_count']}: {facts['width_px']}×{facts['height_px']} px, {facts['dpi']:.1f} dpi, "
+        f"{facts['visual_tokens']} visual tokens, {facts['words']} words in the text layer"
+    )
+    for warning in facts["warnings"]:
+        click.echo(strip_control_characters(f"warning: {warning}"))
+    click.echo(f"\nprompt:\n{prompt}\n\n[page image]\n{ask}\n")
+
+
+def show_answer(given: PreviewAnswer) -> None:
+    """Print what a model answered and what is wrong with the answer."""
+    click.echo(f"answer ({given['prompt_tokens']} + {given['completion_tokens']} tokens, {given['finish_reason']}):\n{given['answer']}")
+    failure = given["failure"]
+    for problem in [failure["message"]] if failure and given["status"] == "failed" else given["errors"] or []:
+        click.echo(f"{given['status']}: {problem}")
