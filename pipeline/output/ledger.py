@@ -26,6 +26,7 @@ DISAGREEMENT_TYPE = pa.struct(
     [("path", pa.string()), ("kept", pa.string()), ("kept_page", pa.int32()), ("other", pa.string()), ("other_page", pa.int32())]
 )
 """Where two requests of one document read different values, in the records."""
+TEXT_LAYER_TYPE = pa.struct([("text", pa.string()), ("boxes", pa.binary()), ("unit_pt", pa.float32()), ("marks", pa.binary())])
 PAGE_TYPE = pa.struct(
     [
         ("page_no", pa.int32()),
@@ -35,6 +36,7 @@ PAGE_TYPE = pa.struct(
         ("visual_tokens", pa.int32()),
         ("warnings", pa.list_(pa.string())),
         ("renderer", pa.string()),
+        ("text_layer", TEXT_LAYER_TYPE),
     ]
 )
 PAGE_FAILURES_TYPE = pa.list_(pa.struct([("page", pa.int32()), ("kind", pa.string()), ("message", pa.string())]))
