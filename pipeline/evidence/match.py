@@ -58,6 +58,10 @@ class Match(StrEnum):
     NOT_APPLICABLE = "not_applicable"
 
 
+UNWITNESSED = frozenset({Match.SIMILAR, Match.HIDDEN, Match.ABSENT})
+"""Values that no witness shows."""
+
+
 class Witness(StrEnum):
     """Who says that a value is printed."""
 

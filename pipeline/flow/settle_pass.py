@@ -40,6 +40,8 @@ SETTLED_SCHEMA = pa.schema(
         ("documents", pa.int64()),
         ("partial", pa.int64()),
         ("disagreements", pa.int64()),
+        ("unwitnessed", pa.int64()),
+        ("alerts", pa.int64()),
         ("missing", pa.list_(pa.string())),
     ]
 )
@@ -65,6 +67,10 @@ class SettledRow(TypedDict):
     """Records that lack pages."""
     disagreements: int | None
     """Records whose requests read different values."""
+    unwitnessed: int | None
+    """Records with values that no witness shows."""
+    alerts: int | None
+    """Records with alerts."""
     missing: list[str] | None
     """Sources without a record."""
 
@@ -102,6 +108,8 @@ class SettleTask:
             documents=len({*sources}),
             partial=sum(1 for is_partial in records["_partial"].to_pylist() if is_partial),
             disagreements=sum(1 for disagreements in records["_disagreements"].to_pylist() if disagreements),
+            unwitnessed=sum(1 for count in records["_unwitnessed"].to_pylist() if count),
+            alerts=sum(1 for alerts in records["_alerts"].to_pylist() if alerts),
             missing=sorted({*documents["source"].to_pylist()} - {*sources}),
         )
 
@@ -144,6 +152,8 @@ def settle_output(documents: pa.Table, stage: SettleStage, output: Output, track
     report.count_records(*(sum_counts(row[name] for row in rows).elements() for name in ("statuses", "failures")))
     report.partial = sum(row["partial"] or 0 for row in rows)
     report.disagreements = sum(row["disagreements"] or 0 for row in rows)
+    report.unwitnessed = sum(row["unwitnessed"] or 0 for row in rows)
+    report.alerts = sum(row["alerts"] or 0 for row in rows)
     report.documents = documents.num_rows
     report.missing = sorted(name for row in rows for name in row["missing"] or [])
 
@@ -179,7 +189,7 @@ def run_settle_task(documents: pa.Table, task: SettleTask) -> pa.Table:
 
 def describe_settings(job: Job, stage: SettleStage) -> str:
     """Return all that decides a record beside its documents and their requests."""
-    sections = job.sections.model_dump(mode="json", include={"extract", "limits", "pages"})
+    sections = job.sections.model_dump(mode="json", include={"extract", "evidence", "limits", "pages"})
     versions = [__version__, pa.__version__]
     return schema.dump_json([versions, sections, job.schema, str(stage.plan.schema), stage.per_request, stage.fingerprint])
 

@@ -112,6 +112,12 @@ class EvidenceSection(Section):
         "while it is on have words: an output that was asked with `off` gets none by settling it again.",
     )
 
+    @field_validator("text", mode="before")
+    @classmethod
+    def convert_switch(cls, value: Any) -> Any:
+        """Accept on and off, which YAML reads as true and false."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
 
 class SamplingSection(Section):
     temperature: float = Field(0.0, ge=0, le=2, description="0 always takes the likeliest token: the same pages give the same record.")

@@ -26,6 +26,22 @@ DISAGREEMENT_TYPE = pa.struct(
     [("path", pa.string()), ("kept", pa.string()), ("kept_page", pa.int32()), ("other", pa.string()), ("other_page", pa.int32())]
 )
 """Where two requests of one document read different values, in the records."""
+EVIDENCE_TYPE = pa.struct(
+    [
+        ("path", pa.string()),
+        ("value", pa.string()),
+        ("page", pa.int32()),
+        *((corner, pa.float32()) for corner in ("x0", "y0", "x1", "y1")),
+        ("witness", pa.string()),
+        ("match", pa.string()),
+        ("places", pa.int32()),
+        ("words", pa.string()),
+        ("distance", pa.int32()),
+    ]
+)
+"""How a value is witnessed, in the records."""
+ALERT_TYPE = pa.struct([("kind", pa.string()), ("page", pa.int32()), *((name, pa.string()) for name in ("reason", "text", "path"))])
+"""What a reader of a document cannot know of, in the records."""
 TEXT_LAYER_TYPE = pa.struct([("text", pa.string()), ("boxes", pa.binary()), ("unit_pt", pa.float32()), ("marks", pa.binary())])
 PAGE_TYPE = pa.struct(
     [

@@ -21,7 +21,7 @@ from pipeline.storage import store
 from pipeline.storage.object_store import StoreUnreachable
 from pipeline.storage.store import Store
 
-LATER_COLUMNS = frozenset({"full_url", "page_failures", "_partial"})
+LATER_COLUMNS = frozenset({"full_url", "page_failures", "_partial", "_evidence", "_unwitnessed", "_alerts"})
 """Columns that 0.1.0 did not have: null where all columns of its shards are read."""
 MAX_LISTINGS = 5
 """How often a folder is listed when shards vanish while they are read, because another run compacts them."""

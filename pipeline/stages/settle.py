@@ -22,8 +22,18 @@ import pyarrow as pa
 
 from pipeline import schema
 from pipeline.errors import JobError
+from pipeline.evidence.alerts import AlertRow, list_alerts
+from pipeline.evidence.match import UNWITNESSED, EvidenceRow, make_evidence_row, match_values
+from pipeline.evidence.text_layer import PageWords, unpack_words
 from pipeline.job import Job
-from pipeline.output.ledger import DISAGREEMENT_TYPE, FAILURE_TYPE, PAGE_FAILURES_TYPE, select_newest_attempt
+from pipeline.output.ledger import (
+    ALERT_TYPE,
+    DISAGREEMENT_TYPE,
+    EVIDENCE_TYPE,
+    FAILURE_TYPE,
+    PAGE_FAILURES_TYPE,
+    select_newest_attempt,
+)
 from pipeline.records import FailureRow, LedgerRow, PageFailureRow, SourceRow, Stage, Status
 from pipeline.schema.arrow import ArrowPlan
 from pipeline.schema.certainty import score_values
@@ -48,6 +58,15 @@ PROVENANCE_COLUMNS = {
     ),
     "_partial": (pa.bool_(), "Whether pages of this document are missing in it, because they could not be drawn."),
     "_page_failures": (PAGE_FAILURES_TYPE, "The pages that could not be drawn: page, kind, message."),
+    "_evidence": (
+        pa.list_(EVIDENCE_TYPE),
+        "How each value is witnessed by the text layer ([below](#evidence)); null where it was not looked for.",
+    ),
+    "_unwitnessed": (
+        pa.int32(),
+        "How many values no witness shows: `absent`, `hidden`, or only `similar`; null where there was no text layer to look in.",
+    ),
+    "_alerts": (pa.list_(ALERT_TYPE), "Text that a reader cannot see ([below](#alerts)); null where no text layer was read."),
     "_answer": (pa.string(), "The merged answer as JSON, where it is invalid."),
     "_pages": (pa.int32(), "Pages of the document."),
     "_requests": (pa.int32(), "Requests it took."),
@@ -86,6 +105,9 @@ class ProvenanceRow(TypedDict, total=False):
     _disagreements: list[DisagreementRow]
     _partial: bool
     _page_failures: list[PageFailureRow]
+    _evidence: list[EvidenceRow] | None
+    _unwitnessed: int | None
+    _alerts: list[AlertRow] | None
     _answer: str | None
     _pages: int | None
     _requests: int
@@ -114,6 +136,7 @@ class RecordPlan:
         self.columns, self.validator = ArrowPlan(job.schema), Validator(job.schema)
         self.provenance = [(name, kind) for name, (kind, _) in PROVENANCE_COLUMNS.items() if name != "_page" or self.per_page]
         self.refuses_disagreements = job.sections.limits.disagreements == "invalid"
+        self.has_evidence = job.sections.evidence.text == "on"
         self.refuses_partial = job.sections.limits.partial == "fail"
         self.extras: list[str] = []
         self.schema = pa.schema([*self.columns.schema, *self.provenance])
@@ -174,6 +197,9 @@ class SettleStage:
     def build_record(self, requests: Sequence[LedgerRow]) -> dict[str, Any]:
         """Return the columns that come from a record's requests, which are in page order."""
         about = sum_provenance(requests)
+        words = collect_words(requests) if self.plan.has_evidence else []
+        if words:
+            about["_alerts"] = list_alerts(words, [])
         asked = [request for request in requests if request["status"] != Status.FAILED]
         failed = [request for request in requests if request["status"] == Status.FAILED]
         is_partial = bool(about["_page_failures"] and asked) and all(is_undrawn(request) for request in failed)
@@ -183,12 +209,12 @@ class SettleStage:
             return {**about, "_status": str(Status.FAILED), "_failure": failed[0]["failure"]}
         about["_partial"] = is_partial
         try:
-            return {**about, **self.merge_requests(asked)}
+            return {**about, **self.merge_requests(asked, words)}
         except Exception as error:  # any: what an answer makes the parser, the merge or a column raise has no common class
             return {**about, "_status": str(Status.FAILED), "_failure": make_failed_row(Stage.VALIDATE, error)["failure"]}
 
-    def merge_requests(self, requests: Sequence[LedgerRow]) -> dict[str, Any]:
-        """Return the columns that come from the answers to a record's requests."""
+    def merge_requests(self, requests: Sequence[LedgerRow], words: Sequence[PageWords]) -> dict[str, Any]:
+        """Return the columns that come from the answers to a record's requests, and from the words of its pages."""
         try:
             parts = [make_part(request) for request in requests]
         except ValueError:
@@ -202,6 +228,10 @@ class SettleStage:
             about |= make_invalid_columns("invalid", errors[0], errors, schema.dump_json(merged.value))
         elif merged.disagreements and self.plan.refuses_disagreements:
             about |= make_invalid_columns("disagreement", describe_disagreement(merged), [], schema.dump_json(merged.value))
+        if words:
+            evidence = match_values(self.plan.job_schema, merged.value, words)
+            about |= {"_evidence": [make_evidence_row(found) for found in evidence]}
+            about |= {"_unwitnessed": sum(found.match in UNWITNESSED for found in evidence), "_alerts": list_alerts(words, evidence)}
         return {**columns, **about}
 
 
@@ -218,6 +248,12 @@ def list_record_columns(job: Job) -> RecordColumns:
     """Return the columns of a job's records, the manifest's left out."""
     plan = RecordPlan(job)
     return {"columns": {field.name: str(field.type) for field in plan.schema}, "notes": list(plan.columns.notes)}
+
+
+def collect_words(requests: Sequence[LedgerRow]) -> list[PageWords]:
+    """Return the words of the pages of a record's requests; nothing of pages without a text layer."""
+    pages = [page for request in requests for page in request.get("pages") or []]
+    return [unpack_words(page["page_no"], layer) for page in pages if (layer := page.get("text_layer"))]
 
 
 def make_part(request: LedgerRow) -> Part:
