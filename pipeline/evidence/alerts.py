@@ -19,6 +19,8 @@ from pipeline.records import WordMark
 MIN_LETTERS = 20
 """Letters of the distinct hidden texts of a document from which they are an alert; digits are not counted."""
 MAX_TEXT = 500
+PRODUCERS_MARKS = frozenset({"powered by tcpdf (www.tcpdf.org)", "<powered by set in code>"})
+"""What PDF libraries put on pages without drawing it."""
 
 
 class AlertRow(TypedDict):
@@ -35,7 +37,7 @@ class AlertRow(TypedDict):
 
 def list_alerts(pages: Sequence[PageWords], evidence: Iterable[Evidence]) -> list[AlertRow]:
     """Return the alerts of a document: one for each reason for which text is hidden, then one for each value."""
-    hidden = list_hidden_texts(pages)
+    hidden = [found for found in list_hidden_texts(pages) if found[2].casefold() not in PRODUCERS_MARKS]
     distinct = {text.casefold(): text for _, _, text in hidden}
     alerts: list[AlertRow] = []
     if sum(letter.isalpha() for text in distinct.values() for letter in text) >= MIN_LETTERS:
