@@ -25,6 +25,7 @@ from typing import Any
 from pipeline.budget import PixelBudget, RenderSettings
 from pipeline.errors import DocumentError
 from pipeline.evidence.match import Evidence, Match, match_values
+from pipeline.evidence.ocr import read_words_by_ocr
 from pipeline.evidence.text_layer import PageWords, pack_words, unpack_words
 from pipeline.render.document import open_document
 from pipeline.schema import parse_json
@@ -49,11 +50,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--misses", action="store_true", help="print the printed values that were not found")
+    parser.add_argument("--ocr", action="store_true", help="read images (*.jpg) by OCR instead of the text layers of PDFs")
     options = parser.parse_args()
     chance, counts, documents, pages, spent_s = random.Random(SEED), Counter[tuple[str, str]](), 0, 0, 0.0
-    for file in sorted(found for folder in options.folders for found in folder.glob("*.pdf")):
+    for file in sorted(found for folder in options.folders for found in folder.glob("*.jpg" if options.ocr else "*.pdf")):
         labels = file.with_suffix(".json")
-        if not labels.exists() or not (words := read_words_of(file)):
+        if not labels.exists() or not (words := read_words_of(file, options.ocr)):
             continue
         values = parse_json(labels.read_text())
         values = values[0] if isinstance(values, list) else values
@@ -64,13 +66,16 @@ def main() -> None:
         documents, pages = documents + 1, pages + len(words)
         text = "\n".join(" ".join(page.texts) for page in words)
         for found in evidence:
-            judge_value(found, text, words, counts, chance, file.name if options.misses else "")
+            judge_value(found, text, words, counts, chance, options.ocr, file.name if options.misses else "")
     print(f"{documents} documents, {pages} pages with words, matching {1000 * spent_s / max(1, pages):.2f} ms of CPU a page\n")
     print_table(counts)
 
 
-def read_words_of(file: Path) -> list[PageWords]:
+def read_words_of(file: Path, by_ocr: bool = False) -> list[PageWords]:
     """Return the words of a document's pages, as a ledger keeps them; none for a scan or a file that does not open."""
+    if by_ocr:
+        page = open_document(file.read_bytes(), RenderSettings()).draw(1)
+        return [read_words_by_ocr(1, page.pixels, page.width_pt, page.height_pt)]
     try:
         opened = open_document(file.read_bytes(), RenderSettings(PixelBudget(), text_layer=True))
         rows = [(number, pack_words(opened.draw(number))) for number in range(1, min(opened.page_count, MAX_PAGES) + 1)]
@@ -80,10 +85,16 @@ def read_words_of(file: Path) -> list[PageWords]:
 
 
 def judge_value(
-    found: Evidence, text: str, words: list[PageWords], counts: Counter[tuple[str, str]], chance: random.Random, name: str
+    found: Evidence,
+    text: str,
+    words: list[PageWords],
+    counts: Counter[tuple[str, str]],
+    chance: random.Random,
+    is_receipt: bool,
+    name: str,
 ) -> None:
     """Count whether a value was found, and whether altered copies of it are."""
-    kind, value = classify_value(found.value)
+    kind, value = classify_value(found.value, is_receipt)
     is_printed = is_printed_plainly(kind, value, text)
     counts[kind, "values"] += 1
     counts[kind, "printed"] += is_printed
@@ -92,9 +103,9 @@ def judge_value(
     counts[kind, "printed and found"] += is_found and is_printed
     counts[kind, "found, not printed"] += is_found and not is_printed
     counts[kind, "several places"] += is_found and found.places > 1
-    if is_printed and not is_found and name:
+    if (is_printed or is_receipt) and not is_found and name:
         print(f"not found: {name} {found.path} {found.value!r} {found.match}")
-    for altered in alter_value(kind, value, found.value, chance):
+    for altered in alter_value(kind, value, found.value, chance, is_receipt):
         (other,) = match_values({}, {"value": altered}, words)
         counts[kind, "altered"] += 1
         if other.match in WITNESSED:
@@ -104,9 +115,10 @@ def judge_value(
                 print(f"altered and witnessed, same place {same}: {name} {found.path} {found.value!r} -> {altered!r} as {other.words!r}")
 
 
-def classify_value(text: str) -> tuple[str, Any]:
+def classify_value(text: str, day_first: bool) -> tuple[str, Any]:
     """Return a value's kind and the value: a date, an amount, or a text."""
-    for pattern in (r"(?P<y>\d{4})-(?P<m>\d\d)-(?P<d>\d\d)", r"(?P<m>\d{1,2})/(?P<d>\d{1,2})/(?P<y>\d{2}|\d{4})"):
+    slashed = r"(?P<d>\d{1,2})[/-](?P<m>\d{1,2})[/-]" if day_first else r"(?P<m>\d{1,2})/(?P<d>\d{1,2})/"
+    for pattern in (r"(?P<y>\d{4})-(?P<m>\d\d)-(?P<d>\d\d)", slashed + r"(?P<y>\d{2}|\d{4})"):
         if part := re.fullmatch(pattern, text):
             year = int(part["y"])
             return "date", date(year + 2000 * (year < 100), int(part["m"]), int(part["d"]))
@@ -140,13 +152,13 @@ def squeeze(text: str) -> str:
     return "".join(letter for letter in text.lower() if letter.isalnum())
 
 
-def alter_value(kind: str, value: Any, written: str, chance: random.Random) -> Iterator[str]:
+def alter_value(kind: str, value: Any, written: str, chance: random.Random, day_first: bool) -> Iterator[str]:
     """Yield altered copies of a value, in the form in which it was written."""
     if kind == "date":
         for other in (value + timedelta(1), value - timedelta(1), value.replace(day=value.day % 28 + 1 if value.day != 28 else 8)):
-            yield (
-                other.isoformat() if "-" in written else re.sub(r"\d+", "{}", written).format(other.month, other.day, written.split("/")[2])
-            )
+            parts = (other.day, other.month) if day_first else (other.month, other.day)
+            form = re.sub(r"\d+", "{:02}" if day_first else "{}", written)
+            yield other.isoformat() if re.match(r"\d{4}-", written) else form.format(*parts, int(re.split("[/-]", written)[2]))
         return
     places = [at for at, letter in enumerate(written) if (letter.isdigit() if kind == "amount" else letter.isalnum())]
     for _ in range(3 if len(places) > 1 else 0):
@@ -161,11 +173,13 @@ def overlap_boxes(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 
 def print_table(counts: Counter[tuple[str, str]]) -> None:
     """Print the shares by kind of value."""
-    print("| kind | values | printed | of these found | found, not printed plainly | several places | altered | same place | elsewhere |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print(
+        "| kind | values | found | printed | of these found | found, not printed plainly | several places | altered | same place | elsewhere |"
+    )
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for kind in ("text", "amount", "date"):
         found, altered = max(1, counts[kind, "found"]), max(1, counts[kind, "altered"])
-        cells = [counts[kind, "values"], counts[kind, "printed"]]
+        cells = [counts[kind, "values"], f"{counts[kind, 'found'] / max(1, counts[kind, 'values']):.1%}", counts[kind, "printed"]]
         cells += [f"{counts[kind, 'printed and found'] / max(1, counts[kind, 'printed']):.1%}", counts[kind, "found, not printed"]]
         cells += [f"{counts[kind, 'several places'] / found:.0%}", counts[kind, "altered"]]
         cells += [f"{counts[kind, name] / altered:.1%}" for name in ("altered, same place", "altered, elsewhere")]

@@ -30,6 +30,7 @@ DOORS = {
     "pymupdf": {"render", "demo"},
     "pypdfium2": {"render"},
     "qwen_vl_utils": {"engines"},
+    "rapidocr": {"evidence"},
     "ray": {"cluster", "flow"},
     "rich": {"cli"},
     "scipy": {"score"},

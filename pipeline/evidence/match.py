@@ -69,6 +69,8 @@ class Witness(StrEnum):
     """The text layer of a PDF, which is what is drawn."""
     OCR_LAYER = "ocr_layer"
     """Text that OCR software added to a scan: a weaker witness."""
+    OCR = "ocr"
+    """OCR of the page's pixels (`ocr.read_words_by_ocr`)."""
 
 
 @dataclass(frozen=True)
@@ -397,7 +399,7 @@ def list_similar(page: PageIndex, scalar: Scalar) -> list[tuple[Find, int]]:
 def describe_place(path: str, text: str, match: Match, place: Place) -> Evidence:
     """Return the evidence for a value at a place."""
     marks = [mark for find in place.finds for mark in place.page.get_marks(find)]
-    witness = Witness.OCR_LAYER if WordMark.OVERLAY in marks else Witness.TEXT
+    witness = Witness.OCR if place.page.is_ocr else Witness.OCR_LAYER if WordMark.OVERLAY in marks else Witness.TEXT
     words = " ".join(place.page.get_printed(find) for find in place.finds)
     return Evidence(path, text, match, place.page.page_no, place.box, witness, words)
 

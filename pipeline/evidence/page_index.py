@@ -50,6 +50,7 @@ class PageIndex:
 
     def __init__(self, page: PageWords, order: Sequence[int]) -> None:
         """Index the words with these positions in the page, in this order; there must be one."""
+        self.is_ocr = page.is_ocr
         self.page_no, self.order = page.page_no, list(order)
         self.words = [page.texts[index] for index in order]
         self.boxes = page.boxes[self.order]

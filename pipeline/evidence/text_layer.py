@@ -29,6 +29,8 @@ class PageWords:
     """(words, 4): x0, y0, x1, y1 in PDF points, origin top left, page rotation applied."""
     marks: NDArray[np.uint8]
     """(words,): a `WordMark` each."""
+    is_ocr: bool = False
+    """Read from the page's pixels, and not from its text layer."""
 
 
 def pack_words(page: Page) -> TextLayerRow | None:
