@@ -7,7 +7,8 @@ Every value is looked for, and altered copies of it: days one more and one less 
 with another digit or letter. "Printed" is decided without the matcher, by plain searches of the page's text for many spellings of a
 value. "Same place": the altered value is witnessed where the true one stands, which is a defect of the matcher; "elsewhere": it is
 printed at another place. Bounds: 98 % of the printed values with a box whose words are the value; altered at the same place 0.2 %,
-anywhere 1 % for texts and amounts; 2 ms of CPU a page beyond reading its words.
+anywhere 1 % for texts and amounts; 2 ms of CPU a page beyond reading its words. `--ocr` reads images instead, receipts whose days come
+first: true totals and dates 95 %, altered ones 2 %.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 from pipeline.budget import PixelBudget, RenderSettings
 from pipeline.errors import DocumentError
+from pipeline.evidence.alerts import list_alerts
 from pipeline.evidence.match import Evidence, Match, match_values
 from pipeline.evidence.ocr import read_words_by_ocr
 from pipeline.evidence.text_layer import PageWords, pack_words, unpack_words
@@ -69,6 +71,17 @@ def main() -> None:
             judge_value(found, text, words, counts, chance, options.ocr, file.name if options.misses else "")
     print(f"{documents} documents, {pages} pages with words, matching {1000 * spent_s / max(1, pages):.2f} ms of CPU a page\n")
     print_table(counts)
+    if not options.ocr:
+        print_alerts(options.folders)
+
+
+def print_alerts(folders: list[Path]) -> None:
+    """Print how many PDFs of the folders, labelled or not, have alerts about hidden text, and which."""
+    files = sorted(file for folder in folders for file in folder.rglob("*.pdf"))
+    alerts = {file.name: found for file in files if (found := list_alerts(read_words_of(file), []))}
+    print(f"\nalerts about hidden text: {len(alerts)} of {len(files)} PDFs ({len(alerts) / max(1, len(files)):.1%})")
+    for name, found in alerts.items():
+        print(f"  {name}: {found[0]['reason']}: {found[0]['text'][:100]}")
 
 
 def read_words_of(file: Path, by_ocr: bool = False) -> list[PageWords]:
@@ -173,10 +186,9 @@ def overlap_boxes(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 
 def print_table(counts: Counter[tuple[str, str]]) -> None:
     """Print the shares by kind of value."""
-    print(
-        "| kind | values | found | printed | of these found | found, not printed plainly | several places | altered | same place | elsewhere |"
-    )
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    names = ("kind", "values", "found", "printed", "of these found", "found, not printed plainly", "several places", "altered")
+    names += ("same place", "elsewhere")
+    print(f"| {' | '.join(names)} |\n| --- |{' ---: |' * (len(names) - 1)}")
     for kind in ("text", "amount", "date"):
         found, altered = max(1, counts[kind, "found"]), max(1, counts[kind, "altered"])
         cells = [counts[kind, "values"], f"{counts[kind, 'found'] / max(1, counts[kind, 'values']):.1%}", counts[kind, "printed"]]
