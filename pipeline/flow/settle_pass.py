@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, TypedDict, cast
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline import cluster, schema
 from pipeline.errors import DamagedShard
@@ -24,6 +23,7 @@ from pipeline.job import Job
 from pipeline.output import SHARD_SUFFIX, Output
 from pipeline.output.ledger import IDENTITY_COLUMNS, read_identities, read_requests
 from pipeline.output.shards import encode_shard, name_shard
+from pipeline.records import LedgerRow
 from pipeline.report import Phase, ProgressTracker
 from pipeline.stages.settle import SettleStage
 from pipeline.storage.store import map_concurrently
@@ -32,6 +32,7 @@ from pipeline.version import __version__
 DOCUMENTS_PER_SHARD = 1000
 MAX_RANGES_HERE = 5
 """Up to so many ranges are settled in this process, a second each; Ray takes longer to start."""
+ROWS_AT_ONCE = 32
 COUNTS_TYPE = pa.map_(pa.string(), pa.int64())
 SETTLED_SCHEMA = pa.schema(
     [
@@ -88,13 +89,11 @@ class SettleTask:
 
     def settle_range(self, documents: pa.Table) -> SettledRow:
         """Write the records of one range of documents as one shard. A damaged shard of the ledger is a row."""
-        longest = pc.max(documents["page_count"]).as_py() or 0
-        with_part_tokens = not self.stage.plan.per_page and longest > self.stage.per_request
         try:
-            requests = read_requests(self.output, documents["doc_id"], with_part_tokens, self.listed)
+            requests = read_requests(self.output, documents["doc_id"], with_tokens=True, listed=self.listed)
         except DamagedShard as damage:
             return make_settled_row(damaged=damage.file, why=damage.reason)
-        records = self.stage.build_table(documents.to_pylist(), requests.to_pylist())
+        records = self.stage.build_table(documents.to_pylist(), iterate_requests(requests))
         sources = records["_source"].to_pylist()
         file, content = name_shard(f"{name}/{row}" for row, name in enumerate(sources)), encode_shard(records)
         self.output.records.put(file, content)
@@ -122,6 +121,12 @@ class SettleTask:
         except (DamagedShard, OSError):
             return None  # settling it again says what is wrong, or puts it right
         return row if row and hashlib.sha256(content).hexdigest() == row["sha256"] else None
+
+
+def iterate_requests(requests: pa.Table) -> Iterator[LedgerRow]:
+    """Yield the rows of a ledger, of which a few have their tokens in memory as Python values at a time."""
+    for batch in requests.to_batches(max_chunksize=ROWS_AT_ONCE):
+        yield from cast(list[LedgerRow], batch.to_pylist())
 
 
 def settle_output(documents: pa.Table, stage: SettleStage, output: Output, tracker: ProgressTracker, job: Job) -> None:

@@ -40,6 +40,8 @@ EVIDENCE_TYPE = pa.struct(
     ]
 )
 """How a value is witnessed, in the records."""
+CONFIDENCE_TYPE = pa.struct([("path", pa.string()), ("confidence", pa.float32())])
+"""How sure a value is, in the records."""
 ALERT_TYPE = pa.struct([("kind", pa.string()), ("page", pa.int32()), *((name, pa.string()) for name in ("reason", "text", "path"))])
 """What a reader of a document cannot know of, in the records."""
 TEXT_LAYER_TYPE = pa.struct([("text", pa.string()), ("boxes", pa.binary()), ("unit_pt", pa.float32()), ("marks", pa.binary())])
@@ -157,22 +159,14 @@ def read_outcomes(output: Output) -> Iterator[LedgerRow]:
         yield from batch.to_pylist()
 
 
-def read_requests(
-    output: Output, doc_ids: pa.ChunkedArray, with_part_tokens: bool = False, listed: Mapping[str, int] | None = None
-) -> pa.Table:
+def read_requests(output: Output, doc_ids: pa.ChunkedArray, with_tokens: bool = False, listed: Mapping[str, int] | None = None) -> pa.Table:
     """Return the ledger's rows of these documents, and of those that have no doc_id if one of these has none.
 
-    Opens the shards, of those `listed` if they were before, and reads the row groups whose range of doc_ids overlaps. The tokens stay on
-    the disk, but for requests about a part of a document `with_part_tokens`: a merge keeps the values whose tokens are the likeliest.
+    Opens the shards, of those `listed` if they were before, and reads the row groups whose range of doc_ids overlaps. The tokens, most of a
+    ledger, stay on the disk unless they are wanted.
     """
-    selection = select_documents(doc_ids, listed)
-    columns = [name for name in LEDGER_SCHEMA.names if name != "tokens"]
-    if not with_part_tokens:
-        return read_shards(output.requests, columns, LEDGER_SCHEMA, selection)
-    is_part = pc.coalesce((pc.field("first_page") > 1) | (pc.field("last_page") < pc.field("page_count")), pc.scalar(False))
-    wholes = read_shards(output.requests, columns, LEDGER_SCHEMA, replace(selection, rows=selection.rows & ~is_part))
-    parts = read_shards(output.requests, LEDGER_SCHEMA.names, LEDGER_SCHEMA, replace(selection, rows=selection.rows & is_part))
-    return pa.concat_tables([wholes, parts], promote_options="default")
+    columns = [name for name in LEDGER_SCHEMA.names if with_tokens or name != "tokens"]
+    return read_shards(output.requests, columns, LEDGER_SCHEMA, select_documents(doc_ids, listed))
 
 
 def read_identities(output: Output, doc_ids: pa.ChunkedArray, listed: Mapping[str, int]) -> pa.Table:

@@ -15,6 +15,7 @@ the pages drawn before it: they stay in the ledger.)
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from copy import copy
 from typing import Any, TypedDict, cast
 
@@ -23,11 +24,13 @@ import pyarrow as pa
 from pipeline import schema
 from pipeline.errors import JobError
 from pipeline.evidence.alerts import AlertRow, list_alerts
-from pipeline.evidence.match import UNWITNESSED, EvidenceRow, make_evidence_row, match_values
+from pipeline.evidence.confidence import ConfidenceRow, compute_confidence
+from pipeline.evidence.match import UNWITNESSED, Evidence, EvidenceRow, make_evidence_row, match_values
 from pipeline.evidence.text_layer import PageWords, unpack_words
 from pipeline.job import Job
 from pipeline.output.ledger import (
     ALERT_TYPE,
+    CONFIDENCE_TYPE,
     DISAGREEMENT_TYPE,
     EVIDENCE_TYPE,
     FAILURE_TYPE,
@@ -36,7 +39,7 @@ from pipeline.output.ledger import (
 )
 from pipeline.records import FailureRow, LedgerRow, PageFailureRow, SourceRow, Stage, Status
 from pipeline.schema.arrow import ArrowPlan
-from pipeline.schema.certainty import score_values
+from pipeline.schema.certainty import TokenScore, score_tokens
 from pipeline.schema.merge import MergeResult, Part, merge_parts
 from pipeline.schema.validate import Validator
 from pipeline.stages.requests import compute_document_keys, make_failed_row
@@ -66,6 +69,11 @@ PROVENANCE_COLUMNS = {
         pa.int32(),
         "How many values no witness shows: `absent`, `hidden`, or only `similar`; null where there was no text layer to look in.",
     ),
+    "_confidence": (
+        pa.list_(CONFIDENCE_TYPE),
+        "How sure each value is, from 0 to 1, raw ([below](#confidence)); null where the engine gave no log-probabilities.",
+    ),
+    "_least_confidence": (pa.float32(), "The least of these."),
     "_alerts": (pa.list_(ALERT_TYPE), "Text that a reader cannot see ([below](#alerts)); null where no text layer was read."),
     "_answer": (pa.string(), "The merged answer as JSON, where it is invalid."),
     "_pages": (pa.int32(), "Pages of the document."),
@@ -107,6 +115,8 @@ class ProvenanceRow(TypedDict, total=False):
     _page_failures: list[PageFailureRow]
     _evidence: list[EvidenceRow] | None
     _unwitnessed: int | None
+    _confidence: list[ConfidenceRow] | None
+    _least_confidence: float | None
     _alerts: list[AlertRow] | None
     _answer: str | None
     _pages: int | None
@@ -119,7 +129,13 @@ class ProvenanceRow(TypedDict, total=False):
     _engine: str | None
 
 
-PENDING_ROW: LedgerRow = {
+class ScoredRow(LedgerRow, total=False):
+    """A request with the scores of its values in place of its tokens, of which a document has thousands."""
+
+    scores: dict[str, TokenScore]
+
+
+PENDING_ROW: ScoredRow = {
     "status": str(Status.FAILED),
     "attempt": 0,
     "failure": {"stage": "settle", "kind": "pending", "message": "not asked yet: run the job again"},
@@ -160,9 +176,9 @@ class SettleStage:
 
     def build_table(self, documents: Iterable[SourceRow], requests: Iterable[LedgerRow]) -> pa.Table:
         """Return the record rows of these documents, sorted by source and page."""
-        ledger: dict[str, list[LedgerRow]] = {}
+        ledger: dict[str, list[ScoredRow]] = {}
         for request in requests:
-            ledger.setdefault(str(request["key"]), []).append(request)
+            ledger.setdefault(str(request["key"]), []).append(score_request(request))
         rows = [row for document in documents for row in self.settle_document(document, ledger)]
         rows.sort(key=lambda row: (row["_source"], row["_page"] or 0))
         try:
@@ -179,11 +195,11 @@ class SettleStage:
             return {**kept, "_status": str(Status.FAILED), "_failure": make_failed_row(Stage.VALIDATE, error)["failure"]}
         return row
 
-    def settle_document(self, document: SourceRow, ledger: dict[str, list[LedgerRow]]) -> Iterator[dict[str, Any]]:
+    def settle_document(self, document: SourceRow, ledger: dict[str, list[ScoredRow]]) -> Iterator[dict[str, Any]]:
         """Yield a document's records; their columns are those of the plan's schema."""
-        requests: list[LedgerRow] = []
+        requests: list[ScoredRow] = []
         for key, (first_page, last_page) in compute_document_keys(document, self.per_request, self.fingerprint).items():
-            newest = select_newest_attempt(ledger.get(key, [PENDING_ROW]))
+            newest = cast(ScoredRow, select_newest_attempt(ledger.get(key, [PENDING_ROW])))
             requests.append({**newest, "first_page": first_page, "last_page": last_page})
         page_count = document["page_count"] or None
         about: ProvenanceRow = {"_source": document["source"], "_doc_id": document["doc_id"], "_pages": page_count}
@@ -194,7 +210,7 @@ class SettleStage:
         else:
             yield {**extras, **about, "_page": None, **self.build_record(requests)}
 
-    def build_record(self, requests: Sequence[LedgerRow]) -> dict[str, Any]:
+    def build_record(self, requests: Sequence[ScoredRow]) -> dict[str, Any]:
         """Return the columns that come from a record's requests, which are in page order."""
         about = sum_provenance(requests)
         words = collect_words(requests) if self.plan.has_evidence else []
@@ -213,7 +229,7 @@ class SettleStage:
         except Exception as error:  # any: what an answer makes the parser, the merge or a column raise has no common class
             return {**about, "_status": str(Status.FAILED), "_failure": make_failed_row(Stage.VALIDATE, error)["failure"]}
 
-    def merge_requests(self, requests: Sequence[LedgerRow], words: Sequence[PageWords]) -> dict[str, Any]:
+    def merge_requests(self, requests: Sequence[ScoredRow], words: Sequence[PageWords]) -> dict[str, Any]:
         """Return the columns that come from the answers to a record's requests, and from the words of its pages."""
         try:
             parts = [make_part(request) for request in requests]
@@ -228,8 +244,9 @@ class SettleStage:
             about |= make_invalid_columns("invalid", errors[0], errors, schema.dump_json(merged.value))
         elif merged.disagreements and self.plan.refuses_disagreements:
             about |= make_invalid_columns("disagreement", describe_disagreement(merged), [], schema.dump_json(merged.value))
+        evidence = match_values(self.plan.job_schema, merged.value, words) if words else []
+        about |= rate_values(merged, evidence)
         if words:
-            evidence = match_values(self.plan.job_schema, merged.value, words)
             about |= {"_evidence": [make_evidence_row(found) for found in evidence]}
             about |= {"_unwitnessed": sum(found.match in UNWITNESSED for found in evidence), "_alerts": list_alerts(words, evidence)}
         return {**columns, **about}
@@ -256,11 +273,39 @@ def collect_words(requests: Sequence[LedgerRow]) -> list[PageWords]:
     return [unpack_words(page["page_no"], layer) for page in pages if (layer := page.get("text_layer"))]
 
 
-def make_part(request: LedgerRow) -> Part:
+def score_request(request: LedgerRow) -> ScoredRow:
+    """Return a request with the scores of its values, without its tokens; without scores where its answer is not JSON."""
+    tokens, answer, scores = request.get("tokens") or [], request.get("answer") or "", dict[str, TokenScore]()
+    if tokens:
+        with suppress(ValueError):
+            schema.parse_json(answer)
+            scores = score_tokens(answer, tokens)
+    return {**request, "tokens": None, "scores": scores}
+
+
+def make_part(request: ScoredRow) -> Part:
     """Return a request's answer as a part of its document. Raises ValueError for an answer that is not JSON."""
-    answer, tokens = request["answer"] or "", request.get("tokens") or []
-    value = schema.parse_json(answer)
-    return Part(request["first_page"], request["last_page"], value, score_values(answer, tokens) if tokens else {})
+    return Part(request["first_page"], request["last_page"], schema.parse_json(request["answer"] or ""), request.get("scores") or {})
+
+
+def rate_values(merged: MergeResult, evidence: Sequence[Evidence]) -> ProvenanceRow:
+    """Return the confidence of each scalar of a record whose tokens are known; no columns where there is none."""
+    witnessed = {found.path: found for found in evidence}
+    disputed = {disagreement.path for disagreement in merged.disagreements}
+    rows: list[ConfidenceRow] = []
+    for path in list_scalar_paths(merged.value):
+        if score := merged.find_score(path):
+            rows.append({"path": path, "confidence": compute_confidence(score.total, witnessed.get(path), path in disputed)})
+    return {"_confidence": rows, "_least_confidence": min(row["confidence"] for row in rows)} if rows else {}
+
+
+def list_scalar_paths(value: Any, path: str = "$") -> Iterator[str]:
+    """Yield the paths of the scalars in a JSON value, nulls included."""
+    if isinstance(value, dict | list):
+        for step, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from list_scalar_paths(inner, schema.join_path(path, step))
+    else:
+        yield path
 
 
 def is_undrawn(request: LedgerRow) -> bool:

@@ -84,6 +84,29 @@ def test_without_words_nothing_is_said(stage: SettleStage, workspace: Workspace)
         assert (row["_status"], row["_evidence"], row["_unwitnessed"], row["_alerts"]) == ("extracted", None, None, None)
 
 
+def make_tokens(answer: str, **logprobs: float) -> list[Row]:
+    """Return a token for every character of an answer; a named one has this log-probability, its first occurrence counts."""
+    tokens: list[Row] = [{"text": letter, "logprob": 0.0} for letter in answer]
+    for text, logprob in logprobs.items():
+        tokens[answer.index(text.strip("_"))]["logprob"] = logprob
+    return tokens
+
+
+def test_confidence_joins_tokens_and_witness(stage: SettleStage) -> None:
+    tokens = make_tokens(ANSWER, _19=-0.6931472, EUR=-0.1)
+    (row,) = settle(stage, print_page(PRINTED.replace("19,99", "19,89")), tokens=tokens).to_pylist()
+    found = {rated["path"]: rated["confidence"] for rated in row["_confidence"]}
+    assert [*found] == ["$.currency", "$.total", "$.lines[0].amount"]
+    assert found["$.total"] == pytest.approx(0.1 / 1.1, abs=1e-4)
+    assert found["$.currency"] > 0.99
+    assert row["_least_confidence"] == found["$.total"]
+
+
+def test_without_log_probabilities_there_is_no_confidence(stage: SettleStage) -> None:
+    (row,) = settle(stage, print_page(PRINTED)).to_pylist()
+    assert (row["_confidence"], row["_least_confidence"]) == (None, None)
+
+
 def test_the_same_ledger_gives_the_same_bytes(stage: SettleStage) -> None:
     assert encode_shard(settle(stage, print_page(PRINTED))) == encode_shard(settle(stage, print_page(PRINTED)))
 
