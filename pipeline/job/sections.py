@@ -108,8 +108,8 @@ class EvidenceSection(Section):
         "on",
         description="Look for every value in the text layer of its pages, so that the records say where on the page it stands, and which "
         "values no reader but the model sees. Words that a reader cannot see are found and witness nothing. Costs about 5 ms of a render "
-        "task's CPU per PDF page, 2 ms per page in settling and about 2 kB per page in `requests/`. Only pages that are rendered "
-        "while it is on have words: an output that was asked with `off` gets none by settling it again.",
+        "task's CPU per PDF page, 1 ms per page and 0.1 ms per value in settling, and about 2 kB per page in `requests/`. Only pages that "
+        "are rendered while it is on have words: an output that was asked with `off` gets none by settling it again.",
     )
 
     @field_validator("text", mode="before")
