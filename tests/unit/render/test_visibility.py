@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from decimal import Decimal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,8 @@ from pipeline.evidence.text_layer import PageWords, pack_words, unpack_words
 from pipeline.records import WordMark
 from pipeline.render.document import render_pages
 from tests.support.hidden import HONEST, ORDER, SCAN, WAYS, make_hidden_pdf, write
+
+ATTACKS = Path(__file__).parents[4] / "shared/corpora/attacks/text_attack_train.json"
 
 
 def read(data: bytes, *, max_pixels: int = 1280 * 784) -> list[PageWords]:
@@ -62,3 +67,14 @@ def test_words_keep_the_reading_order_and_their_places() -> None:
     assert page.texts == ["Invoice", "4711", "Total", "25.00", "hidden", "here"]
     assert page.marks.tolist() == [0, 0, 0, 0, WordMark.NO_INK, WordMark.NO_INK]
     assert page.boxes[4] == pytest.approx((40, 329, 75, 346), abs=3)
+
+
+@pytest.mark.skipif(not ATTACKS.exists(), reason="the collection of injections is not here")
+def test_instructions_that_people_smuggled_into_documents_are_alerts_where_they_are_hidden() -> None:
+    orders = [order for some in json.loads(ATTACKS.read_text()).values() for order in some]
+    assert len(orders) >= 40
+    for number, order in enumerate(orders):
+        way = [*WAYS][number % len(WAYS)]
+        text = re.sub(r"[^\x20-\x7e]|[()\\]", " ", order)[:70]
+        assert list_alerts(read(WAYS[way](text)), []), f"{way}: {text}"
+        assert list_alerts(read(make_hidden_pdf(write(text, size=9))), []) == [], text
