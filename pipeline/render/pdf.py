@@ -27,6 +27,9 @@ from pipeline.render.visibility import Drawn, collect_styles, mark_words
 
 MAX_WORDS = 20_000
 MAX_TEXT_CHARS = 200_000
+SCAN_PIXELS = 500_000
+"""A page scanned at 72 dpi."""
+MAX_IMAGES = 50
 INHERITED = ("Resources", "MediaBox", "CropBox", "Rotate")
 
 
@@ -253,7 +256,7 @@ def read_words(page: Any, box: Any, pixels: Pixels, scale: tuple[float, float]) 
     styles = collect_styles(found, text_page.extractDICT()["blocks"], mupdf.FZ_STEXT_FILLED | mupdf.FZ_STEXT_STROKED)
     boxes, page_box = np.array([word[:4] for word in found], np.float64).reshape(-1, 4), (box.x0, box.y0, box.x1, box.y1)
     texts = [clean_text(word[4], MAX_TEXT_CHARS) for word in found]
-    marks = mark_words(texts, boxes, styles, page_box, pixels, scale, lambda: list_drawn(page))
+    marks = mark_words(texts, boxes, styles, page_box, pixels, scale, lambda: list_drawn(page), has_large_image(page))
     corners = (boxes - (box.x0, box.y0, box.x0, box.y0)).tolist()
     words = tuple(
         Word(text, x0, y0, x1, y1, WordMark(mark)) for text, (x0, y0, x1, y1), mark in zip(texts, corners, marks.tolist(), strict=True)
@@ -309,6 +312,18 @@ def extract_text(page: Any) -> Any:
     mupdf.fz_run_page(page, device, mupdf.FzMatrix(), mupdf.FzCookie())
     mupdf.fz_close_device(device)
     return text
+
+
+def has_large_image(page: Any) -> bool:
+    """Say whether a page's resources have an image of at least `SCAN_PIXELS`."""
+    leaf = mupdf.pdf_page_from_fz_page(page)
+    images = mupdf.pdf_dict_gets(mupdf.pdf_page_resources(leaf), "XObject")
+    for at in range(min(mupdf.pdf_dict_len(images), MAX_IMAGES)):
+        image = mupdf.pdf_dict_get_val(images, at)
+        size = [mupdf.pdf_to_int(mupdf.pdf_dict_gets(image, name)) for name in ("Width", "Height")]
+        if size[0] * size[1] >= SCAN_PIXELS:
+            return True
+    return False
 
 
 def list_drawn(page: Any) -> list[Drawn]:

@@ -67,11 +67,12 @@ def mark_words(
     pixels: Pixels,
     scale: tuple[float, float],
     list_drawn: Callable[[], Sequence[Drawn]],
+    has_large_image: bool = False,
 ) -> NDArray[np.uint8]:
     """Return the mark of each word.
 
     `boxes_pt` and `page_box` are in the page's own coordinates, `pixels` begin at the page's top left corner and `scale` is in pixels per
-    point. `list_drawn` is called where a word is suspicious.
+    point. `list_drawn` is called where a word is suspicious, and where `has_large_image` says that the page may be a scan.
     """
     marks = np.zeros(len(texts), np.uint8)
     if not len(texts):
@@ -94,8 +95,10 @@ def mark_words(
     marks[is_tiny] = WordMark.TINY
     is_strange = is_judged & styles.is_drawn & (marks == 0) & (approach < MIN_APPROACH)
     undrawn = ~styles.is_drawn & ~is_off
-    if is_strange.any() or undrawn.any():
+    if is_strange.any() or undrawn.any() or has_large_image:
         drawn = list_drawn()
+        if covers_all_text(drawn, page_box):
+            marks[is_judged & (marks == 0) & (ink >= SCAN_INK)] = WordMark.OVERLAY
         for word in np.flatnonzero(is_strange):
             marks[word] = judge_covered(boxes_pt[word], drawn, ink[word], page_box)
         images = [box for kind, box in drawn if kind in ("fill-image", "fill-imgmask", "fill-shade")]
@@ -144,6 +147,12 @@ def judge_covered(box: NDArray[np.float64], drawn: Sequence[Drawn], ink: int, pa
             is_scan = kind == "fill-image" and measure_overlap(np.array(page_box), other) >= UNDER_IMAGE and ink >= SCAN_INK
             return WordMark.OVERLAY if is_scan else WordMark.COVERED
     return WordMark.PRINTED
+
+
+def covers_all_text(drawn: Sequence[Drawn], page_box: tuple[float, float, float, float]) -> bool:
+    """Say whether a picture of the page is drawn over all of its text: a scan, whose text OCR software has added beneath it."""
+    last = max((at for at, (kind, _) in enumerate(drawn) if kind.endswith("-text") and kind != "ignore-text"), default=len(drawn))
+    return any(kind == "fill-image" and measure_overlap(page_box, box) >= COVER for kind, box in drawn[last + 1 :])
 
 
 def measure_overlap(box: Iterable[float], other: Sequence[float]) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 
 from pipeline.budget import PixelBudget, RenderSettings
 from pipeline.evidence.alerts import list_alerts
@@ -60,6 +61,16 @@ def test_text_over_a_scan_s_ink_is_what_ocr_software_adds() -> None:
     marks = dict(zip(page.texts, page.marks.tolist(), strict=True))
     assert (marks["over"], marks["scan"]) == (WordMark.OVERLAY, WordMark.OVERLAY)
     assert list_alerts([page], []) == []
+
+
+def test_text_beneath_a_scan_is_what_ocr_software_adds() -> None:
+    picture = Image.new("RGB", (800, 1132), "white")
+    ImageDraw.Draw(picture).text((50, 440), "Invoice 4711 over the scan", fill="black", font_size=18)
+    image = picture.tobytes()
+    scan = make_hidden_pdf(write("Invoice 4711 over the scan") + SCAN, image=image).replace(b"/Width 1/Height 1", b"/Width 800/Height 1132")
+    (page,) = read(scan)
+    marks = dict(zip(page.texts, page.marks.tolist(), strict=True))
+    assert (marks["over"], marks["scan"]) == (WordMark.OVERLAY, WordMark.OVERLAY)
 
 
 def test_words_keep_the_reading_order_and_their_places() -> None:
