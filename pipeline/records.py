@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import Literal, TypedDict
 
 import numpy as np
@@ -65,6 +65,30 @@ class Document:
     """The URL that is fetched, where `source` hides its query; it may be signed, and is for `sources/` alone."""
 
 
+class WordMark(IntEnum):
+    """How a word of a text layer shows on the page. The numbers are stored in ledgers: add to them, never change one."""
+
+    PRINTED = 0
+    OVERLAY = 1
+    """Not drawn itself, but over or under a picture of it: what OCR software adds to a scan."""
+    UNDRAWN = 2
+    """The PDF says that it is not to be drawn, and nothing else shows it (text render mode 3)."""
+    NO_INK = 3
+    """Drawn, and nothing is to be seen there: in its background's colour, transparent or clipped away."""
+    TINY = 4
+    """Under 2 pt on a page of larger print."""
+    OFF_PAGE = 5
+    COVERED = 6
+    """Under something that was drawn later."""
+    LAYER_OFF = 7
+    """In an optional-content layer that is switched off."""
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether a reader of the page cannot see the word."""
+        return self > WordMark.OVERLAY
+
+
 @dataclass(frozen=True)
 class Word:
     """A word of a page's text layer. Units: PDF points, origin top left, page rotation applied."""
@@ -74,6 +98,7 @@ class Word:
     y0_pt: float
     x1_pt: float
     y1_pt: float
+    mark: WordMark = WordMark.PRINTED
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,8 +199,20 @@ class FailureRow(TypedDict):
     message: str
 
 
-class PageRow(TypedDict):
-    """A page as the ledger holds it: without its pixels."""
+class TextLayerRow(TypedDict):
+    """The words of a page's text layer as the ledger holds them, in reading order."""
+
+    text: str
+    """The words, one a line."""
+    boxes: bytes
+    """All x0, then all y0, x1 and y1: unsigned 16-bit integers, the low byte first, in units of `unit_pt`."""
+    unit_pt: float
+    marks: bytes | None
+    """One `WordMark` a word; None if all are `PRINTED`."""
+
+
+class PageFacts(TypedDict):
+    """A page without its pixels and words."""
 
     page_no: int
     width_px: int
@@ -185,6 +222,13 @@ class PageRow(TypedDict):
     warnings: list[str]
     renderer: str | None
     """None: the first renderer, or a ledger that does not say."""
+
+
+class PageRow(PageFacts):
+    """A page as the ledger holds it: without its pixels."""
+
+    text_layer: TextLayerRow | None
+    """None: the page has none, `evidence.text` is off, or a ledger that does not say."""
 
 
 class PageFailureRow(TypedDict):

@@ -86,6 +86,10 @@ class Report:
     """Records that lack pages which could not be drawn."""
     disagreements: int = 0
     """Records whose requests read different values."""
+    unwitnessed: int = 0
+    """Records with values that no witness shows."""
+    alerts: int = 0
+    """Records with alerts: hidden text, or values that only hidden text shows."""
     missing: list[str] = field(default_factory=list)
     """Sources without a record: always a defect of this package."""
     damaged: list[str] = field(default_factory=list)

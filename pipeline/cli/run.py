@@ -117,6 +117,10 @@ def show_report(ended: Report, console: Console | None = None) -> None:
         table.add_row("with pages missing", str(ended.partial))
     if ended.disagreements:
         table.add_row("with disagreements", str(ended.disagreements))
+    if ended.unwitnessed:
+        table.add_row("with values that the text layer does not show", str(ended.unwitnessed))
+    if ended.alerts:
+        table.add_row("with alerts about hidden text", str(ended.alerts))
     table.add_row("requests asked", str(ended.requests_asked))
     table.add_row("pages asked", f"{ended.pages_asked} ({ended.pages_per_s:.1f} pages/s, start-up included)")
     table.add_row("tokens read, written", f"{ended.prompt_tokens}, {ended.completion_tokens}")

@@ -43,7 +43,7 @@ def show_status(found: RunStatus, place: str) -> None:
         "request failures": found["request_failures"],
         "records": found["records"],
         "record failures": found["record_failures"],
-        "records with": {name: count for name in ("partial", "disagreements") if (count := found[name])},
+        "records with": {name: count for name in ("partial", "disagreements", "unwitnessed", "alerts") if (count := found[name])},
     }
     for name, numbers in counts.items():
         for inner, number in numbers.items():

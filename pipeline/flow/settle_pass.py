@@ -24,6 +24,7 @@ from pipeline.job import Job
 from pipeline.output import SHARD_SUFFIX, Output
 from pipeline.output.ledger import IDENTITY_COLUMNS, read_identities, read_requests
 from pipeline.output.shards import encode_shard, name_shard
+from pipeline.records import LedgerRow
 from pipeline.report import Phase, ProgressTracker
 from pipeline.stages.settle import SettleStage
 from pipeline.storage.store import map_concurrently
@@ -32,6 +33,7 @@ from pipeline.version import __version__
 DOCUMENTS_PER_SHARD = 1000
 MAX_RANGES_HERE = 5
 """Up to so many ranges are settled in this process, a second each; Ray takes longer to start."""
+ROWS_AT_ONCE = 32
 COUNTS_TYPE = pa.map_(pa.string(), pa.int64())
 SETTLED_SCHEMA = pa.schema(
     [
@@ -40,6 +42,8 @@ SETTLED_SCHEMA = pa.schema(
         ("documents", pa.int64()),
         ("partial", pa.int64()),
         ("disagreements", pa.int64()),
+        ("unwitnessed", pa.int64()),
+        ("alerts", pa.int64()),
         ("missing", pa.list_(pa.string())),
     ]
 )
@@ -65,6 +69,10 @@ class SettledRow(TypedDict):
     """Records that lack pages."""
     disagreements: int | None
     """Records whose requests read different values."""
+    unwitnessed: int | None
+    """Records with values that no witness shows."""
+    alerts: int | None
+    """Records with alerts."""
     missing: list[str] | None
     """Sources without a record."""
 
@@ -82,13 +90,11 @@ class SettleTask:
 
     def settle_range(self, documents: pa.Table) -> SettledRow:
         """Write the records of one range of documents as one shard. A damaged shard of the ledger is a row."""
-        longest = pc.max(documents["page_count"]).as_py() or 0
-        with_part_tokens = not self.stage.plan.per_page and longest > self.stage.per_request
         try:
-            requests = read_requests(self.output, documents["doc_id"], with_part_tokens, self.listed)
+            requests = read_requests(self.output, documents["doc_id"], with_tokens=True, listed=self.listed)
         except DamagedShard as damage:
             return make_settled_row(damaged=damage.file, why=damage.reason)
-        records = self.stage.build_table(documents.to_pylist(), requests.to_pylist())
+        records = self.stage.build_table(documents.to_pylist(), iterate_requests(requests))
         sources = records["_source"].to_pylist()
         file, content = name_shard(f"{name}/{row}" for row, name in enumerate(sources)), encode_shard(records)
         self.output.records.put(file, content)
@@ -102,6 +108,8 @@ class SettleTask:
             documents=len({*sources}),
             partial=sum(1 for is_partial in records["_partial"].to_pylist() if is_partial),
             disagreements=sum(1 for disagreements in records["_disagreements"].to_pylist() if disagreements),
+            unwitnessed=sum(1 for count in records["_unwitnessed"].to_pylist() if count),
+            alerts=sum(1 for alerts in records["_alerts"].to_pylist() if alerts),
             missing=sorted({*documents["source"].to_pylist()} - {*sources}),
         )
 
@@ -114,6 +122,12 @@ class SettleTask:
         except (DamagedShard, OSError):
             return None  # settling it again says what is wrong, or puts it right
         return row if row and hashlib.sha256(content).hexdigest() == row["sha256"] else None
+
+
+def iterate_requests(requests: pa.Table) -> Iterator[LedgerRow]:
+    """Yield the rows of a ledger, of which a few have their tokens in memory as Python values at a time."""
+    for batch in requests.to_batches(max_chunksize=ROWS_AT_ONCE):
+        yield from cast(list[LedgerRow], batch.to_pylist())
 
 
 def settle_output(documents: pa.Table, stage: SettleStage, output: Output, tracker: ProgressTracker, job: Job) -> None:
@@ -145,6 +159,8 @@ def settle_output(documents: pa.Table, stage: SettleStage, output: Output, track
     report.count_records(*(sum_counts(row[name] for row in rows).elements() for name in ("statuses", "failures")))
     report.partial = sum(row["partial"] or 0 for row in rows)
     report.disagreements = sum(row["disagreements"] or 0 for row in rows)
+    report.unwitnessed = sum(row["unwitnessed"] or 0 for row in rows)
+    report.alerts = sum(row["alerts"] or 0 for row in rows)
     report.documents = documents.num_rows
     report.missing = sorted(name for row in rows for name in row["missing"] or [])
 
@@ -180,7 +196,7 @@ def run_settle_task(documents: pa.Table, task: SettleTask) -> pa.Table:
 
 def describe_settings(job: Job, stage: SettleStage) -> str:
     """Return all that decides a record beside its documents and their requests."""
-    sections = job.sections.model_dump(mode="json", include={"extract", "limits", "pages"})
+    sections = job.sections.model_dump(mode="json", include={"extract", "evidence", "limits", "pages"})
     versions = [__version__, pa.__version__]
     return schema.dump_json([versions, sections, job.schema, str(stage.plan.schema), stage.per_request, stage.fingerprint])
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,25 @@ DISAGREEMENT_TYPE = pa.struct(
     [("path", pa.string()), ("kept", pa.string()), ("kept_page", pa.int32()), ("other", pa.string()), ("other_page", pa.int32())]
 )
 """Where two requests of one document read different values, in the records."""
+EVIDENCE_TYPE = pa.struct(
+    [
+        ("path", pa.string()),
+        ("value", pa.string()),
+        ("page", pa.int32()),
+        *((corner, pa.float32()) for corner in ("x0", "y0", "x1", "y1")),
+        ("witness", pa.string()),
+        ("match", pa.string()),
+        ("places", pa.int32()),
+        ("words", pa.string()),
+        ("distance", pa.int32()),
+    ]
+)
+"""How a value is witnessed, in the records."""
+CONFIDENCE_TYPE = pa.struct([("path", pa.string()), ("confidence", pa.float32())])
+"""How sure a value is, in the records."""
+ALERT_TYPE = pa.struct([("kind", pa.string()), ("page", pa.int32()), *((name, pa.string()) for name in ("reason", "text", "path"))])
+"""What a reader of a document cannot know of, in the records."""
+TEXT_LAYER_TYPE = pa.struct([("text", pa.string()), ("boxes", pa.binary()), ("unit_pt", pa.float32()), ("marks", pa.binary())])
 PAGE_TYPE = pa.struct(
     [
         ("page_no", pa.int32()),
@@ -35,6 +54,7 @@ PAGE_TYPE = pa.struct(
         ("visual_tokens", pa.int32()),
         ("warnings", pa.list_(pa.string())),
         ("renderer", pa.string()),
+        ("text_layer", TEXT_LAYER_TYPE),
     ]
 )
 PAGE_FAILURES_TYPE = pa.list_(pa.struct([("page", pa.int32()), ("kind", pa.string()), ("message", pa.string())]))
@@ -163,22 +183,14 @@ def read_ledger_state(output: Output, retry: RetryFilter | None = None) -> Ledge
     return LedgerState(KeySet(np.concatenate(keys) if keys else None), {})
 
 
-def read_requests(
-    output: Output, doc_ids: pa.ChunkedArray, with_part_tokens: bool = False, listed: Mapping[str, int] | None = None
-) -> pa.Table:
+def read_requests(output: Output, doc_ids: pa.ChunkedArray, with_tokens: bool = False, listed: Mapping[str, int] | None = None) -> pa.Table:
     """Return the ledger's rows of these documents, and of those that have no doc_id if one of these has none.
 
-    Opens the shards, of those `listed` if they were before, and reads the row groups whose range of doc_ids overlaps. The tokens stay on
-    the disk, but for requests about a part of a document `with_part_tokens`: a merge keeps the values whose tokens are the likeliest.
+    Opens the shards, of those `listed` if they were before, and reads the row groups whose range of doc_ids overlaps. The tokens, most of a
+    ledger, stay on the disk unless they are wanted.
     """
-    selection = select_documents(doc_ids, listed)
-    columns = [name for name in LEDGER_SCHEMA.names if name != "tokens"]
-    if not with_part_tokens:
-        return read_shards(output.requests, columns, LEDGER_SCHEMA, selection)
-    is_part = pc.coalesce((pc.field("first_page") > 1) | (pc.field("last_page") < pc.field("page_count")), pc.scalar(False))
-    wholes = read_shards(output.requests, columns, LEDGER_SCHEMA, replace(selection, rows=selection.rows & ~is_part))
-    parts = read_shards(output.requests, LEDGER_SCHEMA.names, LEDGER_SCHEMA, replace(selection, rows=selection.rows & is_part))
-    return pa.concat_tables([wholes, parts], promote_options="default")
+    columns = [name for name in LEDGER_SCHEMA.names if with_tokens or name != "tokens"]
+    return read_shards(output.requests, columns, LEDGER_SCHEMA, select_documents(doc_ids, listed))
 
 
 def read_identities(output: Output, doc_ids: pa.ChunkedArray, listed: Mapping[str, int]) -> pa.Table:

@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 from pipeline.errors import DamagedShard, RunError
 from pipeline.output import SHARD_SUFFIX, Output
 from pipeline.storage import store
-from pipeline.storage.object_store import StoreUnreachable
+from pipeline.storage.object_store import MAX_STREAMS, StoreUnreachable
 from pipeline.storage.store import Store
 
-LATER_COLUMNS = frozenset({"full_url", "page_failures", "_partial", "_rules", "_corrected"})
+LATER_COLUMNS = frozenset({"full_url", "page_failures", "_partial", "_rules", "_corrected", "_evidence", "_unwitnessed", "_alerts"})
+LATER_COLUMNS |= {"_confidence", "_least_confidence"}
 """Columns that 0.1.0 did not have: null where all columns of its shards are read."""
 MAX_LISTINGS = 5
 """How often a folder is listed when shards vanish while they are read, because another run compacts them."""
@@ -111,7 +112,7 @@ def read_each_shard(
         known = None
         with suppress(FileNotFoundError):
             shards = [shard for shard in sizes.items() if not selection or selection.holds(shard[0])]
-            return store.map_concurrently(read, shards, store.MAX_FILES if isinstance(folder, store.FolderStore) else store.MAX_STREAMS)
+            return store.map_concurrently(read, shards, store.MAX_FILES if isinstance(folder, store.FolderStore) else MAX_STREAMS)
     raise RunError(f"the shards in {folder} keep changing while they are read: make sure that no other run writes there, and try again")
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline.errors import DamagedShard, JobError
 from pipeline.output import Output
-from pipeline.output.ledger import DISAGREEMENT_TYPE, FAILURE_TYPE, LEDGER_SCHEMA, OUTCOME_COLUMNS
+from pipeline.output.ledger import ALERT_TYPE, DISAGREEMENT_TYPE, FAILURE_TYPE, LEDGER_SCHEMA, OUTCOME_COLUMNS
 from pipeline.output.shards import read_each_shard
 from pipeline.output.sources import SOURCE_SCHEMA, complete_sources
 from pipeline.records import Status
@@ -25,6 +25,8 @@ RECORD_STATUS_SCHEMA = pa.schema(
         ("_failure", FAILURE_TYPE),
         ("_partial", pa.bool_()),
         ("_disagreements", pa.list_(DISAGREEMENT_TYPE)),
+        ("_unwitnessed", pa.int32()),
+        ("_alerts", pa.list_(ALERT_TYPE)),
     ]
 )
 MAX_WORST_DOCUMENTS = 20
@@ -56,6 +58,10 @@ class RunStatus(TypedDict):
     """Records that lack pages which could not be drawn."""
     disagreements: int
     """Records whose requests read different values."""
+    unwitnessed: int
+    """Records with values that no witness shows."""
+    alerts: int
+    """Records with alerts."""
     worst: list[WorstRow]
     damaged: list[str]
     """Paths of damaged shards."""
@@ -99,6 +105,8 @@ def read_status(output: Output) -> RunStatus:
         "record_failures": count_values(records["kind"]),
         "partial": int(records["_partial"].fillna(False).sum()),
         "disagreements": sum(1 for found in records["_disagreements"] if found is not None and len(found)),
+        "unwitnessed": int((records["_unwitnessed"].fillna(0) > 0).sum()),
+        "alerts": sum(1 for found in records["_alerts"] if found is not None and len(found)),
         "worst": find_worst_documents(requests)[:MAX_WORST_DOCUMENTS],
         "damaged": reader.damaged,
     }

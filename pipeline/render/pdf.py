@@ -7,9 +7,9 @@ files are not followed: JavaScript is never enabled, and nothing here reads the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -19,13 +19,17 @@ from pymupdf import mupdf
 
 from pipeline.budget import ImageSize, RenderSettings, count_visual_tokens, fit_content, fit_page
 from pipeline.errors import DocumentError
-from pipeline.records import Page, PageMeasure, Pixels, Word
+from pipeline.records import Page, PageMeasure, Pixels, Word, WordMark
 from pipeline.render.errors import ALLOCATION, MAX_WARNINGS, clean_text, convert_library_errors
 from pipeline.render.fallback import OpenPages
 from pipeline.render.images import pad_with_white
+from pipeline.render.visibility import Drawn, collect_styles, mark_words
 
 MAX_WORDS = 20_000
 MAX_TEXT_CHARS = 200_000
+SCAN_PIXELS = 500_000
+"""A page scanned at 72 dpi."""
+MAX_IMAGES = 50
 INHERITED = ("Resources", "MediaBox", "CropBox", "Rotate")
 
 
@@ -69,13 +73,15 @@ def open_pdf(data: bytes, settings: RenderSettings) -> OpenPages:
     if not page_count:
         raise DocumentError("no_pages", "; ".join(("the PDF opens but has no pages", *collector.take()[0][-2:])))
 
+    layers = LayeredDocument(data, settings) if settings.text_layer and has_layers(pdf) else None
+
     def draw(page_no: int) -> Page:
         assert data  # MuPDF reads these bytes without a copy: this reference keeps them alive
         try:
             if page_no in unreadable:
                 reason = "; ".join(("the page tree has something else in its place", *collector.take()[0][:2]))
                 raise DocumentError("broken", f"page {page_no} cannot be found: {reason}")
-            return draw_pdf_page(pdf, page_no, settings, collector)
+            return draw_pdf_page(pdf, page_no, settings, collector, layers)
         finally:
             collector.take()
             mupdf.fz_empty_store()  # otherwise MuPDF caches up to 256 MiB of fonts and images for the next page
@@ -184,8 +190,10 @@ def flatten_page_tree(pdf: Any, leaves: list[tuple[Any, dict[str, Any]]]) -> Non
 # ---- A page -------------------------------------------------------------------------------------------------------
 
 
-def draw_pdf_page(pdf: Any, page_no: int, settings: RenderSettings, collector: WarningCollector) -> Page:
-    """Return a page as it would be printed: crop box and rotation applied, annotations and form fields drawn.
+def draw_pdf_page(
+    pdf: Any, page_no: int, settings: RenderSettings, collector: WarningCollector, layers: LayeredDocument | None = None
+) -> Page:
+    """Return a page as it would be printed: crop box and rotation applied, annotations and form fields drawn, layers that are off left out.
 
     Raises DocumentError, also if MuPDF lacked memory for a part of the page.
     """
@@ -198,7 +206,10 @@ def draw_pdf_page(pdf: Any, page_no: int, settings: RenderSettings, collector: W
     inner = fit_content(width_pt, height_pt, canvas)
     drawing = mupdf.fz_new_display_list_from_page(page)
     pixels = pad_with_white(paint_page(drawing, box, inner), canvas)
-    words, notes = read_text(drawing, box) if settings.text_layer else ((), ())
+    scale = inner.width_px / width_pt, inner.height_px / height_pt
+    words, notes = read_text(page, box, pixels, scale) if settings.text_layer else ((), ())
+    if layers:
+        words += layers.find_hidden_words(page_no, words)
     warnings, memory_line = collector.take()
     if memory_line:
         # MuPDF skips what it has no memory for and goes on: a scanned page would silently be blank.
@@ -237,27 +248,109 @@ def paint_page(drawing: Any, box: Any, size: ImageSize) -> Pixels:
     return np.frombuffer(wrapper.samples_mv, np.uint8).reshape(size.height_px, size.width_px, 3).copy()
 
 
-def read_text(drawing: Any, box: Any) -> tuple[tuple[Word, ...], tuple[str, ...]]:
-    """Return the words on the visible page, and notes. An unreadable text layer is a note and no error: the model reads pixels."""
+def read_text(page: Any, box: Any, pixels: Pixels, scale: tuple[float, float]) -> tuple[tuple[Word, ...], tuple[str, ...]]:
+    """Return the words of a page, and notes. An unreadable text layer is a note and no error: the model reads pixels."""
     try:
         with convert_library_errors("the text layer cannot be read"):
-            return read_words(drawing, box)
+            return read_words(page, box, pixels, scale)
     except DocumentError as error:
         return (), (error.message,)
 
 
-def read_words(drawing: Any, box: Any) -> tuple[tuple[Word, ...], tuple[str, ...]]:
-    """Return the words of the text layer on the visible page, relative to its top left corner, and a note if some are left out."""
+def read_words(page: Any, box: Any, pixels: Pixels, scale: tuple[float, float]) -> tuple[tuple[Word, ...], tuple[str, ...]]:
+    """Return the words of the text layer, relative to the page's top left corner, each with its mark, and a note if some are left out.
+
+    `scale` is in pixels per point.
+    """
+    text_page = pymupdf.TextPage(extract_text(page))
+    found: list[Any] = []
+    chars = 0
+    for word in text_page.extractWORDS():
+        if not all(map(math.isfinite, word[:4])):
+            continue
+        chars += len(word[4])
+        if len(found) >= MAX_WORDS or chars > MAX_TEXT_CHARS:
+            break
+        found.append(word)
+    else:
+        chars = 0
+    styles = collect_styles(found, text_page.extractDICT()["blocks"], mupdf.FZ_STEXT_FILLED | mupdf.FZ_STEXT_STROKED)
+    boxes, page_box = np.array([word[:4] for word in found], np.float64).reshape(-1, 4), (box.x0, box.y0, box.x1, box.y1)
+    texts = [clean_text(word[4], MAX_TEXT_CHARS) for word in found]
+    marks = mark_words(texts, boxes, styles, page_box, pixels, scale, lambda: list_drawn(page), has_large_image(page))
+    corners = (boxes - (box.x0, box.y0, box.x0, box.y0)).tolist()
+    words = tuple(
+        Word(text, x0, y0, x1, y1, WordMark(mark)) for text, (x0, y0, x1, y1), mark in zip(texts, corners, marks.tolist(), strict=True)
+    )
+    return words, (f"of the text layer only the first {len(words)} words are kept",) if chars else ()
+
+
+def has_layers(pdf: Any) -> bool:
+    """Say whether a PDF has optional content."""
+    return bool(mupdf.pdf_is_dict(mupdf.pdf_dict_gets(mupdf.pdf_dict_gets(mupdf.pdf_trailer(pdf), "Root"), "OCProperties")))
+
+
+class LayeredDocument:
+    """A PDF with optional content, opened a second time with all of its layers on, when the words of a page are first asked for."""
+
+    def __init__(self, data: bytes, settings: RenderSettings) -> None:
+        self.data, self.settings = data, settings
+
+    @cached_property
+    def pdf(self) -> Any:
+        """The document without its list of layers: MuPDF then shows all of them."""
+        pdf = parse_pdf(self.data)
+        unlock_pdf(pdf, self.settings.password)
+        mupdf.pdf_dict_dels(mupdf.pdf_dict_gets(mupdf.pdf_trailer(pdf), "Root"), "OCProperties")
+        count_pages(pdf, self.settings.max_pages)
+        return pdf
+
+    def find_hidden_words(self, page_no: int, shown: Sequence[Word]) -> tuple[Word, ...]:
+        """Return the words of a page that are not among those shown; none where the second opening fails."""
+        known = {(word.text, round(word.x0_pt), round(word.y0_pt)) for word in shown}
+        try:
+            with convert_library_errors("the layers cannot be read"):
+                page = mupdf.pdf_load_page(self.pdf, page_no - 1).super()
+                box = mupdf.fz_bound_page(page)
+                found = pymupdf.TextPage(extract_text(page)).extractWORDS()
+        except DocumentError:
+            return ()
+        words = [
+            Word(clean_text(text, MAX_TEXT_CHARS), x0 - box.x0, y0 - box.y0, x1 - box.x0, y1 - box.y0, WordMark.LAYER_OFF)
+            for x0, y0, x1, y1, text, *_ in found[: MAX_WORDS - len(shown)]
+            if all(map(math.isfinite, (x0, y0, x1, y1)))
+        ]
+        return tuple(word for word in words if (word.text, round(word.x0_pt), round(word.y0_pt)) not in known)
+
+
+def extract_text(page: Any) -> Any:
+    """Return MuPDF's structured text of a page, also of what is outside of it or clipped away; a display list leaves that out."""
+    everywhere = mupdf.FzRect(mupdf.FzRect.Fixed_INFINITE)
     options = mupdf.FzStextOptions()
     options.flags = pymupdf.TEXT_PRESERVE_LIGATURES | pymupdf.TEXT_PRESERVE_WHITESPACE
-    found = pymupdf.TextPage(mupdf.FzStextPage(drawing, options)).extractWORDS()
-    words: list[Word] = []
-    chars = 0
-    for x0, y0, x1, y1, text, *_ in found:
-        if not (-math.inf < x0 < box.x1 and box.x0 < x1 < math.inf and -math.inf < y0 < box.y1 and box.y0 < y1 < math.inf):
-            continue
-        chars += len(text)
-        if len(words) >= MAX_WORDS or chars > MAX_TEXT_CHARS:
-            return tuple(words), (f"of the text layer only the first {len(words)} words are kept",)
-        words.append(Word(clean_text(text, MAX_TEXT_CHARS), x0 - box.x0, y0 - box.y0, x1 - box.x0, y1 - box.y0))
-    return tuple(words), ()
+    text = mupdf.FzStextPage(everywhere)
+    device = mupdf.fz_new_stext_device(text, options)
+    mupdf.fz_run_page(page, device, mupdf.FzMatrix(), mupdf.FzCookie())
+    mupdf.fz_close_device(device)
+    return text
+
+
+def has_large_image(page: Any) -> bool:
+    """Say whether a page's resources have an image of at least `SCAN_PIXELS`."""
+    leaf = mupdf.pdf_page_from_fz_page(page)
+    images = mupdf.pdf_dict_gets(mupdf.pdf_page_resources(leaf), "XObject")
+    for at in range(min(mupdf.pdf_dict_len(images), MAX_IMAGES)):
+        image = mupdf.pdf_dict_get_val(images, at)
+        size = [mupdf.pdf_to_int(mupdf.pdf_dict_gets(image, name)) for name in ("Width", "Height")]
+        if size[0] * size[1] >= SCAN_PIXELS:
+            return True
+    return False
+
+
+def list_drawn(page: Any) -> list[Drawn]:
+    """Return everything that a page draws, in order: the kind, and the box in points."""
+    found: list[Drawn] = []
+    device = pymupdf.JM_new_bbox_device(found, False)
+    mupdf.fz_run_page(page, device, mupdf.FzMatrix(), mupdf.FzCookie())
+    mupdf.fz_close_device(device)
+    return found

@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.budget import CELL_AREA, CELL_PX, MAX_TOKENS, ImageSize, count_visual_tokens
 from pipeline.deadline import compute_time_left
 from pipeline.errors import DocumentError
-from pipeline.records import Page, PageMeasure, Word
+from pipeline.records import Page, PageMeasure, Word, WordMark
 
 MAX_PAGE_BYTES = 3 * CELL_AREA * MAX_TOKENS
 MAX_HEADER_BYTES = 4 * 2**20
@@ -70,7 +70,7 @@ def read_exactly(connection: socket.socket, count: int, deadline: float | None) 
 
 def pack_page(page: Page) -> Header:
     """Return the header of a page: all of its fields except the pixels."""
-    words = [(word.text, word.x0_pt, word.y0_pt, word.x1_pt, word.y1_pt) for word in page.words]
+    words = [(word.text, word.x0_pt, word.y0_pt, word.x1_pt, word.y1_pt, word.mark) for word in page.words]
     scalars = {name: getattr(page, name) for name in ("page_no", "dpi", "width_pt", "height_pt", "warnings", "renderer")}
     return scalars | {"shape": page.pixels.shape, "words": words}
 
@@ -83,7 +83,7 @@ def unpack_page(header: Header, body: bytearray, page_no: int) -> Page:
     if not RENDERER.fullmatch(header["renderer"]):
         raise ValueError(f"a page by the renderer {header['renderer'][:50]!r}")
     pixels = np.frombuffer(body, np.uint8).reshape(height_px, width_px, 3)
-    words = tuple(Word(str(text), *map(float, corners)) for text, *corners in header["words"])
+    words = tuple(parse_word(*word) for word in header["words"])
     measures = {name: float(header[name]) for name in ("dpi", "width_pt", "height_pt")}
     tokens = count_visual_tokens(ImageSize(width_px, height_px))
     warnings = tuple(map(str, header["warnings"]))
@@ -97,6 +97,11 @@ def parse_measures(header: Header) -> PageMeasure:
     if min(width_px, height_px, tokens) < 1 or tokens > MAX_TOKENS:
         raise ValueError(f"a page of {width_px}x{height_px} px and {tokens} tokens")
     return PageMeasure(float(found["width_pt"]), float(found["height_pt"]), width_px, height_px, float(found["dpi"]), tokens)
+
+
+def parse_word(text: str, x0: float, y0: float, x1: float, y1: float, mark: int) -> Word:
+    """Return a word in a message. Raises TypeError or ValueError."""
+    return Word(str(text), float(x0), float(y0), float(x1), float(y1), WordMark(mark))
 
 
 def parse_page_count(header: Header, most: int) -> int:

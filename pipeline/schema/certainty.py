@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from json.decoder import scanstring  # type: ignore[attr-defined]  # public in its module, not in its stub
 
 from pipeline.records import TokenRow
@@ -22,13 +23,30 @@ def score_values(answer: str, tokens: Sequence[TokenRow]) -> dict[str, float]:
 
     `answer` must be a JSON text that `parse_json` reads.
     """
+    return {path: score.mean for path, score in score_tokens(answer, tokens).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """Log-probabilities (nats) of the tokens of a value."""
+
+    total: float
+    count: int
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count
+
+
+def score_tokens(answer: str, tokens: Sequence[TokenRow]) -> dict[str, TokenScore]:
+    """Return the scores of each value's tokens by its path; nothing where the tokens are not those of the answer."""
     if "".join(token["text"] for token in tokens) != answer:
         return {}
     ends, scores = [0], list[float]()
     for token in tokens:
         ends.append(ends[-1] + len(token["text"]))
         scores.append(token["logprob"])
-    found: dict[str, float] = {}
+    found: dict[str, TokenScore] = {}
     first = 0
     for path, start, end in find_values(answer):
         while ends[first + 1] <= start:
@@ -36,7 +54,7 @@ def score_values(answer: str, tokens: Sequence[TokenRow]) -> dict[str, float]:
         last = first
         while ends[last + 1] < end:
             last += 1
-        found[path] = sum(scores[first : last + 1]) / (last + 1 - first)
+        found[path] = TokenScore(sum(scores[first : last + 1]), last + 1 - first)
     return found
 
 

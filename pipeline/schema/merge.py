@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.schema import MERGE_RULE, Schema, join_path, walk_in_place
+from pipeline.schema.certainty import TokenScore
 from pipeline.schema.request_schema import is_fixed_array
 from pipeline.schema.validate import is_blank
 
@@ -30,8 +31,8 @@ class Part:
     first_page: int
     last_page: int
     value: Any
-    certainty: Mapping[str, float] = field(default_factory=dict)
-    """Mean log-probability of each scalar's tokens by its path (`certainty.score_values`), where the engine gives log-probabilities."""
+    scores: Mapping[str, TokenScore] = field(default_factory=dict)
+    """Of each scalar's tokens by its path (`certainty.score_tokens`), where the engine gives log-probabilities."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class ValueClaim:
     def compute_certainty(self) -> float | None:
         """Return the mean certainty of the scalars in the value; None if it is not known."""
         inside = (f"{self.path}.", f"{self.path}[")
-        scores = [score for path, score in self.part.certainty.items() if path == self.path or path.startswith(inside)]
+        scores = [score.mean for path, score in self.part.scores.items() if path == self.path or path.startswith(inside)]
         return sum(scores) / len(scores) if scores else None
 
 
@@ -76,55 +77,82 @@ class MergeResult:
 
     value: Any
     disagreements: tuple[Disagreement, ...] = ()
+    origins: Mapping[str, ValueClaim] = field(default_factory=dict)
+    """The claim from which each value, or list item, was taken, by its path here; what is inside of it is not listed."""
+
+    def find_score(self, path: str) -> TokenScore | None:
+        """Return the score of a scalar's tokens in the part from which it was taken; None if it is not known."""
+        end = len(path)
+        while end > 0:
+            if claim := self.origins.get(path[:end]):
+                return claim.part.scores.get(claim.path + path[end:])
+            end = max(path.rfind(".", 0, end), path.rfind("[", 0, end))
+        return None
 
 
 def merge_parts(schema: Schema, parts: Sequence[Part]) -> MergeResult:
     """Return one value for all parts, which are in page order. A single part is returned unchanged."""
     if len(parts) == 1:
-        return MergeResult(parts[0].value)
+        return MergeResult(parts[0].value, origins={"$": ValueClaim(parts[0].value, "$", parts[0])})
     disagreements: list[Disagreement] = []
+    origins: dict[str, ValueClaim] = {}
     claims = [ValueClaim(part.value, "$", part) for part in parts]
-    value = join_claims(claims, "$", [schema], schema, disagreements)
-    return MergeResult(value, tuple(disagreements))
+    value = join_claims(claims, "$", [schema], MergeNotes(schema, disagreements, origins))
+    return MergeResult(value, tuple(disagreements), origins)
 
 
-def join_claims(claims: list[ValueClaim], path: str, here: list[Schema], root: Schema, disagreements: list[Disagreement]) -> Any:
+@dataclass(frozen=True)
+class MergeNotes:
+    """The root schema, and what is noted of a merge while it goes on."""
+
+    root: Schema
+    disagreements: list[Disagreement]
+    origins: dict[str, ValueClaim]
+
+    def keep(self, path: str, claim: ValueClaim) -> Any:
+        """Note that the value at a path is that of a claim, and return it."""
+        self.origins[path] = claim
+        return claim.value
+
+
+def join_claims(claims: list[ValueClaim], path: str, here: list[Schema], notes: MergeNotes) -> Any:
     """Return one value for the values that the parts have at `path`; `here` are the schemas that apply to it.
 
-    Differences are appended to `disagreements`.
+    Differences and origins are noted.
     """
     claims = [claim for claim in claims if claim.value is not None]
     if not claims:
         return None
-    rules = [rule for schema in here for rule in walk_in_place(schema, root)]
+    rules = [rule for schema in here for rule in walk_in_place(schema, notes.root)]
     chosen = next((rule[MERGE_RULE] for rule in rules if MERGE_RULE in rule), None)
     meaningful = [claim for claim in claims if not is_blank(claim.value)] or claims[:1]
     values = [claim.value for claim in meaningful]
     if chosen in ("first", "last"):
-        return values[0 if chosen == "first" else -1]
+        return notes.keep(path, meaningful[0 if chosen == "first" else -1])
     if all(isinstance(claim.value, dict) for claim in claims):
-        return join_objects(claims, path, rules, root, disagreements)
+        return join_objects(claims, path, rules, notes)
     are_lists = all(isinstance(value, list) for value in values)
     are_texts = all(isinstance(value, str) for value in values)
     if chosen == "longest" and (are_lists or are_texts):
-        return max(values, key=len)
+        return notes.keep(path, max(meaningful, key=lambda claim: len(claim.value)))
     if are_lists and not any(is_fixed_array(rule) for rule in rules):
-        return [item for value in values for item in value if not is_blank(item)]
+        items = [claim.enter(at) for claim in meaningful for at, item in enumerate(claim.value) if not is_blank(item)]
+        return [notes.keep(join_path(path, at), item) for at, item in enumerate(items)]
     if chosen == "concat" and are_texts:
         return "\n".join(values)
     kept = choose_claim(meaningful)
     others = [claim for claim in meaningful if is_different(kept.value, claim.value)]
-    disagreements += [Disagreement(path, kept.value, kept.page, claim.value, claim.page) for claim in others]
-    return kept.value
+    notes.disagreements.extend(Disagreement(path, kept.value, kept.page, claim.value, claim.page) for claim in others)
+    return notes.keep(path, kept)
 
 
-def join_objects(claims: list[ValueClaim], path: str, rules: list[Schema], root: Schema, disagreements: list[Disagreement]) -> Any:
+def join_objects(claims: list[ValueClaim], path: str, rules: list[Schema], notes: MergeNotes) -> Any:
     """Return one object, property by property, for those that parts have at `path`."""
     merged = {}
     for name in dict.fromkeys(name for claim in claims for name in claim.value):
         members = [claim.enter(name) for claim in claims if name in claim.value]
         schemas = [rule["properties"][name] for rule in rules if name in rule.get("properties", {})]
-        merged[name] = join_claims(members, join_path(path, name), schemas, root, disagreements)
+        merged[name] = join_claims(members, join_path(path, name), schemas, notes)
     return merged
 
 

@@ -11,7 +11,7 @@ from typing import TypedDict
 from pipeline import engines, sources
 from pipeline.errors import DocumentError, JobError
 from pipeline.job import DEMO_MARK, Job
-from pipeline.records import Document, FailureRow, Page, PageRow
+from pipeline.records import Document, FailureRow, Page, PageFacts
 from pipeline.render.images import encode_page_png
 from pipeline.render.sandbox import Sandbox
 from pipeline.schema import prompt
@@ -20,7 +20,7 @@ from pipeline.stages.render import DEMO_REFUSAL, RenderPlan, describe_page
 from pipeline.storage.location import hide_query, is_url
 
 
-class PreviewFacts(PageRow):
+class PreviewFacts(PageFacts):
     """What is known of a page before it is asked about."""
 
     file: str

@@ -15,8 +15,9 @@ from typing import cast
 
 from pipeline.budget import RenderSettings
 from pipeline.errors import DocumentError, JobError, RunError
+from pipeline.evidence.text_layer import pack_words
 from pipeline.job import DEMO_MARK, Job
-from pipeline.records import Document, FailureRow, LedgerRow, Page, PageFailureRow, PageRow, RequestRow, SourceRow, Stage
+from pipeline.records import Document, FailureRow, LedgerRow, Page, PageFacts, PageFailureRow, RequestRow, SourceRow, Stage
 from pipeline.render.sandbox import Sandbox
 from pipeline.sources import read_document
 from pipeline.sources.http import DownloadPolicy
@@ -84,6 +85,7 @@ def make_render_settings(job: Job) -> RenderSettings:
         max_image_pixels=limits.max_image_megapixels * 10**6,
         timeout_s=limits.timeout_s,
         memory_bytes=limits.memory_mib * 2**20,
+        text_layer=job.sections.evidence.text == "on",
     )
 
 
@@ -154,7 +156,7 @@ class RenderStage:
         if not pages:
             return cast(RequestRow, {**failed, "page_failures": failures})
         return {
-            "pages": [describe_page(page) for page in pages],
+            "pages": [{**describe_page(page), "text_layer": pack_words(page)} for page in pages],
             "pixels": [page.pixels for page in pages],
             "page_failures": failures,
         }
@@ -165,8 +167,8 @@ class RenderStage:
             self.sandbox.close()
 
 
-def describe_page(page: Page) -> PageRow:
-    """Return what the ledger keeps of a page."""
+def describe_page(page: Page) -> PageFacts:
+    """Return what the ledger keeps of a page beside its words."""
     height_px, width_px, _ = page.pixels.shape
     return {
         "page_no": page.page_no,

@@ -23,13 +23,25 @@ import pyarrow as pa
 
 from pipeline import schema
 from pipeline.errors import JobError
+from pipeline.evidence.alerts import AlertRow, list_alerts
+from pipeline.evidence.confidence import ConfidenceRow, compute_confidence
+from pipeline.evidence.match import UNWITNESSED, Evidence, EvidenceRow, make_evidence_row, match_values
+from pipeline.evidence.text_layer import PageWords, unpack_words
 from pipeline.job import Job
 from pipeline.output import Output
 from pipeline.output.corrections import Correction, compute_corrections_digest, read_corrections
-from pipeline.output.ledger import DISAGREEMENT_TYPE, FAILURE_TYPE, PAGE_FAILURES_TYPE, select_newest_attempt
+from pipeline.output.ledger import (
+    ALERT_TYPE,
+    CONFIDENCE_TYPE,
+    DISAGREEMENT_TYPE,
+    EVIDENCE_TYPE,
+    FAILURE_TYPE,
+    PAGE_FAILURES_TYPE,
+    select_newest_attempt,
+)
 from pipeline.records import FailureRow, LedgerRow, PageFailureRow, SourceRow, Stage, Status
 from pipeline.schema.arrow import ArrowPlan
-from pipeline.schema.certainty import score_values
+from pipeline.schema.certainty import TokenScore, score_tokens
 from pipeline.schema.merge import MergeResult, Part, merge_parts
 from pipeline.schema.rules import RULE_TYPE, RuleRow, RuleSet, check_rules
 from pipeline.schema.validate import Validator
@@ -58,6 +70,20 @@ PROVENANCE_COLUMNS = {
     "_corrected": (pa.list_(pa.string()), "The paths of the values that a person has put right (`pipeline settle --corrections`)."),
     "_partial": (pa.bool_(), "Whether pages of this document are missing in it, because they could not be drawn."),
     "_page_failures": (PAGE_FAILURES_TYPE, "The pages that could not be drawn: page, kind, message."),
+    "_evidence": (
+        pa.list_(EVIDENCE_TYPE),
+        "How each value is witnessed by the text layer ([below](#evidence)); null where it was not looked for.",
+    ),
+    "_unwitnessed": (
+        pa.int32(),
+        "How many values no witness shows: `absent`, `hidden`, or only `similar`; null where there was no text layer to look in.",
+    ),
+    "_confidence": (
+        pa.list_(CONFIDENCE_TYPE),
+        "How sure each value is, from 0 to 1, raw ([below](#confidence)); null where the engine gave no log-probabilities.",
+    ),
+    "_least_confidence": (pa.float32(), "The least of these."),
+    "_alerts": (pa.list_(ALERT_TYPE), "Text that a reader cannot see ([below](#alerts)); null where no text layer was read."),
     "_answer": (pa.string(), "The merged answer as JSON, where it is invalid."),
     "_pages": (pa.int32(), "Pages of the document."),
     "_requests": (pa.int32(), "Requests it took."),
@@ -98,6 +124,11 @@ class ProvenanceRow(TypedDict, total=False):
     _corrected: list[str]
     _partial: bool
     _page_failures: list[PageFailureRow]
+    _evidence: list[EvidenceRow] | None
+    _unwitnessed: int | None
+    _confidence: list[ConfidenceRow] | None
+    _least_confidence: float | None
+    _alerts: list[AlertRow] | None
     _answer: str | None
     _pages: int | None
     _requests: int
@@ -109,7 +140,13 @@ class ProvenanceRow(TypedDict, total=False):
     _engine: str | None
 
 
-PENDING_ROW: LedgerRow = {
+class ScoredRow(LedgerRow, total=False):
+    """A request with the scores of its values in place of its tokens, of which a document has thousands."""
+
+    scores: dict[str, TokenScore]
+
+
+PENDING_ROW: ScoredRow = {
     "status": str(Status.FAILED),
     "attempt": 0,
     "failure": {"stage": "settle", "kind": "pending", "message": "not asked yet: run the job again"},
@@ -128,6 +165,7 @@ class RecordPlan:
         check_rules(self.rules)
         self.provenance = [(name, kind) for name, (kind, _) in PROVENANCE_COLUMNS.items() if name != "_page" or self.per_page]
         self.refuses_disagreements = job.sections.limits.disagreements == "invalid"
+        self.has_evidence = job.sections.evidence.text == "on"
         self.refuses_partial = job.sections.limits.partial == "fail"
         self.extras: list[str] = []
         self.output, self.corrections = job.output, dict[Any, Correction]()
@@ -158,9 +196,9 @@ class SettleStage:
 
     def build_table(self, documents: Iterable[SourceRow], requests: Iterable[LedgerRow]) -> pa.Table:
         """Return the record rows of these documents, sorted by source and page."""
-        ledger: dict[str, list[LedgerRow]] = {}
+        ledger: dict[str, list[ScoredRow]] = {}
         for request in requests:
-            ledger.setdefault(str(request["key"]), []).append(request)
+            ledger.setdefault(str(request["key"]), []).append(score_request(request))
         rows = [row for document in documents for row in self.settle_document(document, ledger)]
         rows.sort(key=lambda row: (row["_source"], row["_page"] or 0))
         try:
@@ -177,11 +215,11 @@ class SettleStage:
             return {**kept, "_status": str(Status.FAILED), "_failure": make_failed_row(Stage.VALIDATE, error)["failure"]}
         return row
 
-    def settle_document(self, document: SourceRow, ledger: dict[str, list[LedgerRow]]) -> Iterator[dict[str, Any]]:
+    def settle_document(self, document: SourceRow, ledger: dict[str, list[ScoredRow]]) -> Iterator[dict[str, Any]]:
         """Yield a document's records; their columns are those of the plan's schema."""
-        requests: list[LedgerRow] = []
+        requests: list[ScoredRow] = []
         for key, (first_page, last_page) in compute_document_keys(document, self.per_request, self.fingerprint).items():
-            newest = select_newest_attempt(ledger.get(key, [PENDING_ROW]))
+            newest = cast(ScoredRow, select_newest_attempt(ledger.get(key, [PENDING_ROW])))
             requests.append({**newest, "first_page": first_page, "last_page": last_page})
         page_count = document["page_count"] or None
         about: ProvenanceRow = {"_source": document["source"], "_doc_id": document["doc_id"], "_pages": page_count}
@@ -193,7 +231,7 @@ class SettleStage:
         else:
             yield {**extras, **about, "_page": None, **self.correct_record(self.build_record(requests), document, requests)}
 
-    def correct_record(self, record: dict[str, Any], document: SourceRow, requests: Sequence[LedgerRow]) -> dict[str, Any]:
+    def correct_record(self, record: dict[str, Any], document: SourceRow, requests: Sequence[ScoredRow]) -> dict[str, Any]:
         """Return a record with what a person has put right in it, valid or invalid as it is then; unchanged without a correction."""
         page = requests[0]["first_page"] if self.plan.per_page and document["page_count"] else None
         found = self.plan.corrections.get((document["source"], page))
@@ -206,9 +244,12 @@ class SettleStage:
             about = make_invalid_columns("invalid", errors[0], errors, schema.dump_json(value))
         return {**record, **columns, **about, "_corrected": list(found.paths), "_rules": self.plan.rules.judge_record(columns)}
 
-    def build_record(self, requests: Sequence[LedgerRow]) -> dict[str, Any]:
+    def build_record(self, requests: Sequence[ScoredRow]) -> dict[str, Any]:
         """Return the columns that come from a record's requests, which are in page order."""
         about = sum_provenance(requests)
+        words = collect_words(requests) if self.plan.has_evidence else []
+        if words:
+            about["_alerts"] = list_alerts(words, [])
         asked = [request for request in requests if request["status"] != Status.FAILED]
         failed = [request for request in requests if request["status"] == Status.FAILED]
         is_partial = bool(about["_page_failures"] and asked) and all(is_undrawn(request) for request in failed)
@@ -218,12 +259,12 @@ class SettleStage:
             return {**about, "_status": str(Status.FAILED), "_failure": failed[0]["failure"]}
         about["_partial"] = is_partial
         try:
-            return {**about, **self.merge_requests(asked)}
+            return {**about, **self.merge_requests(asked, words)}
         except Exception as error:  # any: what an answer makes the parser, the merge or a column raise has no common class
             return {**about, "_status": str(Status.FAILED), "_failure": make_failed_row(Stage.VALIDATE, error)["failure"]}
 
-    def merge_requests(self, requests: Sequence[LedgerRow]) -> dict[str, Any]:
-        """Return the columns that come from the answers to a record's requests."""
+    def merge_requests(self, requests: Sequence[ScoredRow], words: Sequence[PageWords]) -> dict[str, Any]:
+        """Return the columns that come from the answers to a record's requests, and from the words of its pages."""
         try:
             parts = [make_part(request) for request in requests]
         except ValueError:
@@ -237,6 +278,11 @@ class SettleStage:
             about |= make_invalid_columns("invalid", errors[0], errors, schema.dump_json(merged.value))
         elif merged.disagreements and self.plan.refuses_disagreements:
             about |= make_invalid_columns("disagreement", describe_disagreement(merged), [], schema.dump_json(merged.value))
+        evidence = match_values(self.plan.job_schema, merged.value, words) if words else []
+        about |= rate_values(merged, evidence)
+        if words:
+            about |= {"_evidence": [make_evidence_row(found) for found in evidence]}
+            about |= {"_unwitnessed": sum(found.match in UNWITNESSED for found in evidence), "_alerts": list_alerts(words, evidence)}
         return {**columns, **about, "_rules": self.plan.rules.judge_record(columns)}
 
 
@@ -255,14 +301,48 @@ def list_record_columns(job: Job) -> RecordColumns:
     return {"columns": {field.name: str(field.type) for field in plan.schema}, "notes": list(plan.columns.notes)}
 
 
-def make_part(request: LedgerRow) -> Part:
+def collect_words(requests: Sequence[LedgerRow]) -> list[PageWords]:
+    """Return the words of the pages of a record's requests; nothing of pages without a text layer."""
+    pages = [page for request in requests for page in request.get("pages") or []]
+    return [unpack_words(page["page_no"], layer) for page in pages if (layer := page.get("text_layer"))]
+
+
+def score_request(request: LedgerRow) -> ScoredRow:
+    """Return a request with the scores of its values, without its tokens; without scores where its answer is not JSON."""
+    tokens, answer, scores = request.get("tokens") or [], request.get("answer") or "", dict[str, TokenScore]()
+    if tokens:
+        with suppress(ValueError):
+            schema.parse_json(answer)
+            scores = score_tokens(answer, tokens)
+    return {**request, "tokens": None, "scores": scores}
+
+
+def make_part(request: ScoredRow) -> Part:
     """Return a request's answer as a part of its document. Raises ValueError for an answer that is not JSON."""
-    answer, tokens = request["answer"] or "", request.get("tokens") or []
-    value = schema.parse_json(answer)
-    return Part(request["first_page"], request["last_page"], value, score_values(answer, tokens) if tokens else {})
+    return Part(request["first_page"], request["last_page"], schema.parse_json(request["answer"] or ""), request.get("scores") or {})
 
 
-def list_parts(requests: Sequence[LedgerRow]) -> Iterator[Part]:
+def rate_values(merged: MergeResult, evidence: Sequence[Evidence]) -> ProvenanceRow:
+    """Return the confidence of each scalar of a record whose tokens are known; no columns where there is none."""
+    witnessed = {found.path: found for found in evidence}
+    disputed = {disagreement.path for disagreement in merged.disagreements}
+    rows: list[ConfidenceRow] = []
+    for path in list_scalar_paths(merged.value):
+        if score := merged.find_score(path):
+            rows.append({"path": path, "confidence": compute_confidence(score.total, witnessed.get(path), path in disputed)})
+    return {"_confidence": rows, "_least_confidence": min(row["confidence"] for row in rows)} if rows else {}
+
+
+def list_scalar_paths(value: Any, path: str = "$") -> Iterator[str]:
+    """Yield the paths of the scalars in a JSON value, nulls included."""
+    if isinstance(value, dict | list):
+        for step, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from list_scalar_paths(inner, schema.join_path(path, step))
+    else:
+        yield path
+
+
+def list_parts(requests: Sequence[ScoredRow]) -> Iterator[Part]:
     """Yield the parts of a document that were answered by JSON; an empty one if there are none."""
     found = []
     for request in requests:

@@ -11,10 +11,14 @@ import pyarrow as pa
 import pytest
 from nbclient import NotebookClient
 
+from pipeline.budget import RenderSettings
 from pipeline.demo import samples
 from pipeline.demo.truth import format_answer
+from pipeline.evidence.text_layer import pack_words
 from pipeline.job import Job
 from pipeline.output.shards import write_shard
+from pipeline.render.document import render_pages
+from pipeline.stages.render import describe_page
 from pipeline.stages.requests import compute_document_keys
 from pipeline.storage import store
 from tests.support.stages import make_settle_stage
@@ -40,7 +44,11 @@ def write_records(folder: Path, *, good: bool = False) -> None:
 
 def request(job: Job, document: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     (key,) = compute_document_keys(document, job.pages_per_request, job.fingerprint)
-    return {"key": key, "attempt": 1, "asks": 1, "errors": [], "model": "demo", "engine": "transformers", **answer}
+    file, pages = ROOT / "jobs/samples/invoices" / document["source"], []
+    if file.exists():
+        drawn = render_pages(file.read_bytes(), RenderSettings(text_layer=True))
+        pages = [{**describe_page(page), "text_layer": pack_words(page)} for page in drawn]
+    return {"key": key, "attempt": 1, "asks": 1, "errors": [], "model": "demo", "engine": "transformers", "pages": pages, **answer}
 
 
 def outputs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -63,6 +71,7 @@ def test_it_runs_and_shows_records_totals_and_failures(tmp_path: Path, monkeypat
     assert re.search(rf"extracted +{len(TRUTH)}", text)
     assert "the PDF cannot be opened" in text
     assert re.search(r"render +broken +1", text)
+    assert re.search(r"^exact +text +\d\d", text, re.MULTILINE)
 
 
 def test_it_runs_where_nothing_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,7 +147,7 @@ def test_a_worn_out_renderer_is_replaced_before_a_document_lacks_memory(stub: Sa
     assert next(stub.draw_pages(2)).page_no == 2
 
 
-HONEST = {"page_no": 2, "shape": [28, 28, 3], "words": [["a", 1, 2, 3, 4]], "warnings": ["b"], "dpi": 1, "width_pt": 1, "height_pt": 1}
+HONEST = {"page_no": 2, "shape": [28, 28, 3], "words": [["a", 1, 2, 3, 4, 0]], "warnings": ["b"], "dpi": 1, "width_pt": 1, "height_pt": 1}
 HONEST["renderer"] = "pdfium"
 LIES: dict[str, dict[str, Any]] = {
     "another page": {"page_no": 3},
@@ -158,6 +158,7 @@ LIES: dict[str, dict[str, Any]] = {
     "no shape": {"shape": None},
     "words that are none": {"words": [1]},
     "words without places": {"words": [["a", 1, 2, 3]]},
+    "words with a mark that is none": {"words": [["a", 1, 2, 3, 4, 99]]},
     "an endless number": {"dpi": 10**400},
     "no renderer": {"renderer": None},
     "a renderer with a long name": {"renderer": "a" * 100},

@@ -15,7 +15,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from pipeline.budget import ImageSize, PixelBudget, RenderSettings, count_visual_tokens, fit_page, smart_resize
 from pipeline.errors import DocumentError
-from pipeline.records import Page, Pixels
+from pipeline.records import Page, Pixels, WordMark
 from pipeline.render.document import detect_kind, open_document, render_pages
 from pipeline.render.errors import MAX_WARNINGS
 from pipeline.render.images import DocumentKind, encode_page_png
@@ -147,9 +147,9 @@ def test_words_stand_where_their_ink_is(extra: str) -> None:
     assert word.y0_pt - 2 <= rows.min() / scale <= rows.max() / scale <= word.y1_pt + 2
 
 
-def test_words_outside_the_crop_box_are_not_on_the_page() -> None:
+def test_words_outside_the_crop_box_are_marked() -> None:
     page = render_first(make_page_pdf(400, 300, b"BT /F 12 Tf 10 10 Td (gone) Tj 0 200 Td (here) Tj ET", "/CropBox[0 100 400 300]"))
-    assert [word.text for word in page.words] == ["here"]
+    assert [(word.text, word.mark) for word in page.words] == [("gone", WordMark.OFF_PAGE), ("here", WordMark.PRINTED)]
 
 
 def test_mupdfs_warnings_are_collected_and_not_printed(capfd: pytest.CaptureFixture[str]) -> None:

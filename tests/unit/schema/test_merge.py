@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.schema.certainty import TokenScore
 from pipeline.schema.merge import Disagreement, Part, merge_parts
 
 BOX = {"type": "array", "items": {"type": "number"}, "minItems": 4, "maxItems": 4}
@@ -156,20 +157,20 @@ def test_items_that_say_nothing_are_dropped_where_parts_are_joined() -> None:
 
 
 def test_the_most_certain_part_is_kept_and_the_disagreement_says_so() -> None:
-    parts = [Part(1, 4, {"total": 0}, {"$.total": -2.5}), Part(5, 8, {"total": 7}, {"$.total": -0.1})]
+    parts = [Part(1, 4, {"total": 0}, {"$.total": TokenScore(-2.5, 1)}), Part(5, 8, {"total": 7}, {"$.total": TokenScore(-0.1, 1)})]
     result = merge_parts(SCHEMA, parts)
     assert (result.value, result.disagreements) == ({"total": 7}, (Disagreement("$.total", 7, 5, 0, 1),))
 
 
 def test_the_first_part_is_kept_where_the_certainty_of_one_is_not_known() -> None:
-    parts = [Part(1, 4, {"total": 0}), Part(5, 8, {"total": 7}, {"$.total": -0.1})]
+    parts = [Part(1, 4, {"total": 0}), Part(5, 8, {"total": 7}, {"$.total": TokenScore(-0.1, 1)})]
     assert merge_parts(SCHEMA, parts).value == {"total": 0}
 
 
 def test_a_list_with_fixed_places_is_as_certain_as_its_numbers() -> None:
     parts = [
-        Part(1, 4, {"box": [0, 0]}, {"$.box[0]": -1.0, "$.box[1]": -1.0}),
-        Part(5, 8, {"box": [2, 2]}, {"$.box[0]": -1.5, "$.box[1]": 0}),
+        Part(1, 4, {"box": [0, 0]}, {"$.box[0]": TokenScore(-1.0, 1), "$.box[1]": TokenScore(-1.0, 1)}),
+        Part(5, 8, {"box": [2, 2]}, {"$.box[0]": TokenScore(-1.5, 1), "$.box[1]": TokenScore(0, 1)}),
     ]
     assert merge_parts(SCHEMA, parts).value == {"box": [2, 2]}
 
@@ -201,3 +202,23 @@ def test_a_rule_applies_inside_of_objects_and_through_references() -> None:
     total = {"type": "number", "x-merge": "last"}
     schema = {"type": "object", "properties": {"sum": {"$ref": "#/$defs/sum"}}, "$defs": {"sum": {"properties": {"total": total}}}}
     assert merge_parts(schema, make_parts({"sum": {"total": 1}}, {"sum": {"total": 2}})).value == {"sum": {"total": 2}}
+
+
+# --- origins
+
+
+def test_each_value_knows_the_tokens_from_which_it_was_taken() -> None:
+    first = {"number": "A", "total": None, "items": [{"n": 1}, {"n": None}]}
+    second = {"number": "B", "total": 7, "items": [{"n": 2}]}
+    scores = {"$.number": TokenScore(-3, 1), "$.items[0].n": TokenScore(-1, 1)}
+    others = {"$.number": TokenScore(-2, 1), "$.total": TokenScore(-4, 2), "$.items[0].n": TokenScore(-5, 1)}
+    result = merge_parts(SCHEMA, [Part(1, 4, first, scores), Part(5, 8, second, others)])
+    assert result.value == {"number": "B", "total": 7, "items": [{"n": 1}, {"n": 2}]}
+    found = {path: score.total for path in ("$.number", "$.total", "$.items[0].n", "$.items[1].n") if (score := result.find_score(path))}
+    assert found == {"$.number": -2, "$.total": -4, "$.items[0].n": -1, "$.items[1].n": -5}
+    assert result.find_score("$.other") is None
+
+
+def test_a_single_part_s_values_are_its_own() -> None:
+    result = merge_parts(SCHEMA, [Part(1, 1, {"items": [{"n": 1}]}, {"$.items[0].n": TokenScore(-1, 2)})])
+    assert result.find_score("$.items[0].n") == TokenScore(-1, 2)

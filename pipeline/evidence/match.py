@@ -1,0 +1,423 @@
+"""Matching of a record with the words of its pages: for each value one `Evidence`, which says whether and where it is printed.
+
+exact            printed as it is written
+normalized       printed in another form: 1.234,50 for 1234.5, 22. Mai 2020 for 2020-05-22, other case, spacing, punctuation
+similar          nearly the same is printed: this places a box and verifies nothing
+hidden           only in text that a reader cannot see
+absent           not in the text layer
+not_applicable   nothing to look for: no words, a boolean, a choice whose printed form the schema does not say
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from enum import StrEnum
+from functools import cached_property
+from typing import Any, TypedDict
+
+import numpy as np
+
+from pipeline.evidence.dates import Day, decide_order, scan_dates
+from pipeline.evidence.numbers import PrintedNumber, describe_number, parse_number_text
+from pipeline.evidence.page_index import Box, Find, PageIndex, fold_text, sort_by_line
+from pipeline.evidence.places import Place, PlacedValue, choose_places, measure_gap, split_label
+from pipeline.evidence.similar import find_similar
+from pipeline.evidence.text_layer import PageWords
+from pipeline.records import WordMark
+from pipeline.schema import LOCAL_DATE_TIME, Schema, dump_json, join_path, walk_in_place
+from pipeline.schema.validate import is_blank
+
+CURRENCY_SIGNS = {
+    "AUD": ("a$", "$"), "BRL": ("r$",), "CAD": ("c$", "ca$", "$"), "CHF": ("sfr",), "CNY": ("¥", "元"), "CZK": ("kč",), "DKK": ("kr",),
+    "EUR": ("€",), "GBP": ("£",), "HKD": ("hk$", "$"), "ILS": ("₪",), "INR": ("₹", "rs"), "JPY": ("¥", "円"), "KRW": ("₩", "원"),
+    "MXN": ("$",), "MYR": ("rm",), "NOK": ("kr",), "NZD": ("nz$", "$"), "PHP": ("₱",), "PLN": ("zł",), "RUB": ("₽",), "SEK": ("kr",),
+    "SGD": ("s$", "$"), "THB": ("฿",), "TRY": ("₺",), "UAH": ("₴",), "USD": ("us$", "$"), "VND": ("₫",), "ZAR": ("r",),
+}  # fmt: skip
+"""What documents print for a currency of ISO 4217, in lower case."""
+DAY_FORMATS = {"date", "date-time", LOCAL_DATE_TIME}
+ISO_TIME = re.compile(r"T?(?P<hour>\d\d):(?P<minute>\d\d)(?P<seconds>:\d\d)?")
+PIECES = re.compile(r"\s*[,;\n]+\s*")
+PIECE_DISTANCE_PT = 80.0
+"""How far apart the pieces of a text, such as the lines of an address, may be."""
+MAX_PIECES = 12
+MAX_DATE = 40
+"""Most characters of a text that is a date and nothing else."""
+
+
+class Match(StrEnum):
+    """How a value is printed."""
+
+    EXACT = "exact"
+    NORMALIZED = "normalized"
+    SIMILAR = "similar"
+    HIDDEN = "hidden"
+    ABSENT = "absent"
+    NOT_APPLICABLE = "not_applicable"
+
+
+UNWITNESSED = frozenset({Match.SIMILAR, Match.HIDDEN, Match.ABSENT})
+"""Values that no witness shows."""
+
+
+class Witness(StrEnum):
+    """Who says that a value is printed."""
+
+    TEXT = "text"
+    """The text layer of a PDF, which is what is drawn."""
+    OCR_LAYER = "ocr_layer"
+    """Text that OCR software added to a scan: a weaker witness."""
+    OCR = "ocr"
+    """OCR of the page's pixels (`ocr.read_words_by_ocr`)."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """How one value of a record is witnessed. The box is in PDF points, origin top left, page rotation applied."""
+
+    path: str
+    value: str
+    match: Match
+    page: int | None = None
+    box: Box | None = None
+    witness: Witness | None = None
+    words: str | None = None
+    """What is printed there."""
+    places: int = 0
+    """In how many places the value is printed."""
+    distance: int | None = None
+    """Edits between a similar text and the value."""
+    label_fit: float = 0.0
+    """0 to 1, where the value has several places: how much of its label stands beside or above the chosen one."""
+    siblings_pt: float | None = None
+    """From the place to the nearest of the values beside this one in the schema."""
+
+
+class EvidenceRow(TypedDict):
+    """An `Evidence` as a record holds it."""
+
+    path: str
+    value: str
+    page: int | None
+    x0: float | None
+    y0: float | None
+    x1: float | None
+    y1: float | None
+    witness: str | None
+    match: str
+    places: int
+    words: str | None
+    distance: int | None
+
+
+class DocumentIndex:
+    """The words of a document, page by page, in up to two orders of reading; those that a reader cannot see apart."""
+
+    def __init__(self, pages: Iterable[PageWords]) -> None:
+        self.words = list(pages)
+
+    def index_pages(self, hidden: bool, by_line: bool = False) -> list[PageIndex]:
+        """Return the indexes of the pages that have such words."""
+        found = []
+        for page in self.words:
+            order: list[int] = np.flatnonzero((page.marks > WordMark.OVERLAY) == hidden).tolist()
+            if order and by_line:
+                order = [order[index] for index in sort_by_line(page.boxes[order])]
+            if order:
+                found.append(PageIndex(page, order))
+        return found
+
+    @cached_property
+    def pages(self) -> list[PageIndex]:
+        """What a reader sees, in the order of the text layer."""
+        return self.index_pages(hidden=False)
+
+    @cached_property
+    def pages_by_line(self) -> list[PageIndex]:
+        """What a reader sees, line by line."""
+        return self.index_pages(hidden=False, by_line=True)
+
+    @cached_property
+    def hidden_pages(self) -> list[PageIndex]:
+        """What a reader does not see."""
+        return self.index_pages(hidden=True)
+
+    @cached_property
+    def day_first(self) -> bool | None:
+        """Whether the day comes before the month in the document's dates; None if they do not tell."""
+        return decide_order(date for page in self.pages for date in page.dates)
+
+
+@dataclass(frozen=True, eq=False)
+class Scalar:
+    """A scalar of a record, and the schemas that apply to it."""
+
+    path: str
+    value: Any
+    schemas: Sequence[Schema]
+    group: str
+    item: str
+    name: str
+
+
+def match_values(schema: Schema, value: Any, pages: Iterable[PageWords]) -> list[Evidence]:
+    """Return the evidence for each value of a record, in the record's order; none for nulls and empty texts."""
+    index = DocumentIndex(pages)
+    scalars = list(list_scalars(value, [schema], schema))
+    if not index.pages and not index.hidden_pages:
+        return [Evidence(scalar.path, format_scalar(scalar.value), Match.NOT_APPLICABLE) for scalar in scalars]
+    placed = [place_scalar(scalar, index) for scalar in scalars]
+    choose_places(placed)
+    return [describe_scalar(scalar, value, index) for scalar, value in zip(scalars, placed, strict=True)]
+
+
+def list_scalars(
+    value: Any, here: list[Schema], root: Schema, path: str = "$", group: str = "", item: str = "", name: str = ""
+) -> Iterator[Scalar]:
+    """Yield the scalars of a record that are neither null nor empty; `here` are the schemas that apply to `value`."""
+    if is_blank(value) and not isinstance(value, bool):
+        return
+    rules = [rule for schema in here for rule in walk_in_place(schema, root) if isinstance(rule, dict)]
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            schemas = [rule["properties"][key] for rule in rules if key in rule.get("properties", {})]
+            yield from list_scalars(inner, schemas, root, join_path(path, key), path, item, key)
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            schemas = [rule["items"] for rule in rules if isinstance(rule.get("items"), dict)]
+            schemas += [rule["prefixItems"][number] for rule in rules if number < len(rule.get("prefixItems", ()))]
+            inner_path = join_path(path, number)
+            yield from list_scalars(inner, schemas, root, inner_path, path, inner_path if isinstance(inner, dict) else item, name)
+    else:
+        yield Scalar(path, value, rules, group, item, name)
+
+
+def format_scalar(value: Any) -> str:
+    """Return a scalar as text: a string as it is, anything else as JSON."""
+    return value if isinstance(value, str) else dump_json(value)
+
+
+def place_scalar(scalar: Scalar, index: DocumentIndex) -> PlacedValue:
+    """Return a value with the places where a reader sees it."""
+    titles = [str(schema["title"]) for schema in scalar.schemas if schema.get("title")]
+    return PlacedValue(scalar.path, scalar.group, scalar.item, split_label(scalar.name, *titles), find_places(scalar, index, index.pages))
+
+
+def find_places(scalar: Scalar, index: DocumentIndex, pages: Sequence[PageIndex]) -> list[Place]:
+    """Return where a value is printed on these pages, once for each place, in their order; the first form of it that is printed counts."""
+    for search in choose_searches(scalar, index):
+        found = [place for page in pages for place in search(page)]
+        if not found and pages is index.pages and search.__name__ == "search_text":
+            found = [place for page in index.pages_by_line for place in search(page)]
+        if found:
+            return drop_overlaps(found)
+    return find_pieces(str(scalar.value), pages)
+
+
+def drop_overlaps(places: Sequence[Place]) -> list[Place]:
+    """Return the places without those inside of an earlier one; what is exact comes before what is not."""
+    kept: dict[int, list[Place]] = {}
+    for place in sorted(places, key=lambda place: not place.is_exact):
+        here = kept.setdefault(id(place.page), [])
+        if all(place.find.end <= other.find.start or other.find.end <= place.find.start for other in here):
+            here.append(place)
+    unique = {id(place) for some in kept.values() for place in some}
+    return [place for place in places if id(place) in unique]
+
+
+Search = Callable[[PageIndex], Iterator[Place]]
+
+
+def choose_searches(scalar: Scalar, index: DocumentIndex) -> list[Search]:
+    """Return what to look for on a page, what is nearest to the value as it is written first."""
+    value = scalar.value
+    if isinstance(value, bool):
+        return list_printed_forms(scalar)
+    if isinstance(value, int | float | Decimal):
+        return [make_number_search([describe_number(value)[0]], dump_json(value), is_negative=value < 0)]
+    text = str(value).strip()
+    formats = {schema.get("format") for schema in scalar.schemas}
+    days = parse_days(text, index.day_first) if formats & DAY_FORMATS or not formats - {None} else []
+    if formats & DAY_FORMATS and days:
+        return [make_day_search(days, text, index.day_first)]
+    if "time" in formats and (time := ISO_TIME.match(text)):
+        return [make_text_search(text), *map(make_form_search, list_times(time))]
+    keys, is_negative = parse_number_text(text)
+    searches = [make_text_search(text, days, index.day_first, is_literal=bool(keys))]
+    searches.append(make_number_search(keys, text, is_negative) if keys else make_loose_search(text))
+    searches += [make_form_search(sign) for sign in CURRENCY_SIGNS.get(text, ())]
+    return searches + list_printed_forms(scalar)
+
+
+def list_printed_forms(scalar: Scalar) -> list[Search]:
+    """Return what to look for by the titles that a schema gives its constants: `oneOf: [{const: true, title: PAID}, …]`."""
+    titles = [
+        schema["title"] for schema in scalar.schemas if schema.get("const") == scalar.value and "const" in schema and "title" in schema
+    ]
+    return [make_form_search(str(title)) for title in titles]
+
+
+def make_text_search(text: str, days: Sequence[Day] = (), day_first: bool | None = None, is_literal: bool = False) -> Search:
+    """Return a search for a text, and for days that it names, in whatever form; `is_literal` wants the text as it is written."""
+    core = strip_marks(text)
+
+    def search_text(page: PageIndex) -> Iterator[Place]:
+        for find in page.find_text(text):
+            whole = page.extend_find(find, text)
+            is_exact = page.get_printed(whole) in (core, text)
+            if is_exact or not is_literal:
+                yield Place(page, whole, is_exact)
+        for day in days:
+            for find in page.find_day(day, day_first):
+                yield Place(page, find, page.get_printed(find) == core)
+
+    return search_text
+
+
+def make_form_search(form: str) -> Search:
+    """Return a search for another form of a value."""
+
+    def search_form(page: PageIndex) -> Iterator[Place]:
+        return (Place(page, find, False) for find in page.find_text(form))
+
+    return search_form
+
+
+def make_loose_search(text: str) -> Search:
+    """Return a search for a text in which numbers may be divided otherwise: DE89370400440532013000 for DE89 3704 0044 …"""
+
+    def search_loose(page: PageIndex) -> Iterator[Place]:
+        return (Place(page, find, False) for find in page.find_text(text, is_loose=True))
+
+    return search_loose
+
+
+def make_day_search(days: Sequence[Day], text: str, day_first: bool | None) -> Search:
+    """Return a search for a day, and for the time of day where there is one: of another time the day alone is no match."""
+    time = ISO_TIME.search(text, 10)
+    forms = list_times(time) if time and (time["hour"], time["minute"]) != ("00", "00") else []
+
+    def search_day(page: PageIndex) -> Iterator[Place]:
+        if forms and not any(page.find_text(form) for form in forms):
+            return
+        for day in days:
+            for find in page.find_day(day, day_first):
+                yield Place(page, find, page.get_printed(find) == text)
+
+    return search_day
+
+
+def make_number_search(keys: Sequence[str], text: str, is_negative: bool) -> Search:
+    """Return a search for a number in whatever form, with its sign."""
+
+    def has_sign(number: PrintedNumber) -> bool:
+        return number.sign != "" if is_negative else number.sign != "-"
+
+    def search_number(page: PageIndex) -> Iterator[Place]:
+        for number in [number for key in dict.fromkeys(keys) for number in page.numbers.get(key, ()) if has_sign(number)]:
+            find = Find(number.start, number.end)
+            yield Place(page, find, page.get_printed(find) == text.lstrip("-"))
+
+    return search_number
+
+
+def list_times(time: re.Match[str]) -> list[str]:
+    """Return how a time of day may be printed: 14:05:00, 14:05, 2:05 pm."""
+    hour, minute = int(time["hour"]), time["minute"]
+    short = f"{time['hour']}:{minute}"
+    forms = [f"{short}{time['seconds']}"] if time["seconds"] else []
+    twelve = f"{(hour - 1) % 12 + 1}:{minute}"
+    half = "am" if hour < 12 else "pm"
+    return [*forms, short, *([f"{hour}:{minute}"] if hour < 10 else []), f"{twelve} {half}", f"{twelve}{half}"]
+
+
+def parse_days(text: str, day_first: bool | None) -> list[Day]:
+    """Return the days that a text names, if it is a date and nothing else; a time of day may follow one of ISO 8601."""
+    if re.match(r"\d{4}-\d\d-\d\d(?:[Tt ]\d\d:\d\d|$)", text):
+        text = text[:10]
+    if len(text) > MAX_DATE or not any(map(str.isdigit, text)):
+        return []
+    folded = fold_text(text)
+    return next((date.list_days(day_first) for date in scan_dates(folded) if date.end - date.start == len(folded)), [])
+
+
+def strip_marks(text: str) -> str:
+    """Return a text without the marks before its first letter or digit and after its last one, its white space as single spaces."""
+    inside = " ".join(text.split())
+    found = re.search(r"[^\W_].*[^\W_]|[^\W_]", inside)
+    return found[0] if found else inside
+
+
+def find_pieces(text: str, pages: Sequence[PageIndex]) -> list[Place]:
+    """Return the place of a text whose pieces, between its commas and lines, stand near each other: an address in a column of its own."""
+    pieces = [piece for piece in PIECES.split(text) if len(piece) > 1]
+    if not 2 <= len(pieces) <= MAX_PIECES:
+        return []
+    for page in pages:
+        finds = [page.find_text(piece) for piece in pieces]
+        if not all(finds):
+            continue
+        for start in finds[0]:
+            chain = [start]
+            for some in finds[1:]:
+                last = page.get_box(chain[-1])
+                near = min(some, key=lambda find: measure_gap(last, page.get_box(find)))
+                if measure_gap(last, page.get_box(near)) > PIECE_DISTANCE_PT:
+                    break
+                chain.append(near)
+            else:
+                return [Place(page, start, False, tuple(chain))]
+    return []
+
+
+def describe_scalar(scalar: Scalar, placed: PlacedValue, index: DocumentIndex) -> Evidence:
+    """Return the evidence for a value whose place is chosen."""
+    text = format_scalar(scalar.value)
+    if place := placed.chosen:
+        found = describe_place(scalar.path, text, Match.EXACT if place.is_exact else Match.NORMALIZED, place)
+        return replace(found, places=len(placed.places), label_fit=placed.label_fit, siblings_pt=placed.distance_pt)
+    if hidden := find_places(scalar, index, index.hidden_pages):
+        return replace(describe_place(scalar.path, text, Match.HIDDEN, hidden[0]), places=len(hidden))
+    if isinstance(scalar.value, bool) or any("enum" in schema or "const" in schema for schema in scalar.schemas):
+        return Evidence(scalar.path, text, Match.NOT_APPLICABLE)
+    similar = [(edits, page, find) for page in index.pages for find, edits in list_similar(page, scalar)]
+    if similar:
+        edits, page, find = min(similar, key=lambda found: found[0])
+        return replace(describe_place(scalar.path, text, Match.SIMILAR, Place(page, find, False)), distance=edits)
+    return Evidence(scalar.path, text, Match.ABSENT)
+
+
+def list_similar(page: PageIndex, scalar: Scalar) -> list[tuple[Find, int]]:
+    """Return the place of a page that differs least from a text, if there is one; none for a day or a time."""
+    is_text = isinstance(scalar.value, str) and not any("format" in schema for schema in scalar.schemas)
+    found = find_similar(page, scalar.value) if is_text else None
+    return [found] if found else []
+
+
+def describe_place(path: str, text: str, match: Match, place: Place) -> Evidence:
+    """Return the evidence for a value at a place."""
+    marks = [mark for find in place.finds for mark in place.page.get_marks(find)]
+    witness = Witness.OCR if place.page.is_ocr else Witness.OCR_LAYER if WordMark.OVERLAY in marks else Witness.TEXT
+    words = " ".join(place.page.get_printed(find) for find in place.finds)
+    return Evidence(path, text, match, place.page.page_no, place.box, witness, words)
+
+
+def make_evidence_row(found: Evidence) -> EvidenceRow:
+    """Return evidence as a record holds it."""
+    x0, y0, x1, y1 = found.box or (None, None, None, None)
+    return {
+        "path": found.path,
+        "value": found.value,
+        "page": found.page,
+        "x0": x0,
+        "y0": y0,
+        "x1": x1,
+        "y1": y1,
+        "witness": found.witness,
+        "match": found.match,
+        "places": found.places,
+        "words": found.words,
+        "distance": found.distance,
+    }

@@ -1,0 +1,128 @@
+"""Numbers as documents print them: text in, the values that it can be read as out.
+
+    "1.234,50" -> 1234.5      "1 234,50 €" -> 1234.5      "1,234" -> 1234 or 1.234      "(12.00)" -> 12 or -12     "19 %" -> 19 or 0.19
+
+A value is compared by its canonical text: no sign, no leading zeros, no zeros at the end of a fraction.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+
+DIGITS = r"\d+(?:[.,'’]\d+)*"
+NUMBER = re.compile(
+    rf"""(?<![^\W_])                       # not inside a word, …
+    (?P<prefix>[^\W\d_]{{1,4}}\.?)?        # … but after a currency: EUR12, Rs.12
+    (?P<number>{DIGITS})
+    (?!\d)(?=(?P<after>[ ]?%|-(?!\w)|[-/:]\d)?)""",
+    re.VERBOSE,
+)
+SPACED = re.compile(r"(?<![\d.,])\d{1,3}(?:[ \u00a0\u202f]\d{3})+(?:[.,]\d+)?(?![\d.,]*\d)")
+"""Groups of three digits with spaces between them."""
+MINUS = r"\-\u2010\u2011\u2012\u2013\u2212"
+SIGN_BEFORE = re.compile(rf"(?:^|[^\w])(?P<sign>[{MINUS}(])[^\w\s{MINUS}]?$")
+YEAR_DIGITS = 4
+PARTS = re.compile(r"(\d+)([.,'’])?")
+CURRENCIES = "aud brl cad chf cny czk dkk eur gbp hkd huf inr jpy mxn myr nok nzd pln ron sek sgd thb try usd zar".split()
+CURRENCY = rf"(?:[$€£¥₹₩₺₽฿₫₱₪₴]|us\$|rm|rs\.?|kr\.?|zł|kč|{'|'.join(CURRENCIES)})"
+PLAIN_VALUE = re.compile(
+    rf"""(?P<sign>[{MINUS}(])?\s?{CURRENCY}?\s?(?P<minus>[{MINUS}])?
+    (?P<number>{DIGITS}|\d{{1,3}}(?:[ ]\d{{3}})+(?:[.,]\d+)?)\s?{CURRENCY}?\s?\)?""",
+    re.IGNORECASE | re.VERBOSE,
+)
+"""A text that is a number, with a currency perhaps."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrintedNumber:
+    """A number in a text, from `start` to `end`."""
+
+    start: int
+    end: int
+    keys: tuple[str, ...]
+    """What it can be read as, in canonical form."""
+    sign: str
+    """`-` where a minus stands before or after it, `(` in brackets, which may mean the same, else ``."""
+
+
+def scan_numbers(text: str) -> Iterator[PrintedNumber]:
+    """Yield the numbers in a text, in order; then those whose digits are in groups with spaces between them.
+
+    Numbers that marks join to others are left out, the parts of a date, a time or an invoice's number, but not the years of 1968-1973.
+    """
+    for found in NUMBER.finditer(text):
+        start, end = found.span("number")
+        keys = list_readings(found["number"])
+        if not keys:
+            continue
+        after, before = found["after"] or "", text[max(0, found.start() - 4) : found.start()]
+        if after.endswith("%"):
+            keys += [shift_percent(key) for key in keys]
+        marks = "/:" if len(found["number"]) == YEAR_DIGITS else "-/:"
+        if (after[:1] in marks and after[-1:].isdigit()) or is_part(before, marks):
+            continue
+        yield PrintedNumber(start, end, tuple(keys), "-" if after == "-" else find_sign(before))
+    for found in SPACED.finditer(text):
+        sign = find_sign(text[max(0, found.start() - 4) : found.start()])
+        yield PrintedNumber(*found.span(), tuple(list_readings("".join(found[0].split()))), sign)
+
+
+def is_part(before: str, marks: str) -> bool:
+    """Say whether text before a number joins it to another by one of these marks, or to letters: INV/2012, but not Total:12."""
+    return before[-1:] in marks and (before[-2:-1].isdigit() or (before[-1:] != ":" and before[-2:-1].isalpha()))
+
+
+def find_sign(before: str) -> str:
+    """Return the sign of a number after this text."""
+    found = SIGN_BEFORE.search(before)
+    return "" if not found else "(" if found["sign"] == "(" else "-"
+
+
+def list_readings(digits: str) -> list[str]:
+    """Return the values that digits with separators can be read as; none for what is no number, such as 08.10.2015."""
+    groups = PARTS.findall(digits)
+    numbers, marks = [group[0] for group in groups], [group[1] for group in groups[:-1]]
+    if not marks:
+        return [make_key(numbers[0], "")]
+    grouped = [len(group) for group in numbers[1:]]
+    is_whole = len(numbers[0]) <= 3 and numbers[0][0] != "0" and grouped[-1] == 3 and {*grouped} <= {2, 3} and len({*marks}) == 1
+    if len(marks) == 1:
+        whole = [make_key("".join(numbers), "")] if is_whole else []
+        return whole if marks[0] in "'’" else [*whole, make_key(numbers[0], numbers[1])]
+    if is_whole:
+        return [make_key("".join(numbers), "")]
+    if marks[-1] in ".," and marks[-1] not in marks[:-1] and {*grouped[:-1]} <= {2, 3}:
+        return [make_key("".join(numbers[:-1]), numbers[-1])]
+    return []
+
+
+def make_key(whole: str, fraction: str) -> str:
+    """Return the canonical text of a number's digits."""
+    fraction = fraction.rstrip("0")
+    return (whole.lstrip("0") or "0") + (f".{fraction}" if fraction else "")
+
+
+def shift_percent(key: str) -> str:
+    """Return the canonical text of a hundredth of a number: 19 -> 0.19."""
+    whole, _, fraction = key.partition(".")
+    whole = whole.rjust(3, "0")
+    return make_key(whole[:-2], whole[-2:] + fraction)
+
+
+def describe_number(value: float | Decimal) -> tuple[str, bool]:
+    """Return the canonical text of a value and whether it is negative."""
+    try:
+        text = format(abs(Decimal(str(value))), "f")
+    except (InvalidOperation, ValueError):
+        return "", False
+    whole, _, fraction = text.partition(".")
+    return make_key(whole, fraction), value < 0
+
+
+def parse_number_text(text: str) -> tuple[list[str], bool]:
+    """Return what a text that is a number, with a currency perhaps, can be read as, and whether it is negative."""
+    found = PLAIN_VALUE.fullmatch(text.strip())
+    return (list_readings("".join(found["number"].split())), bool(found["sign"] or found["minus"])) if found else ([], False)

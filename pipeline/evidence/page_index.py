@@ -1,0 +1,245 @@
+"""Index of a page: its words, read once, and where a text, a number or a day stands among them.
+
+    words           Total:  EUR  1,234.50      (the next word far to the right)  22.05.20
+    text            total: eur 1,234.50⏎22.05.20
+    letters         totaleur1~234~50           a mark where two numbers would run together
+    numbers         1234.5 -> characters 11 to 19
+    days            (2020, 5, 22) -> 20 to 28
+
+Texts are compared by their letters and digits alone, from the start of a run of them to the end of one: case, spacing, punctuation and
+hyphens at the end of a line make no difference, but `12` does not stand in `2012`.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from pipeline.evidence.dates import Day, PrintedDate, scan_dates
+from pipeline.evidence.numbers import YEAR_DIGITS, PrintedNumber, scan_numbers
+from pipeline.evidence.text_layer import PageWords
+
+RUN = re.compile(r"[^\W_]+")
+NEAR = 1.2
+"""Words of one line at most so many heights apart are read together: 1 234,50 is a number, and not two cells of a table."""
+MIN_LOOSE = 8
+"""Letters and digits that a text must have to be found also where its numbers run together: DE89370400440532013000."""
+MAX_FINDS = 200
+"""Most places of one value on a page: a 1 on a page of tables says nothing more."""
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Find:
+    """Where something stands on a page: characters `start` to `end` of its text."""
+
+    start: int
+    end: int
+
+
+class PageIndex:
+    """Some words of a page in an order of reading, and what is printed there."""
+
+    def __init__(self, page: PageWords, order: Sequence[int]) -> None:
+        """Index the words with these positions in the page, in this order; there must be one."""
+        self.is_ocr = page.is_ocr
+        self.page_no, self.order = page.page_no, list(order)
+        self.words = [page.texts[index] for index in order]
+        self.boxes = page.boxes[self.order]
+        self.marks = page.marks[self.order]
+        folded = fold_words(self.words)
+        separators = [" " if is_near else "\n" for is_near in find_near_words(self.boxes)]
+        self.starts = [0, *accumulate(len(word) + 1 for word in folded[:-1])]
+        self.text = "".join(part for pair in zip(folded, [*separators, ""], strict=True) for part in pair)
+        self.is_even = all(len(word) == len(other) for word, other in zip(self.words, folded, strict=True))
+        """Whether folding changed no word's length, so that characters of the text are those of the words."""
+        self.raw = "".join(part for pair in zip(self.words, [*separators, ""], strict=True) for part in pair) if self.is_even else ""
+
+    @cached_property
+    def letters(self) -> LetterIndex:
+        return LetterIndex(self.text, "~")
+
+    @cached_property
+    def loose_letters(self) -> LetterIndex:
+        """The same without a mark between numbers."""
+        return LetterIndex(self.text, "")
+
+    @cached_property
+    def numbers(self) -> dict[str, list[PrintedNumber]]:
+        found: dict[str, list[PrintedNumber]] = {}
+        for number in scan_numbers(self.text):
+            for key in number.keys:
+                found.setdefault(key, []).append(number)
+        return found
+
+    @cached_property
+    def dates(self) -> list[PrintedDate]:
+        return list(scan_dates(self.text))
+
+    def find_text(self, text: str, is_loose: bool = False) -> list[Find]:
+        """Return where a text stands, by its letters and digits; where it has none, by its characters.
+
+        `is_loose` lets numbers run together in a text of at least `MIN_LOOSE` letters and digits.
+        """
+        folded = fold_text(text)
+        wanted = squeeze_letters(folded, "~")
+        if not wanted:
+            sign = "".join(folded.split())
+            return [Find(found.start(), found.end()) for found in re.finditer(re.escape(sign), self.text)][:MAX_FINDS] if sign else []
+        if is_loose and len(wanted) - wanted.count("~") < MIN_LOOSE:
+            return []
+        found = self.loose_letters.find(wanted.replace("~", "")) if is_loose else self.letters.find(wanted)
+        inside = ".,'’/:-" if wanted.isdigit() and len(wanted) != YEAR_DIGITS else ".,'’"
+        return [
+            find
+            for find in found
+            if not (wanted[0].isdigit() and is_joined(self.text[max(0, find.start - 2) : find.start][::-1], inside))
+            and not (wanted[-1].isdigit() and is_joined(self.text[find.end : find.end + 2], inside))
+        ]
+
+    def extend_find(self, find: Find, text: str) -> Find:
+        """Return what was found with the marks before and after it that a text has, too: the bracket at the end of "President (R)"."""
+        folded = fold_text(text)
+        runs = list(RUN.finditer(folded))
+        if not runs:
+            return find
+        head, tail = folded[: runs[0].start()], folded[runs[-1].end() :]
+        start = find.start - len(head) * self.text.endswith(head, 0, find.start)
+        return Find(start, find.end + len(tail) * self.text.startswith(tail, find.end))
+
+    def find_day(self, day: Day, day_first: bool | None) -> list[Find]:
+        """Return where a day is printed."""
+        return [Find(date.start, date.end) for date in self.dates if day in date.list_days(day_first)][:MAX_FINDS]
+
+    def get_words(self, find: Find) -> tuple[int, int]:
+        """Return the first and the last word of what was found."""
+        return bisect_right(self.starts, find.start) - 1, bisect_right(self.starts, find.end - 1) - 1
+
+    def get_marks(self, find: Find) -> list[int]:
+        """Return the marks of the words of what was found."""
+        first, last = self.get_words(find)
+        marks: list[int] = self.marks[first : last + 1].tolist()
+        return marks
+
+    def get_printed(self, find: Find) -> str:
+        """Return what was found as it is printed."""
+        if self.is_even:
+            return " ".join(self.raw[find.start : find.end].split())
+        first, last = self.get_words(find)
+        return " ".join(self.words[first : last + 1])
+
+    def get_box(self, find: Find) -> Box:
+        """Return the box around what was found, cut from its first and last word by the share of their characters."""
+        first, last = self.get_words(find)
+        lefts, tops, rights, bottoms = (list(edges) for edges in zip(*self.box_tuples[first : last + 1], strict=True))
+        cut_left, cut_right = self.cut_word(first, find.start), self.cut_word(last, find.end)
+        lefts[0], rights[-1] = cut_left, cut_right
+        return min(lefts), min(tops), max(rights), max(bottoms)
+
+    def cut_word(self, word: int, at: int) -> float:
+        """Return the x at which a character of the text stands in a word."""
+        left, _, right, _ = self.box_tuples[word]
+        end = self.starts[word + 1] - 1 if word + 1 < len(self.starts) else len(self.text)
+        return left + (right - left) * min(1.0, (at - self.starts[word]) / max(1, end - self.starts[word]))
+
+    @cached_property
+    def box_tuples(self) -> list[Box]:
+        return [(x0, y0, x1, y1) for x0, y0, x1, y1 in self.boxes.tolist()]
+
+    @cached_property
+    def lines(self) -> list[int]:
+        """The number of each word's line on the page, from the top."""
+        lines: list[int] = number_lines(self.boxes).tolist()
+        return lines
+
+    def get_line_top(self, line: int) -> float:
+        """Return where a line begins."""
+        return min(box[1] for box, other in zip(self.box_tuples, self.lines, strict=True) if other == line)
+
+    def find_words(self, run: str) -> Iterator[int]:
+        """Yield the words in which a run of letters or digits stands, in lower case."""
+        at = self.text.find(run)
+        while at >= 0:
+            end = at + len(run)
+            if not self.text[max(0, at - 1) : at].isalnum() and not self.text[end : end + 1].isalnum():
+                yield bisect_right(self.starts, at) - 1
+            at = self.text.find(run, end)
+
+
+class LetterIndex:
+    """The letters and digits of a text, and where its runs of them begin and end."""
+
+    def __init__(self, text: str, mark: str) -> None:
+        """`mark` is put between two digits of different runs."""
+        spans = [found.span() for found in RUN.finditer(text)]
+        runs = [text[start:end] for start, end in spans]
+        marks = [mark if one[-1].isdigit() and other[0].isdigit() else "" for one, other in pairwise(runs)]
+        marks += [""] * (len(runs) - len(marks))
+        self.letters = "".join(part for pair in zip(runs, marks, strict=True) for part in pair)
+        lengths = [len(run) + len(mark) for run, mark in zip(runs, marks, strict=True)]
+        offsets = [0, *accumulate(lengths)]
+        self.starts = {offset: start for offset, (start, _) in zip(offsets, spans, strict=False)}
+        self.ends = {offset + len(run): end for offset, run, (_, end) in zip(offsets, runs, spans, strict=False)}
+
+    def find(self, wanted: str) -> list[Find]:
+        """Return where these letters and digits stand as whole runs."""
+        found: list[Find] = []
+        at = self.letters.find(wanted)
+        while at >= 0 and len(found) < MAX_FINDS:
+            if at in self.starts and at + len(wanted) in self.ends:
+                found.append(Find(self.starts[at], self.ends[at + len(wanted)]))
+            at = self.letters.find(wanted, at + 1)
+        return found
+
+
+def is_joined(beside: str, marks: str) -> bool:
+    """Say whether the two characters beside a number, the nearer first, join it to another one by one of these marks."""
+    return len(beside) == 2 and beside[0] in marks and beside[1].isdigit()
+
+
+@lru_cache(maxsize=4096)
+def squeeze_letters(folded: str, mark: str) -> str:
+    """Return the letters and digits of a text, with a mark between two digits of different runs."""
+    return LetterIndex(folded, mark).letters
+
+
+def fold_text(text: str) -> str:
+    """Return a text without differences of case, ligatures, widths of characters and soft hyphens."""
+    return text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).replace("\u00ad", "").casefold()
+
+
+def fold_words(words: list[str]) -> list[str]:
+    """Return words without these differences."""
+    text = "\n".join(words)
+    return text.lower().split("\n") if text.isascii() else [fold_text(word) for word in words]
+
+
+def find_near_words(boxes: np.ndarray) -> Iterator[bool]:
+    """Yield for each word but the last whether the next one follows it closely on its line."""
+    height = boxes[:-1, 3] - boxes[:-1, 1]
+    same_line = np.abs(boxes[1:, 1] + boxes[1:, 3] - boxes[:-1, 1] - boxes[:-1, 3]) < height
+    gap = boxes[1:, 0] - boxes[:-1, 2]
+    yield from (same_line & (gap < NEAR * height) & (gap > -height)).tolist()
+
+
+def number_lines(boxes: np.ndarray) -> np.ndarray:
+    """Return the number of each word's line on the page, from the top: words whose middles are less than half a height apart."""
+    middles, height = (boxes[:, 1] + boxes[:, 3]) / 2, float(np.median(boxes[:, 3] - boxes[:, 1])) or 1.0
+    by_middle = np.argsort(middles, kind="stable")
+    lines = np.empty(len(boxes), np.int64)
+    lines[by_middle] = np.cumsum(np.diff(middles[by_middle], prepend=middles[by_middle[0]]) > height / 2)
+    return lines
+
+
+def sort_by_line(boxes: np.ndarray) -> list[int]:
+    """Return the order in which words stand on the page: line by line from the top, each from the left."""
+    order: list[int] = np.lexsort((boxes[:, 0], number_lines(boxes))).tolist()
+    return order
