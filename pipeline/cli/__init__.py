@@ -229,6 +229,7 @@ def check_command(job_file: Path, settings: tuple[str, ...], as_json: bool) -> N
     """Show the resolved job, its prompt, the columns of its records, and what this machine cannot keep renderers from. Starts no run."""
     job = load_job(job_file, settings)
     from pipeline import engines
+    from pipeline.engines import model_files
     from pipeline.render.sandbox import describe_confinement
     from pipeline.schema.request_schema import list_required_leaves
     from pipeline.stages.settle import list_record_columns
@@ -238,6 +239,7 @@ def check_command(job_file: Path, settings: tuple[str, ...], as_json: bool) -> N
     found = {
         "job": job.dump_keys(),
         "fingerprint": job.fingerprint,
+        "a4_page": model_files.describe_a4_page(job),
         "prompt": job.system_message,
         **described,
         "not_in_grammar": list(notes),
@@ -264,8 +266,10 @@ def preview_command(
 ) -> ExitCode:
     """Show one page as the model sees it, and what the model answers."""
     job = load_job(job_file, settings)
+    from pipeline.engines.model_files import resolve_cell_px
     from pipeline.stages.preview import ask_preview, render_preview, write_preview_png
 
+    job = resolve_cell_px(job)
     seen = render_preview(job, file, page)
     if png:
         write_preview_png(seen, png)

@@ -366,7 +366,7 @@ def show_job(found: dict[str, Any]) -> None:
 
     columns = measure_terminal(sys.stdout)[0] or LOG_WIDTH
     click.echo(yaml.safe_dump({name: found[name] for name in ("job", "fingerprint")}, sort_keys=False, allow_unicode=True, width=columns))
-    click.echo(f"prompt:\n{indent(found['prompt'], '  ')}\n\ncolumns:")
+    click.echo(f"{format_a4_page(found['a4_page'])}\n\nprompt:\n{indent(found['prompt'], '  ')}\n\ncolumns:")
     for name, kind in found["columns"].items():
         click.echo(f"  {name}: {kind}")
     cost = "makes up a value" if found["job"]["extract"]["absent"] == "forbid" else "is invalid"
@@ -379,6 +379,19 @@ def show_job(found: dict[str, Any]) -> None:
     for title, notes in sections.items():
         if notes:
             click.echo(f"\n{title}:\n" + "\n".join(f"  {line}" for line in notes))
+
+
+def format_a4_page(page: dict[str, Any]) -> str:
+    """Return what an A4 page costs the job's model, and how the size of a visual token is known."""
+    source = {
+        "checkpoint": "as the checkpoint's image processor says",
+        "job": "as model.cell_px says",
+        "assumed": "assumed: the checkpoint is not on this machine, or it is a server's, of which model.cell_px says it",
+    }[page["cell_px_from"]]
+    return (
+        f"an A4 page: {page['width_px']}×{page['height_px']} px, {page['dpi']} dpi, {page['visual_tokens']:,} visual tokens of "
+        f"{page['cell_px']}×{page['cell_px']} px ({source})"
+    )
 
 
 def show_page(file: str, number: int, facts: PreviewFacts, prompt: str, ask: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.engines import checkpoint_files, model_cache
+from pipeline.engines.model_files import find_model_folder, resolve_cell_px
 from pipeline.errors import JobError, PipelineError, RunError
 from pipeline.job import Job
 from pipeline.records import Completion, Request
@@ -21,8 +22,6 @@ from pipeline.schema.request_schema import list_unforced_keywords
 from pipeline.storage.location import is_store_url
 from pipeline.version import DISTRIBUTION
 
-DEMO_CHECKPOINT = Path(__file__).parents[1] / "demo" / "checkpoint"
-"""The folder of the demonstration model in this package."""
 ENGINE_PACKAGES = {"openai": "httpx2", "vllm": "vllm"}
 """The package that each engine needs; this package's extra of the same name installs it."""
 
@@ -59,8 +58,8 @@ def resolve_engine(job: Job, gpus: float) -> Job:
     """Return the job with the model that runs here, and with all that is `auto` decided. `load_engine` takes such a job.
 
     A server is asked which model it has and how it keeps to the schema. Without a GPU, `model.without_gpu` decides. A model in an object
-    store or on the hub gets its revision, the demonstration model this package's version. Raises JobError when there is no GPU for the
-    model, when a hub id is not known, or not in the cache where the hub cannot be reached.
+    store or on the hub gets its revision, the demonstration model this package's version, and each the size of its visual tokens. Raises
+    JobError when there is no GPU for the model, when a hub id is not known, or not in the cache where the hub cannot be reached.
     """
     model = job.sections.model
     check_package(job)
@@ -69,7 +68,7 @@ def resolve_engine(job: Job, gpus: float) -> Job:
 
         return openai.resolve_server(job)
     if job.uses_demo or (not gpus and model.without_gpu == "demo"):
-        return job.with_demo()
+        return resolve_cell_px(job.with_demo())
     if not gpus and model.without_gpu != "cpu":
         raise JobError(
             f"{job.file}: there is no GPU for {model.name}; set model.without_gpu to demo (the small demonstration model) or cpu (very "
@@ -78,8 +77,10 @@ def resolve_engine(job: Job, gpus: float) -> Job:
             "model.without_gpu",
         )
     if is_store_url(model.name):
-        return job.with_model(revision=model_cache.resolve_store_revision(model.name, model.revision))
-    return job if job.is_local_path(model.name) else job.with_model(revision=resolve_hub_revision(job))
+        job = job.with_model(revision=model_cache.resolve_store_revision(model.name, model.revision))
+    elif not job.is_local_path(model.name):
+        job = job.with_model(revision=resolve_hub_revision(job))
+    return resolve_cell_px(job)
 
 
 def resolve_hub_revision(job: Job) -> str:
@@ -156,11 +157,6 @@ def check_engine(job: Job) -> tuple[str, ...]:
     notes = grammar.check_grammar(job.request_schema)
     unforced = list_unforced_keywords(job.schema) if job.sections.extract.absent == "allow" else []
     return (*notes, *(f"{grammar.NOT_ENFORCED} {pointer}" for pointer in unforced))
-
-
-def find_model_folder(job: Job) -> Path:
-    """Return where the job's model lies, if it is a folder: relative to the job file, or in this package."""
-    return DEMO_CHECKPOINT if job.uses_demo else job.resolve_local_path(job.sections.model.name)
 
 
 def load_engine(job: Job, threads: int | None = None, on_gpu: bool = False) -> Engine:

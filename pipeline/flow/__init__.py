@@ -173,7 +173,7 @@ def connect_run(prepared: PreparedRun, tracker: ProgressTracker) -> PreparedRun:
     reservations = compute_reservations(resolved, resources)
     check_capacity(resolved, resources, reservations)
     only_samples = resolved.uses_demo and not prepared.given.uses_demo
-    render = replace(prepared.render, fingerprint=resolved.fingerprint, only_samples=only_samples)
+    render = replace(RenderPlan.of_job(resolved), only_samples=only_samples)
     return replace(prepared, job=resolved, render=render, reservations=reservations)
 
 

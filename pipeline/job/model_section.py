@@ -20,8 +20,8 @@ class Section(BaseModel):
 
 class ModelSection(Section):
     name: str = Field(
-        description="Hub id or folder of a Qwen2.5-VL or Qwen2-VL checkpoint, AWQ or not; `demo` is the one in this package. With the "
-        "engine `openai`, the server's name for its model; `auto`, the default there, takes the only one that the server lists."
+        description="Hub id or folder of a Qwen3-VL, Qwen2.5-VL or Qwen2-VL checkpoint, AWQ or not; `demo` is the one in this package. "
+        "With the engine `openai`, the server's name for its model; `auto`, the default there, takes the only one that the server lists."
     )
     revision: str | None = Field(None, description="Commit of the hub repository; default: the newest one.")
     engine: Literal["auto", "transformers", "vllm", "openai"] = Field(
@@ -36,6 +36,13 @@ class ModelSection(Section):
         description="What to do where there is no GPU: stop with exit code 2, use the demonstration model of this package (reported on the "
         "terminal and noted in every record; it reads its own samples, all other documents fail), or run the named model on the CPU "
         "(minutes per page for 7B).",
+    )
+    cell_px: int | None = Field(
+        None,
+        ge=4,
+        le=256,
+        description="Side in pixels of the square that one visual token covers. Default: the checkpoint's own, 28 for Qwen2-VL and "
+        "Qwen2.5-VL, 32 for Qwen3-VL. To be set for a server alone, where the default is 28; a wrong one has every page resized.",
     )
     stall_s: float = Field(
         300.0,

@@ -34,7 +34,8 @@ from hypothesis import strategies as st
 from pipeline import cluster, engines, flow
 from pipeline.budget import PixelBudget, compute_area_bounds, fit_image
 from pipeline.demo import evaluate, samples
-from pipeline.engines import DEMO_CHECKPOINT, Engine, checkpoint
+from pipeline.engines import Engine, checkpoint
+from pipeline.engines.model_files import DEMO_CHECKPOINT
 from pipeline.engines.vllm import launch
 from pipeline.engines.vllm.launch import read_reason_since
 from pipeline.errors import DocumentError, JobError, RunError

@@ -64,7 +64,7 @@ class PendingRequest:
 
 
 class TransformersEngine:
-    """Qwen2.5-VL or Qwen2-VL in transformers, with AWQ or unquantized weights."""
+    """Qwen3-VL, Qwen2.5-VL or Qwen2-VL in transformers, with AWQ or unquantized weights."""
 
     name = "transformers"
 

@@ -45,7 +45,7 @@ from pipeline.schema.grammar import ANY_TEXT, KEPT_GRAMMARS, Vocabulary, compile
 
 
 class VLLMEngine:
-    """Qwen2.5-VL or Qwen2-VL in vLLM, with quantized or unquantized weights."""
+    """Qwen3-VL, Qwen2.5-VL or Qwen2-VL in vLLM, with quantized or unquantized weights."""
 
     name = "vllm"
 

@@ -50,7 +50,7 @@ WATCH_PERIOD_S = 0.5
 def collect_arguments(job: Job) -> dict[str, Any]:
     """Return the engine arguments that a job sets, by vLLM's names; those that it does not set are left out."""
     model = job.sections.model
-    low, high = compute_area_bounds(job.sections.pages.budget)
+    low, high = compute_area_bounds(job.budget)
     return {
         **{name: getattr(model, name) for name in SAME_NAMES if getattr(model, name) is not None},
         "limit_mm_per_prompt": {"image": job.pages_per_request, "video": 0, **(model.limit_mm_per_prompt or {})},
