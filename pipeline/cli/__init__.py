@@ -101,7 +101,7 @@ def run_command(job_file: Path, limit: int | None, retry: str | None, log: Path 
         from pipeline import flow
 
         on_demo = None if as_json else lambda replaced: shown.print(describe_demo_model(replaced))
-        return flow.run(job, limit, shown.update, on_demo, retry)
+        return flow.run(job, limit, shown.update, on_demo, retry, None if as_json else shown.print)
 
     with write_events_to(log):
         return show_run(run, "stopping: the answers so far are being written", as_json, bar=str(log) != "-")
@@ -229,7 +229,7 @@ def check_command(job_file: Path, settings: tuple[str, ...], as_json: bool) -> N
     """Show the resolved job, its prompt, the columns of its records, and what this machine cannot keep renderers from. Starts no run."""
     job = load_job(job_file, settings)
     from pipeline import engines
-    from pipeline.engines import model_files
+    from pipeline.engines import choice, model_files
     from pipeline.render.sandbox import describe_confinement
     from pipeline.schema.request_schema import list_required_leaves
     from pipeline.stages.settle import list_record_columns
@@ -239,6 +239,7 @@ def check_command(job_file: Path, settings: tuple[str, ...], as_json: bool) -> N
     found = {
         "job": job.dump_keys(),
         "fingerprint": job.fingerprint,
+        "engine": choice.describe_engine(job),
         "a4_page": model_files.describe_a4_page(job),
         "prompt": job.system_message,
         **described,

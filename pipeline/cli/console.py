@@ -366,7 +366,9 @@ def show_job(found: dict[str, Any]) -> None:
 
     columns = measure_terminal(sys.stdout)[0] or LOG_WIDTH
     click.echo(yaml.safe_dump({name: found[name] for name in ("job", "fingerprint")}, sort_keys=False, allow_unicode=True, width=columns))
-    click.echo(f"{format_a4_page(found['a4_page'])}\n\nprompt:\n{indent(found['prompt'], '  ')}\n\ncolumns:")
+    click.echo(
+        f"{format_engine(found['engine'])}\n{format_a4_page(found['a4_page'])}\n\nprompt:\n{indent(found['prompt'], '  ')}\n\ncolumns:"
+    )
     for name, kind in found["columns"].items():
         click.echo(f"  {name}: {kind}")
     cost = "makes up a value" if found["job"]["extract"]["absent"] == "forbid" else "is invalid"
@@ -379,6 +381,15 @@ def show_job(found: dict[str, Any]) -> None:
     for title, notes in sections.items():
         if notes:
             click.echo(f"\n{title}:\n" + "\n".join(f"  {line}" for line in notes))
+
+
+def format_engine(here: dict[str, Any]) -> str:
+    """Return which engine a job has on this machine, and the memory of its model's weights where that is known."""
+    sizes = [f"{here[key] / 1e9:.1f} GB {how}" for key, how in (("weights_bytes", "in bf16"), ("packed_bytes", "packed")) if here[key]]
+    weights = f"; weights: {', '.join(sizes)}" if sizes else ""
+    held = f", held in {here['weights']} here" if here.get("weights") else ""
+    misfit = f"\nwarning: {here['misfit']}" if here["misfit"] else ""
+    return f"engine on this machine: {here['engine']} ({here['reason']}){weights}{held}{misfit}"
 
 
 def format_a4_page(page: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.engines import checkpoint_files, model_cache
+from pipeline.engines.choice import choose_engine, explain_engine, resolve_weights
 from pipeline.engines.model_files import find_model_folder, resolve_cell_px
 from pipeline.errors import JobError, PipelineError, RunError
 from pipeline.job import Job
@@ -24,6 +25,9 @@ from pipeline.version import DISTRIBUTION
 
 ENGINE_PACKAGES = {"openai": "httpx2", "vllm": "vllm"}
 """The package that each engine needs; this package's extra of the same name installs it."""
+
+
+__all__ = ["check_engine", "count_gpus", "explain_engine", "load_engine", "resolve_engine"]
 
 
 class Engine(Protocol):
@@ -55,7 +59,9 @@ class Engine(Protocol):
 
 
 def resolve_engine(job: Job, gpus: float) -> Job:
-    """Return the job with the model that runs here, and with all that is `auto` decided. `load_engine` takes such a job.
+    """Return the job with the model that runs here, and with all that is `auto` decided; `load_engine` takes such a job.
+
+    `model.weights` alone stays open: it depends on the GPU that the model is loaded on.
 
     A server is asked which model it has and how it keeps to the schema. Without a GPU, `model.without_gpu` decides. A model in an object
     store or on the hub gets its revision, the demonstration model this package's version, and each the size of its visual tokens. Raises
@@ -76,6 +82,7 @@ def resolve_engine(job: Job, gpus: float) -> Job:
             job.file,
             "model.without_gpu",
         )
+    job = job.with_model(engine=choose_engine(job, gpus))
     if is_store_url(model.name):
         job = job.with_model(revision=model_cache.resolve_store_revision(model.name, model.revision))
     elif not job.is_local_path(model.name):
@@ -130,7 +137,7 @@ def check_engine(job: Job) -> tuple[str, ...]:
 
         openai.check_server(job)
         return ()
-    uses_vllm = job.sections.model.engine == "vllm"
+    uses_vllm = job.sections.model.engine == "vllm" or (job.sections.model.engine == "auto" and find_spec("vllm") is not None)
     if uses_vllm and job.sections.model.engine_args:  # only then is vLLM's own import, many seconds, of use
         from pipeline.engines.vllm import launch
 
@@ -168,6 +175,7 @@ def load_engine(job: Job, threads: int | None = None, on_gpu: bool = False) -> E
     check_package(job)
     if on_gpu:
         check_cuda()
+        job = resolve_weights(job)
     model = job.sections.model
     if model.engine == "openai":
         from pipeline.engines import openai
@@ -222,6 +230,7 @@ def load_transformers_engine(job: Job, threads: int | None) -> Engine:
         max_request_tokens=job.sections.limits.max_request_tokens,
         rope_scaling=model.rope_scaling,
         lora=find_adapter(job),
+        keep_int4=model.weights == "int4",
     )
 
 

@@ -119,8 +119,12 @@ class Job:
         return self.sections.model.name == DEMO_MODEL and self.sections.model.engine != "openai"
 
     def with_demo(self) -> Job:
-        """Return the job with the demonstration model in place of its own."""
-        return self.with_model(name=DEMO_MODEL, revision=__version__, lora=None, rope_scaling=None, cell_px=None)
+        """Return the job with the demonstration model in place of its own; where the engine is `auto`, in this process."""
+        engine = self.sections.model.engine
+        engine = "transformers" if engine == "auto" else engine
+        return self.with_model(
+            name=DEMO_MODEL, engine=engine, revision=__version__, lora=None, rope_scaling=None, cell_px=None, weights="auto"
+        )
 
     def with_model(self, **keys: Any) -> Job:
         """Return the job with these keys of the section `model` replaced."""
@@ -130,19 +134,29 @@ class Job:
     def with_resolved_model(self, model: Mapping[str, Any]) -> Job:
         """Return the job with the model that an earlier run resolved, given the section `model` of that run's `job.yaml`.
 
-        The demonstration model, the revision of a model in an object store or on the hub and the size of a visual token are taken over,
-        unless the job names them; of a server, each key that is `auto`.
+        The engine, where it is `auto`, the demonstration model, the revision of a model in an object store or on the hub and the size of
+        a visual token are taken over, unless the job names them; of a server, each key that is `auto`.
         """
         own = self.sections.model
         if own.engine != "openai":
+            begun = self.with_begun_engine(model)
             if model["name"] == DEMO_MODEL:
-                return self.with_demo()
+                return begun.with_demo()
             if model["name"] != own.name:
-                return self
+                return begun
             pinned = own.revision is not None and (is_store_url(own.name) or is_commit(own.revision))
             revision = own.revision if pinned else model["revision"]
-            return self.with_model(revision=revision, cell_px=own.cell_px or model.get("cell_px"))
+            return begun.with_model(revision=revision, cell_px=own.cell_px or model.get("cell_px"))
         return self.with_model(**{key: model.get(key, "auto") for key in ("name", "server", "structure") if getattr(own, key) == "auto"})
+
+    def with_begun_engine(self, model: Mapping[str, Any]) -> Job:
+        """Return the job with the engine of the run that began its output, where its own is `auto`.
+
+        Older versions wrote `auto` for what was always transformers.
+        """
+        if self.sections.model.engine != "auto" or model["engine"] == "openai":
+            return self
+        return self.with_model(engine="transformers" if model["engine"] == "auto" else model["engine"])
 
     def resolve_local_path(self, name: str) -> Path:
         """Return the path of a name in the job: relative to the job file, `~` expanded."""
@@ -164,7 +178,8 @@ class Job:
                 "schema": json.loads(schema.dump_compact_schema(self.schema)),
             },
             "model": sections.model.model_dump(include=DECISIVE_MODEL_KEYS.get(sections.model.engine, TRANSFORMERS_KEYS))
-            | ({"cell_px": self.budget.cell_px} if self.budget.cell_px != CELL_PX else {}),
+            | ({"cell_px": self.budget.cell_px} if self.budget.cell_px != CELL_PX else {})
+            | ({"weights": sections.model.weights} if sections.model.weights != "auto" else {}),
             "pages": sections.pages.model_dump() | {"per_request": self.pages_per_request},
             "prompt": self.system_message,
             "sampling": asdict(self.sampling),

@@ -26,10 +26,10 @@ class ModelSection(Section):
     revision: str | None = Field(None, description="Commit of the hub repository; default: the newest one.")
     engine: Literal["auto", "transformers", "vllm", "openai"] = Field(
         "auto",
-        description="What runs the model. `auto` is `transformers`, in this process. `vllm` answers many more requests at once on a "
-        "GPU; it must be installed (`pipeline-documents[vllm]`), takes a minute or more to start and nearly all of the GPU's "
-        "memory. `openai` is any Chat Completions server at `model.base_url`: it needs no GPU here, and every page leaves "
-        "this machine.",
+        description="What runs the model. `auto` is `vllm` where there are a GPU and vLLM, else `transformers`, in this process; an output "
+        "that was begun with one of them stays with it. `vllm` answers many more requests at once on a GPU; it must be installed "
+        "(`pipeline-documents[vllm]`), takes a minute or more to start and nearly all of the GPU's memory. `openai` is any Chat "
+        "Completions server at `model.base_url`: it needs no GPU here, and every page leaves this machine.",
     )
     without_gpu: Literal["stop", "demo", "cpu"] = Field(
         "stop",
@@ -54,6 +54,12 @@ class ModelSection(Section):
         "auto",
         description="Weights' type; `auto` is float32 on a CPU; on a GPU bfloat16 for AWQ, where the GPU has it, else the checkpoint's "
         "own; for plain checkpoints with `vllm` what vLLM chooses.",
+    )
+    weights: Literal["auto", "bf16", "int4"] = Field(
+        "auto",
+        description="How `transformers` holds the 4-bit weights of an AWQ checkpoint. `bf16` unpacks them to `model.dtype` at load: 16.6 "
+        "GB for 7B, and as fast at the usual batch sizes. `int4` leaves them packed (6.9 GB for 7B; NVIDIA GPUs) and multiplies in float16 "
+        "by autoawq's kernels. `auto` packs only what does not fit the GPU otherwise. `vllm` always runs them packed.",
     )
     batch_size: int = Field(
         8,
@@ -200,6 +206,8 @@ class ModelSection(Section):
     def check_engine_keys(self) -> ModelSection:
         """Raise ValueError for `engine_args` and server keys that cannot be used. Messages repeat no value: it may be a secret."""
         check_engine_args(self.engine_args)
+        if self.weights != "auto" and self.engine in ("vllm", "openai"):
+            raise ValueError(f"weights is for the engine transformers, and model.engine is {self.engine}")
         if self.engine != "openai":
             for key in ("base_url", "api_key_env"):
                 if getattr(self, key) is not None:

@@ -113,11 +113,11 @@ def choose_dtype(wanted: str, config: Any, device: torch.device, quantized: bool
     """Return the type of the weights: by default float32 on a CPU, else the checkpoint's own. Raises JobError.
 
     AWQ folders store float16, in whose range these models were not trained: their weights become bfloat16 on GPUs that have it (sm_80).
+    Packed layers multiply in float16 and return what they are given, so that what is added up between them has bfloat16's range.
     """
-    if keep_int4 and (not quantized or device.type != "cuda" or wanted not in ("auto", "float16")):
-        raise JobError(f"model: int4 weights need an AWQ checkpoint, an NVIDIA GPU and float16; found {device.type}, dtype {wanted}")
-    if keep_int4:
-        return torch.float16
+    if keep_int4 and not (quantized and device.type == "cuda"):
+        kind = "an AWQ checkpoint" if quantized else "plain weights"
+        raise JobError(f"model.weights is int4, which needs an AWQ checkpoint and an NVIDIA GPU; found {kind} and the device {device.type}")
     if wanted != "auto":
         return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[wanted]
     if device.type == "cpu":

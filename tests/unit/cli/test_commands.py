@@ -261,6 +261,10 @@ def test_check_says_what_an_a4_page_costs_the_jobs_model(workspace: Workspace) -
     assert (told["a4_page"]["visual_tokens"], told["a4_page"]["cell_px_from"]) == (962, "job")
 
 
+def test_check_says_which_engine_this_machine_has(workspace: Workspace) -> None:
+    assert "\nengine on this machine: transformers (" in invoke("check", workspace.file).stdout
+
+
 def test_check_says_what_is_narrowed_and_what_the_grammar_leaves_out(workspace: Workspace) -> None:
     spoil(workspace, {"not": {"const": 7}})
     said = invoke("check", workspace.file).stdout
