@@ -229,7 +229,7 @@ def check_command(job_file: Path, settings: tuple[str, ...], as_json: bool) -> N
     """Show the resolved job, its prompt, the columns of its records, and what this machine cannot keep renderers from. Starts no run."""
     job = load_job(job_file, settings)
     from pipeline import engines
-    from pipeline.engines import choice, model_files
+    from pipeline.engines import limits, model_files
     from pipeline.render.sandbox import describe_confinement
     from pipeline.schema.request_schema import list_required_leaves
     from pipeline.stages.settle import list_record_columns
@@ -239,7 +239,7 @@ def check_command(job_file: Path, settings: tuple[str, ...], as_json: bool) -> N
     found = {
         "job": job.dump_keys(),
         "fingerprint": job.fingerprint,
-        "engine": choice.describe_engine(job),
+        "engine": limits.describe_engine(job),
         "a4_page": model_files.describe_a4_page(job),
         "prompt": job.system_message,
         **described,

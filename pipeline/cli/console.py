@@ -389,7 +389,13 @@ def format_engine(here: dict[str, Any]) -> str:
     weights = f"; weights: {', '.join(sizes)}" if sizes else ""
     held = f", held in {here['weights']} here" if here.get("weights") else ""
     misfit = f"\nwarning: {here['misfit']}" if here["misfit"] else ""
-    return f"engine on this machine: {here['engine']} ({here['reason']}){weights}{held}{misfit}"
+    limits = here.get("vllm")
+    steps = ""
+    if limits:
+        tokens = f"{limits['max_num_batched_tokens'] or 'its own number of'} tokens a step"
+        kept = f"{limits['mm_processor_cache_gb']:g} GiB of preprocessed pages"
+        steps = f"\nvllm on this machine: {limits['max_num_seqs']} requests at once, {tokens}, {kept}"
+    return f"engine on this machine: {here['engine']} ({here['reason']}){weights}{held}{steps}{misfit}"
 
 
 def format_a4_page(page: dict[str, Any]) -> str:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.engines import checkpoint_files, model_cache
-from pipeline.engines.choice import choose_engine, explain_engine, resolve_weights
-from pipeline.engines.model_files import find_model_folder, resolve_cell_px
+from pipeline.engines.choice import choose_engine, explain_engine, read_gpu_memory, resolve_weights
+from pipeline.engines.limits import resolve_limits
+from pipeline.engines.model_files import find_model_folder, read_model_file, resolve_cell_px
 from pipeline.errors import JobError, PipelineError, RunError
 from pipeline.job import Job
 from pipeline.records import Completion, Request
@@ -87,7 +88,11 @@ def resolve_engine(job: Job, gpus: float) -> Job:
         job = job.with_model(revision=model_cache.resolve_store_revision(model.name, model.revision))
     elif not job.is_local_path(model.name):
         job = job.with_model(revision=resolve_hub_revision(job))
-    return resolve_cell_px(job)
+    job = resolve_cell_px(job)
+    if job.sections.model.engine == "vllm":
+        memory = read_gpu_memory() if gpus else ()
+        job = resolve_limits(job, min(memory, default=None), read_model_file(job, "config.json", fetch=True))
+    return job
 
 
 def resolve_hub_revision(job: Job) -> str:
@@ -231,6 +236,7 @@ def load_transformers_engine(job: Job, threads: int | None) -> Engine:
         rope_scaling=model.rope_scaling,
         lora=find_adapter(job),
         keep_int4=model.weights == "int4",
+        logprobs=model.logprobs is not False,
     )
 
 
@@ -248,6 +254,7 @@ def load_vllm_engine(job: Job, threads: int | None) -> Engine:
         max_request_tokens=job.sections.limits.max_request_tokens,
         rope_scaling=model.rope_scaling,
         lora=find_adapter(job),
+        logprobs=model.logprobs is not False,
     )
 
 

@@ -171,27 +171,3 @@ def resolve_weights(job: Job) -> Job:
         check_vllm_memory(job, min(memory), sizes)
         return job
     return job.with_model(weights=choose_weights(job, min(memory), sizes))
-
-
-def describe_engine(job: Job) -> dict[str, Any]:
-    """Return which engine a job has on this machine and why, the memory of its model's weights, and what a GPU here makes of that.
-
-    Asks neither hub nor store; what is not known is null.
-    """
-    memory, config = read_gpu_memory(), read_model_file(job, "config.json", fetch=False)
-    engine = choose_engine(job, len(memory))
-    found: dict[str, Any] = {"engine": engine, "reason": explain_engine(job, job, len(memory)), "gpu_bytes": list(memory)}
-    try:
-        sizes = count_weight_bytes(config or {}) if engine != "openai" else None
-    except (KeyError, TypeError):
-        sizes = None
-    found |= {"weights_bytes": sizes and sizes.unpacked, "packed_bytes": sizes and sizes.packed, "misfit": None}
-    if memory and sizes:
-        try:
-            if engine == "vllm":
-                check_vllm_memory(job, min(memory), sizes)
-            else:
-                found["weights"] = choose_weights(job, min(memory), sizes)
-        except JobError as error:
-            found["misfit"] = str(error)
-    return found

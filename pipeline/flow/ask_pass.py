@@ -322,5 +322,5 @@ def compute_requests_per_batch(job: Job) -> int:
     vLLM gets twice what it answers together: a batch makes room for the next one only when its slowest answer has come.
     """
     model = job.sections.model
-    at_once = {"openai": model.concurrency, "vllm": 2 * model.max_num_seqs}
+    at_once = {"openai": model.concurrency, "vllm": 2 * model.sequences}
     return math.ceil(at_once[model.engine] / BATCHES_IN_FLIGHT) if model.engine in at_once else model.batch_size

@@ -11,6 +11,9 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+UNKNOWN_SEQUENCES = 64
+"""Requests that vLLM answers together on a GPU whose memory is not known."""
+
 
 class Section(BaseModel):
     """A section of the job file: immutable; an unknown key is an error."""
@@ -97,12 +100,27 @@ class ModelSection(Section):
         description="Share of the GPU's memory that `vllm` takes; default: 0.92, vLLM's own. More holds more requests at once; too "
         "much leaves none for large pages. On a CPU the default is 4 GiB of attention cache.",
     )
-    max_num_seqs: int = Field(
-        64,
+    max_num_seqs: int | None = Field(
+        None,
         ge=1,
         le=4096,
-        description="Requests that `vllm` answers together; as many again wait in memory with their pages, 3 MB each. More use the GPU "
-        "better until its cache is full; from then on `vllm` does work twice.",
+        description="Requests that `vllm` answers together; as many again wait, and each has its pages in memory, about 12 MB a page. "
+        "Default: as many as the GPU's cache has room for, at most 256; 64 where its memory is not known. From where the cache is full "
+        "on, more make `vllm` do work twice.",
+    )
+    max_num_batched_tokens: int | None = Field(
+        None,
+        ge=256,
+        le=1_048_576,
+        description="Tokens that `vllm` computes in a step, and visual tokens that it puts through the vision tower in one. Default: all "
+        "pages of a request, at least 8,192 from 70 GB of GPU memory on and 4,096 below; where that is not known vLLM's own, 2,048. More "
+        "fill the GPU better, cost memory that the cache could have, and delay the answers under way.",
+    )
+    mm_processor_cache_gb: float | None = Field(
+        None,
+        ge=0,
+        description="GiB of host memory in which `vllm` keeps preprocessed pages, once in each of two processes. Only a re-ask uses them. "
+        "Default: 1, or 0 where `extract.re_asks` is 0; vLLM's own is 4.",
     )
     limit_mm_per_prompt: dict[str, int] | None = Field(
         None,
@@ -151,7 +169,9 @@ class ModelSection(Section):
         "requests.",
     )
     logprobs: bool | None = Field(
-        None, description="Ask the server for every token's log-probability. Costs ten times the answer's bytes; default: if it can."
+        None,
+        description="Keep every token's log-probability, of which the certainty of values is made. Costs ten times the answer's bytes in "
+        "the ledger and from a server, and in `vllm` a pass over the vocabulary for each token. Default: yes, from a server if it can.",
     )
     image_format: Literal["png", "jpeg"] = Field(
         "png",
@@ -185,6 +205,11 @@ class ModelSection(Section):
         description="How often a request is sent again after 429, 5xx, a lost connection or a stalled answer, 1 s later, then 2, 4, … up "
         "to 60 s. More survive longer outages; each may be charged.",
     )
+
+    @property
+    def sequences(self) -> int:
+        """Requests that vLLM answers together; `UNKNOWN_SEQUENCES` while that is not decided."""
+        return self.max_num_seqs or UNKNOWN_SEQUENCES
 
     @property
     def gpus(self) -> int:
@@ -225,9 +250,13 @@ ARGUMENTS_WITH_OWN_KEY = {
     "model": "model.name",
     "enable_lora": "model.lora",
     "mm_processor_kwargs": "pages.min_pixels and pages.max_pixels",
-    **{name: f"model.{name}" for name in ModelSection.model_fields if name not in ("name", "engine", "rope_scaling", "engine_args")},
+    **{
+        name: f"model.{name}"
+        for name in ModelSection.model_fields
+        if name not in ("name", "engine", "rope_scaling", "engine_args", "max_num_batched_tokens", "mm_processor_cache_gb")
+    },
 }
-"""Arguments of vLLM's engine that are set by other keys of a job, and those keys."""
+"""Arguments of vLLM's engine that are set by other keys of a job, and those keys; the two that became keys later may be in either place."""
 FIXED_ARGUMENTS = {
     "trust_remote_code": "no code that comes with a checkpoint is run",
     "load_format": "only safetensors are read",

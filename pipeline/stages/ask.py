@@ -35,10 +35,13 @@ class AskStage:
             return kept
         shown = [page["page_no"] for page in row["pages"] or []]
         whole = len(shown) == row["page_count"] or self.job.sections.extract.per == "page"
-        kept |= await self.ask_pages(str(row["key"]), decode_pages(row), [] if whole else shown, row["page_count"])
+        page_nos, page_ids = [] if whole else shown, make_page_ids(row)
+        kept |= await self.ask_pages(str(row["key"]), decode_pages(row), page_nos, row["page_count"], page_ids)
         return kept
 
-    async def ask_pages(self, key: str, pages: Sequence[Pixels], page_nos: Sequence[int], page_count: int) -> LedgerRow:
+    async def ask_pages(
+        self, key: str, pages: Sequence[Pixels], page_nos: Sequence[int], page_count: int, page_ids: Sequence[str] = ()
+    ) -> LedgerRow:
         """Ask about these pages, check the answer, and ask again with its errors as often as the job allows.
 
         `page_nos` are their numbers in a document of which they are a part, empty for a whole one: the answer for a part follows a schema
@@ -52,7 +55,7 @@ class AskStage:
         answer: LedgerRow | None = None
         while True:
             try:
-                completion = await self.engine.complete(Request(key, messages, schema_text, self.job.sampling))
+                completion = await self.engine.complete(Request(key, messages, schema_text, self.job.sampling, tuple(page_ids)))
             except DocumentError as error:
                 if answer is None or error.kind != "too_long":  # too long with the errors in it: the answer stays as it was
                     answer = make_failed_row(Stage.GENERATE, error)
@@ -88,6 +91,12 @@ def decode_pages(row: RequestRow) -> list[Pixels]:
     """Return a request's page images from their bytes; copies, because torch warns of arrays that it cannot write to."""
     shapes = [(page["height_px"], page["width_px"], 3) for page in row["pages"] or []]
     return [np.frombuffer(data, np.uint8).reshape(shape).copy() for data, shape in zip(row["pixels"], shapes, strict=True)]
+
+
+def make_page_ids(row: RequestRow) -> list[str]:
+    """Return what tells the page images of a run apart: bytes of the document, number, size and renderer. Empty for a document without."""
+    doc_id, pages = row.get("doc_id"), row["pages"] or []
+    return [f"{doc_id}/{p['page_no']}/{p['width_px']}x{p['height_px']}/{p.get('renderer') or ''}" for p in pages] if doc_id else []
 
 
 def make_storable(text: str) -> str:

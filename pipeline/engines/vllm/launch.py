@@ -32,8 +32,8 @@ from pipeline.job import Job
 from pipeline.processes import OrphanKiller
 
 SAME_NAMES = (
-    "dtype", "max_model_len", "tensor_parallel_size", "pipeline_parallel_size", "gpu_memory_utilization", "max_num_seqs", "quantization",
-    "kv_cache_dtype", "enforce_eager", "enable_prefix_caching",
+    "dtype", "max_model_len", "tensor_parallel_size", "pipeline_parallel_size", "gpu_memory_utilization", "quantization",
+    "kv_cache_dtype", "enforce_eager", "enable_prefix_caching", "max_num_batched_tokens", "mm_processor_cache_gb",
 )  # fmt: skip
 """Keys with the same name in a job and in vLLM's engine arguments."""
 CPU_CACHE_BYTES = 4 * 2**30
@@ -53,6 +53,7 @@ def collect_arguments(job: Job) -> dict[str, Any]:
     low, high = compute_area_bounds(job.budget)
     return {
         **{name: getattr(model, name) for name in SAME_NAMES if getattr(model, name) is not None},
+        "max_num_seqs": model.sequences,
         "limit_mm_per_prompt": {"image": job.pages_per_request, "video": 0, **(model.limit_mm_per_prompt or {})},
         "mm_processor_kwargs": {"size": {"shortest_edge": low, "longest_edge": high}},
         **model.engine_args,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline import engines
-from pipeline.engines import choice
+from pipeline.engines import choice, limits
 from pipeline.engines.choice import WeightBytes, choose_engine, choose_weights, count_weight_bytes, explain_engine
 from pipeline.errors import JobError
 from pipeline.job import Job
@@ -185,7 +185,7 @@ def test_check_says_what_this_machines_gpu_holds(
     workspace: Workspace, installed: set[str], monkeypatch: pytest.MonkeyPatch, quantized: bool, said: str | None
 ) -> None:
     installed.clear()
-    monkeypatch.setattr(choice, "read_gpu_memory", lambda: (16 * GB,))
+    monkeypatch.setattr(limits, "read_gpu_memory", lambda: (16 * GB,))
     language = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064}
     tower = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "patch_size": 14}
     config = {"model_type": "qwen2_5_vl", "intermediate_size": 18944, "vision_config": tower, **language}
@@ -193,7 +193,7 @@ def test_check_says_what_this_machines_gpu_holds(
         config["quantization_config"] = {"quant_method": "awq"}
     (workspace.folder / "checkpoint").mkdir()
     (workspace.folder / "checkpoint" / "config.json").write_text(json.dumps(config))
-    found = choice.describe_engine(workspace.job(*CPU))
+    found = limits.describe_engine(workspace.job(*CPU))
     assert (found["engine"], found.get("weights")) == ("transformers", "int4" if quantized else None)
     assert round(found["weights_bytes"] / GB, 1) == 16.6
     assert found["misfit"] is None if said is None else said in found["misfit"]
