@@ -238,6 +238,7 @@ def test_yarn_reaches_vllm(workspace: Workspace) -> None:
     found = build_vllm_config(workspace, {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32_768}).model_config
     rope = found.hf_text_config.rope_parameters
     assert (rope["rope_type"], rope["factor"], rope["mrope_section"], found.max_model_len) == ("yarn", 2.0, [8, 12, 12], 65_536)
+    assert (rope["beta_fast"], rope["beta_slow"]) == (128, 4)  # over a table of four times the trained length
 
 
 @needs_vllm

@@ -52,13 +52,13 @@ def ask(engine: Engine, *requests: Request) -> list[str]:
 
 
 def make_requests(family: str) -> list[Request]:
-    """Return three requests of two pages, whose pages have names. Answers are short: later on rounding may decide between two tokens."""
+    """Return three requests of two pages, whose pages have names."""
     cell = FAMILIES[family]
     requests = []
     for key in range(3):
         pages = [make_noise(10 * key + at, cell * (2 + key), cell * 3) for at in range(2)]
         requests.append(
-            Request(str(key), prompt.build_messages("Read.", pages), "", Sampling(max_tokens=8), tuple(f"{key}/{at}" for at in range(2)))
+            Request(str(key), prompt.build_messages("Read.", pages), "", Sampling(max_tokens=16), tuple(f"{key}/{at}" for at in range(2)))
         )
     return requests
 
