@@ -1,9 +1,9 @@
 """Pixel budget: takes the size of a page and a budget of pixels, and returns the canvas (width and height) that the model reads.
 
-Qwen2.5-VL reads an image in cells of 28x28 px, one visual token each. Its image processor resizes every image with
-`smart_resize`; a canvas from here is one that `smart_resize` does not change, so a page drawn at that size is never
-resampled again and its token count is known before anything is drawn. An A4 page (595x842 pt) under the default
-budget: 1653x2339 px at 200 dpi -> canvas 840x1176 px = 1,260 tokens, about 101 dpi.
+Qwen2-VL and Qwen2.5-VL read an image in cells of 28x28 px, Qwen3-VL in cells of 32x32 px, one visual token each. Their image
+processor resizes every image with `smart_resize`; a canvas from here is one that `smart_resize` does not change, so a page drawn
+at that size is never resampled again and its token count is known before anything is drawn. An A4 page (595x842 pt) under the
+default budget, in cells of 28 px: 1653x2339 px at 200 dpi -> canvas 840x1176 px = 1,260 tokens, about 101 dpi.
 
 A page fills its canvas if that changes its proportions by at most `MAX_STRETCH`. If the grid of cells is too coarse for
 that (a 20:1 strip, a fixed size, an aspect ratio beyond Qwen's 200), the page keeps its proportions at the top left and
@@ -17,11 +17,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 CELL_PX = 28
+"""Side of a cell where a checkpoint says nothing else: that of Qwen2-VL and Qwen2.5-VL."""
 CELL_AREA = CELL_PX * CELL_PX
+A4_PT = (595.0, 842.0)
 MAX_RATIO = 200
 MAX_STRETCH = 1.05
 MAX_TOKENS = 16384
-"""The maximum of the published image processor (`max_pixels` 12845056)."""
+"""The maximum of the published image processors (12845056 px in cells of 28 px, 16777216 px in cells of 32 px)."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,13 @@ class PixelBudget:
     max_pixels: int = 1280 * CELL_AREA
     resized_height: int | None = None
     resized_width: int | None = None
+    cell_px: int = CELL_PX
+    """Side of the square that one visual token covers: a patch times the merge of patches, `factor` in transformers."""
+
+    @property
+    def cell_area(self) -> int:
+        """Pixels of one visual token."""
+        return self.cell_px * self.cell_px
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class RenderSettings:
 
 
 def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int, factor: int = CELL_PX) -> tuple[int, int]:
-    """Return the (height, width) to which Qwen2.5-VL's image processor resizes an image.
+    """Return the (height, width) to which Qwen-VL's image processor resizes an image.
 
     The arithmetic of `smart_resize` in transformers' `image_processing_qwen2_vl`; the one in `qwen_vl_utils.vision_process`
     differs only for images of less than half a cell. Raises ValueError beyond an aspect ratio of 200.
@@ -92,12 +101,12 @@ def fit_image(width_px: int, height_px: int, budget: PixelBudget) -> ImageSize:
     it would resize its own result. Such an image gets the allowed canvas on which it is largest.
     """
     if budget.resized_width and budget.resized_height:
-        return ImageSize(round_to_cell(budget.resized_width), round_to_cell(budget.resized_height))
+        return ImageSize(round_to_cell(budget.resized_width, budget.cell_px), round_to_cell(budget.resized_height, budget.cell_px))
     if max(width_px, height_px) <= MAX_RATIO * min(width_px, height_px):
-        height, width = smart_resize(height_px, width_px, budget.min_pixels, budget.max_pixels)
+        height, width = smart_resize(height_px, width_px, budget.min_pixels, budget.max_pixels, budget.cell_px)
         if is_stable(ImageSize(width, height), budget):
             return ImageSize(width, height)
-    return max(list_canvases(width_px, height_px, budget), key=lambda size: rank_canvas(width_px, height_px, size))
+    return max(list_canvases(width_px, height_px, budget), key=lambda size: rank_canvas(width_px, height_px, size, budget.cell_px))
 
 
 def fit_content(width: float, height: float, canvas: ImageSize) -> ImageSize:
@@ -109,9 +118,9 @@ def fit_content(width: float, height: float, canvas: ImageSize) -> ImageSize:
     return ImageSize(max(1, round(width * scale)), max(1, round(height * scale)))
 
 
-def count_visual_tokens(size: ImageSize) -> int:
-    """Return the number of tokens that the model reads for an image of this size."""
-    return size.width_px * size.height_px // CELL_AREA
+def count_visual_tokens(size: ImageSize, cell_px: int = CELL_PX) -> int:
+    """Return the number of tokens that a model with cells of this size reads for an image."""
+    return size.width_px * size.height_px // (cell_px * cell_px)
 
 
 def compute_area_bounds(budget: PixelBudget) -> tuple[int, int]:
@@ -130,54 +139,56 @@ def is_stable(size: ImageSize, budget: PixelBudget) -> bool:
 
 def check_budget(budget: PixelBudget) -> None:
     """Raise ValueError with a sentence if no page fits the budget."""
-    fixed = (budget.resized_height, budget.resized_width)
-    if fixed != (None, None):
-        return check_fixed_size(*fixed)
+    if budget.resized_height is not None or budget.resized_width is not None:
+        return check_fixed_size(budget)
     if budget.min_pixels < 1:
         raise ValueError(f"min_pixels is {budget.min_pixels}; it must be positive")
     if budget.max_pixels < budget.min_pixels:
         raise ValueError(f"max_pixels ({budget.max_pixels}) is less than min_pixels ({budget.min_pixels})")
-    if budget.max_pixels > MAX_TOKENS * CELL_AREA:
-        raise ValueError(f"max_pixels is {budget.max_pixels}; at most {MAX_TOKENS * CELL_AREA} ({MAX_TOKENS} visual tokens) is allowed")
+    most = MAX_TOKENS * budget.cell_area
+    if budget.max_pixels > most:
+        raise ValueError(f"max_pixels is {budget.max_pixels}; at most {most} ({MAX_TOKENS} visual tokens) is allowed")
     if not any(list_canvases(1, 1, budget)):
         raise ValueError(
-            f"no whole number of {CELL_PX}x{CELL_PX} px cells has between min_pixels ({budget.min_pixels}) "
+            f"no whole number of {budget.cell_px}x{budget.cell_px} px cells has between min_pixels ({budget.min_pixels}) "
             f"and max_pixels ({budget.max_pixels}); allow a wider range"
         )
     return None
 
 
-def check_fixed_size(height_px: int | None, width_px: int | None) -> None:
+def check_fixed_size(budget: PixelBudget) -> None:
     """Raise ValueError with a sentence if a fixed size is incomplete or larger than the model reads."""
+    height_px, width_px = budget.resized_height, budget.resized_width
     if height_px is None or width_px is None:
         raise ValueError("resized_height and resized_width go together: give both or neither")
     if height_px < 1 or width_px < 1:
         raise ValueError(f"resized_height ({height_px}) and resized_width ({width_px}) must be positive")
-    size = ImageSize(round_to_cell(width_px), round_to_cell(height_px))
-    if not is_stable(size, PixelBudget(1, MAX_TOKENS * CELL_AREA)):
+    size = fit_image(1, 1, budget)
+    if not is_stable(size, PixelBudget(1, MAX_TOKENS * budget.cell_area)):
         raise ValueError(
             f"resized_width x resized_height is {size.width_px}x{size.height_px} px in whole cells; allowed are at most "
             f"{MAX_TOKENS} visual tokens and an aspect ratio of {MAX_RATIO}"
         )
 
 
-def round_to_cell(length_px: float) -> int:
-    """Return the nearest multiple of 28, at least one cell."""
-    return max(CELL_PX, round(length_px / CELL_PX) * CELL_PX)
+def round_to_cell(length_px: float, cell_px: int) -> int:
+    """Return the nearest multiple of a cell's side, at least one cell."""
+    return max(cell_px, round(length_px / cell_px) * cell_px)
 
 
 def list_canvases(width_px: int, height_px: int, budget: PixelBudget) -> Iterator[ImageSize]:
     """Yield the candidate canvases for a page, all stable: for each number of rows the fewest columns, and those that a page fills."""
-    fewest, most = math.ceil(budget.min_pixels / CELL_AREA), budget.max_pixels // CELL_AREA
+    cell_px = budget.cell_px
+    fewest, most = math.ceil(budget.min_pixels / budget.cell_area), budget.max_pixels // budget.cell_area
     for rows in range(1, most + 1):
         low = max(1, math.ceil(fewest / rows), math.ceil(rows / MAX_RATIO))
         high = min(most // rows, MAX_RATIO * rows)
         if low <= high:
-            for columns in (low, math.ceil(width_px / CELL_PX), math.ceil(rows * width_px / height_px)):
-                yield ImageSize(min(max(low, columns), high) * CELL_PX, rows * CELL_PX)
+            for columns in (low, math.ceil(width_px / cell_px), math.ceil(rows * width_px / height_px)):
+                yield ImageSize(min(max(low, columns), high) * cell_px, rows * cell_px)
 
 
-def rank_canvas(width_px: int, height_px: int, size: ImageSize) -> tuple[float, int, float]:
+def rank_canvas(width_px: int, height_px: int, size: ImageSize, cell_px: int) -> tuple[float, int, float]:
     """Return the sort key of a canvas: the largest scale up to natural size, then the fewest tokens, then the largest scale."""
     scale = min(size.width_px / width_px, size.height_px / height_px)
-    return min(scale, 1.0), -count_visual_tokens(size), scale
+    return min(scale, 1.0), -count_visual_tokens(size, cell_px), scale

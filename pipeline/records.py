@@ -153,12 +153,16 @@ class Sampling:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One request to an engine. `schema` is the JSON Schema text that constrains the answer, "" for free text."""
+    """One request to an engine. `schema` is the JSON Schema text that constrains the answer, "" for free text.
+
+    `page_ids` names each page image, in their order, the same for the same pixels alone; empty where that is not known.
+    """
 
     key: str
     messages: tuple[Message, ...]
     schema: str = ""
     sampling: Sampling = field(default_factory=Sampling)
+    page_ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,9 @@ class Report:
     model: str
     demonstration: bool
     """The demonstration model answered in place of the job's own."""
+    engine: str = ""
+    engine_reason: str = ""
+    """Why it is this engine, as a clause: what `model.engine: auto` was decided by."""
     documents: int = 0
     records: int = 0
     statuses: dict[str, int] = field(default_factory=dict)

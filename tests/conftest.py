@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 
 from pipeline import cluster
-from pipeline.engines import DEMO_CHECKPOINT
+from pipeline.engines.model_files import DEMO_CHECKPOINT
 from tests.support import azure, buckets, gcs, s3
 from tests.support.vllm_server import serve_vllm
 from tests.support.workspace import PASSWORD, Workspace

@@ -29,6 +29,7 @@ def check_command(job_file: Path, settings: tuple[str, ...], as_json: bool) -> N
     """Show the resolved job, its prompt, the columns of its records, and what this machine cannot keep renderers from. Starts no run."""
     job = load_job(job_file, settings)
     from pipeline import engines
+    from pipeline.engines import limits, model_files
     from pipeline.render.sandbox import describe_confinement
     from pipeline.schema.request_schema import list_required_leaves
     from pipeline.stages.settle import list_record_columns
@@ -38,6 +39,8 @@ def check_command(job_file: Path, settings: tuple[str, ...], as_json: bool) -> N
     found = {
         "job": job.dump_keys(),
         "fingerprint": job.fingerprint,
+        "engine": limits.describe_engine(job),
+        "a4_page": model_files.describe_a4_page(job),
         "prompt": job.system_message,
         **described,
         "rules": [asdict(rule) for rule in job.rules],
@@ -65,8 +68,10 @@ def preview_command(
 ) -> ExitCode:
     """Show one page as the model sees it, and what the model answers."""
     job = load_job(job_file, settings)
+    from pipeline.engines.model_files import resolve_cell_px
     from pipeline.stages.preview import ask_preview, render_preview, write_preview_png
 
+    job = resolve_cell_px(job)
     seen = render_preview(job, file, page)
     if png:
         write_preview_png(seen, png)
@@ -90,7 +95,9 @@ def show_job(found: dict[str, Any]) -> None:
 
     columns = measure_terminal(sys.stdout)[0] or LOG_WIDTH
     click.echo(yaml.safe_dump({name: found[name] for name in ("job", "fingerprint")}, sort_keys=False, allow_unicode=True, width=columns))
-    click.echo(f"prompt:\n{indent(found['prompt'], '  ')}\n\ncolumns:")
+    click.echo(
+        f"{format_engine(found['engine'])}\n{format_a4_page(found['a4_page'])}\n\nprompt:\n{indent(found['prompt'], '  ')}\n\ncolumns:"
+    )
     for name, kind in found["columns"].items():
         click.echo(f"  {name}: {kind}")
     cost = "makes up a value" if found["job"]["extract"]["absent"] == "forbid" else "is invalid"
@@ -104,6 +111,34 @@ def show_job(found: dict[str, Any]) -> None:
     for title, notes in sections.items():
         if notes:
             click.echo(f"\n{title}:\n" + "\n".join(f"  {line}" for line in notes))
+
+
+def format_engine(here: dict[str, Any]) -> str:
+    """Return which engine a job has on this machine, and the memory of its model's weights where that is known."""
+    sizes = [f"{here[key] / 1e9:.1f} GB {how}" for key, how in (("weights_bytes", "in bf16"), ("packed_bytes", "packed")) if here[key]]
+    weights = f"; weights: {', '.join(sizes)}" if sizes else ""
+    held = f", held in {here['weights']} here" if here.get("weights") else ""
+    misfit = f"\nwarning: {here['misfit']}" if here["misfit"] else ""
+    limits = here.get("vllm")
+    steps = ""
+    if limits:
+        tokens = f"{limits['max_num_batched_tokens'] or 'its own number of'} tokens a step"
+        kept = f"{limits['mm_processor_cache_gb']:g} GiB of preprocessed pages"
+        steps = f"\nvllm on this machine: {limits['max_num_seqs']} requests at once, {tokens}, {kept}"
+    return f"engine on this machine: {here['engine']} ({here['reason']}){weights}{held}{steps}{misfit}"
+
+
+def format_a4_page(page: dict[str, Any]) -> str:
+    """Return what an A4 page costs the job's model, and how the size of a visual token is known."""
+    source = {
+        "checkpoint": "as the checkpoint's image processor says",
+        "job": "as model.cell_px says",
+        "assumed": "assumed: the checkpoint is not on this machine, or it is a server's, of which model.cell_px says it",
+    }[page["cell_px_from"]]
+    return (
+        f"an A4 page: {page['width_px']}×{page['height_px']} px, {page['dpi']} dpi, {page['visual_tokens']:,} visual tokens of "
+        f"{page['cell_px']}×{page['cell_px']} px ({source})"
+    )
 
 
 def show_page(file: str, number: int, facts: PreviewFacts, prompt: str, ask: str) -> None:

@@ -32,7 +32,9 @@ def plan_command(
     job_file: Path, gpu: str, price: float | None, like: str | None, limit: int | None, settings: tuple[str, ...], as_json: bool
 ) -> None:
     """Show what a run would read, ask and cost: pages, tokens, requests, GPU hours. Opens every document, asks nothing."""
-    job = load_job(job_file, settings)
+    from pipeline.engines.model_files import resolve_cell_px
+
+    job = resolve_cell_px(load_job(job_file, settings))
     from pipeline.flow.pending import list_documents
     from pipeline.plan.estimate import estimate_run
     from pipeline.plan.survey import DocumentSurvey

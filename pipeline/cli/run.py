@@ -47,7 +47,7 @@ def run_command(job_file: Path, limit: int | None, retry: str | None, log: Path 
         from pipeline import flow
 
         on_demo = None if as_json else lambda replaced: shown.print(describe_demo_model(replaced))
-        return flow.run(job, limit, shown.update, on_demo, retry)
+        return flow.run(job, limit, shown.update, on_demo, retry, None if as_json else shown.print)
 
     with write_events_to(log):
         return show_run(run, "stopping: the answers so far are being written", as_json, bar=str(log) != "-")

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.engines import checkpoint_files, model_cache
+from pipeline.engines.choice import choose_engine, explain_engine, read_gpu_memory, resolve_weights
+from pipeline.engines.limits import resolve_limits
+from pipeline.engines.model_files import find_model_folder, read_model_file, resolve_cell_px
 from pipeline.errors import JobError, PipelineError, RunError
 from pipeline.job import Job
 from pipeline.records import Completion, Request
@@ -21,10 +24,11 @@ from pipeline.schema.request_schema import list_unforced_keywords
 from pipeline.storage.location import is_store_url
 from pipeline.version import DISTRIBUTION
 
-DEMO_CHECKPOINT = Path(__file__).parents[1] / "demo" / "checkpoint"
-"""The folder of the demonstration model in this package."""
 ENGINE_PACKAGES = {"openai": "httpx2", "vllm": "vllm"}
 """The package that each engine needs; this package's extra of the same name installs it."""
+
+
+__all__ = ["check_engine", "count_gpus", "explain_engine", "load_engine", "resolve_engine"]
 
 
 class Engine(Protocol):
@@ -56,11 +60,13 @@ class Engine(Protocol):
 
 
 def resolve_engine(job: Job, gpus: float) -> Job:
-    """Return the job with the model that runs here, and with all that is `auto` decided. `load_engine` takes such a job.
+    """Return the job with the model that runs here, and with all that is `auto` decided; `load_engine` takes such a job.
+
+    `model.weights` alone stays open: it depends on the GPU that the model is loaded on.
 
     A server is asked which model it has and how it keeps to the schema. Without a GPU, `model.without_gpu` decides. A model in an object
-    store or on the hub gets its revision, the demonstration model this package's version. Raises JobError when there is no GPU for the
-    model, when a hub id is not known, or not in the cache where the hub cannot be reached.
+    store or on the hub gets its revision, the demonstration model this package's version, and each the size of its visual tokens. Raises
+    JobError when there is no GPU for the model, when a hub id is not known, or not in the cache where the hub cannot be reached.
     """
     model = job.sections.model
     check_package(job)
@@ -69,7 +75,7 @@ def resolve_engine(job: Job, gpus: float) -> Job:
 
         return openai.resolve_server(job)
     if job.uses_demo or (not gpus and model.without_gpu == "demo"):
-        return job.with_demo()
+        return resolve_cell_px(job.with_demo())
     if not gpus and model.without_gpu != "cpu":
         raise JobError(
             f"{job.file}: there is no GPU for {model.name}; set model.without_gpu to demo (the small demonstration model) or cpu (very "
@@ -77,9 +83,16 @@ def resolve_engine(job: Job, gpus: float) -> Job:
             job.file,
             "model.without_gpu",
         )
+    job = job.with_model(engine=choose_engine(job, gpus))
     if is_store_url(model.name):
-        return job.with_model(revision=model_cache.resolve_store_revision(model.name, model.revision))
-    return job if job.is_local_path(model.name) else job.with_model(revision=resolve_hub_revision(job))
+        job = job.with_model(revision=model_cache.resolve_store_revision(model.name, model.revision))
+    elif not job.is_local_path(model.name):
+        job = job.with_model(revision=resolve_hub_revision(job))
+    job = resolve_cell_px(job)
+    if job.sections.model.engine == "vllm":
+        memory = read_gpu_memory() if gpus else ()
+        job = resolve_limits(job, min(memory, default=None), read_model_file(job, "config.json", fetch=True))
+    return job
 
 
 def resolve_hub_revision(job: Job) -> str:
@@ -129,7 +142,7 @@ def check_engine(job: Job) -> tuple[str, ...]:
 
         openai.check_server(job)
         return ()
-    uses_vllm = job.sections.model.engine == "vllm"
+    uses_vllm = job.sections.model.engine == "vllm" or (job.sections.model.engine == "auto" and find_spec("vllm") is not None)
     if uses_vllm and job.sections.model.engine_args:  # only then is vLLM's own import, many seconds, of use
         from pipeline.engines.vllm import launch
 
@@ -158,11 +171,6 @@ def check_engine(job: Job) -> tuple[str, ...]:
     return (*notes, *(f"{grammar.NOT_ENFORCED} {pointer}" for pointer in unforced))
 
 
-def find_model_folder(job: Job) -> Path:
-    """Return where the job's model lies, if it is a folder: relative to the job file, or in this package."""
-    return DEMO_CHECKPOINT if job.uses_demo else job.resolve_local_path(job.sections.model.name)
-
-
 def load_engine(job: Job, threads: int | None = None, on_gpu: bool = False) -> Engine:
     """Load the engine of a job that `resolve_engine` returned; minutes for a large model.
 
@@ -172,6 +180,7 @@ def load_engine(job: Job, threads: int | None = None, on_gpu: bool = False) -> E
     check_package(job)
     if on_gpu:
         check_cuda()
+        job = resolve_weights(job)
     model = job.sections.model
     if model.engine == "openai":
         from pipeline.engines import openai
@@ -226,6 +235,8 @@ def load_transformers_engine(job: Job, threads: int | None) -> Engine:
         max_request_tokens=job.sections.limits.max_request_tokens,
         rope_scaling=model.rope_scaling,
         lora=find_adapter(job),
+        keep_int4=model.weights == "int4",
+        logprobs=model.logprobs is not False,
     )
 
 
@@ -243,6 +254,7 @@ def load_vllm_engine(job: Job, threads: int | None) -> Engine:
         max_request_tokens=job.sections.limits.max_request_tokens,
         rope_scaling=model.rope_scaling,
         lora=find_adapter(job),
+        logprobs=model.logprobs is not False,
     )
 
 

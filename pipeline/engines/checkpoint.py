@@ -19,8 +19,9 @@ from pipeline.errors import JobError, PipelineError
 
 BROKEN_FILE_ERRORS = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, StrictDataclassError, TypeError, ValueError)
 """What transformers raises for files with unusable content."""
-TRAINED_TOKENS = 32_768
-"""The context Qwen2.5-VL was trained with; its config.json gives 128,000, which needs YaRN."""
+TRAINED_TOKENS = {"qwen2_vl": 32_768, "qwen2_5_vl": 32_768}
+"""The context with which models were trained whose config.json gives more: 128,000 for Qwen2.5-VL, which needs YaRN. Qwen3-VL's 262,144 is
+its own."""
 
 
 def format_error_line(error: Exception) -> str:
@@ -64,7 +65,7 @@ def load_config(folder: Path, rope_scaling: dict[str, Any] | None) -> Any:
     except BROKEN_FILE_ERRORS as error:
         raise JobError(f"{folder}: config.json cannot be used: {format_error_line(error)}") from None
     text = config.get_text_config()
-    if "sliding_attention" in (text.layer_types or ()):
+    if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
         raise JobError(f"{folder}: use_sliding_window is true, which is not supported")
     if rope_scaling:
         given = {("rope_type" if key == "type" else key): value for key, value in rope_scaling.items()}
@@ -75,7 +76,9 @@ def load_config(folder: Path, rope_scaling: dict[str, Any] | None) -> Any:
 def count_context_tokens(config: Any) -> int:
     """Return how many tokens prompt and answer may have together: the trained length, times the factor of YaRN if there is one."""
     text = config.get_text_config()
+    longest = int(text.max_position_embeddings)
+    trained = min(TRAINED_TOKENS.get(config.model_type, longest), longest)
     rope = text.rope_parameters
     if "factor" in rope:
-        return int(rope["factor"] * rope.get("original_max_position_embeddings", TRAINED_TOKENS))
-    return min(TRAINED_TOKENS, int(text.max_position_embeddings))
+        return int(rope["factor"] * rope.get("original_max_position_embeddings", trained))
+    return trained

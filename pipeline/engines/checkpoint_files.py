@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import JobError
 
-MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl")
+MODEL_TYPES = ("qwen3_vl", "qwen2_5_vl", "qwen2_vl")
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt")
 """The files of a checkpoint that are used: what is fetched from the hub or copied from an object store."""
 INDEX = "model.safetensors.index.json"

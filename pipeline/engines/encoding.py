@@ -1,10 +1,11 @@
-"""Prompt encoder: turns a request's messages into token ids, 3-D positions and images, as Qwen2.5-VL takes them.
+"""Prompt encoder: turns a request's messages into token ids, 3-D positions and images, as Qwen-VL models take them.
 
     system text, one page of 56 x 84 px, "Return the JSON …"
     -> <|im_start|> system … <|vision_start|> <|image_pad|> x 6 <|vision_end|> Return the JSON … <|im_start|> assistant
 
-The text is made by the checkpoint's own chat template. The images have their final size (28 x 28 px are one visual token), so neither
-`qwen_vl_utils.process_vision_info` nor the checkpoint's image processor has anything to resize; the resulting grid is checked.
+The text is made by the checkpoint's own chat template. The images have their final size (28 x 28 px are one visual token, in Qwen3-VL
+32 x 32), so neither `qwen_vl_utils.process_vision_info` nor the checkpoint's image processor has anything to resize; the resulting grid is
+checked.
 """
 
 from __future__ import annotations

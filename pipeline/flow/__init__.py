@@ -58,12 +58,14 @@ def run(
     on_progress: OnProgress | None = None,
     on_demo: Callable[[str], None] | None = None,
     retry: str | None = None,
+    on_engine: Callable[[str], None] | None = None,
 ) -> Report:
     """Ask what has not been answered yet, settle everything, and return the report.
 
     `limit` takes the first so many documents of the listing; `retry`, "failed" or "failed:KIND", asks failed requests of that kind
-    once more; `on_demo` is called with the model's name when the demonstration model takes its place. Raises JobError before anything
-    is started, RunError when the run cannot go on; running it again resumes it.
+    once more; `on_demo` is called with the model's name when the demonstration model takes its place, `on_engine` with one line on the
+    engine that was chosen for another model. Raises JobError before anything is started, RunError when the run cannot go on; running it
+    again resumes it.
     """
     started_s = time.monotonic()
     retry_filter = RetryFilter.parse(retry) if retry else None
@@ -73,6 +75,8 @@ def run(
     prepared = prepare_run(job, output, tracker)
     if prepared.job.uses_demo and not job.uses_demo and on_demo:
         on_demo(job.sections.model.name)
+    elif job.sections.model.engine == "auto" and not job.uses_demo and on_engine:
+        on_engine(f"engine: {report.engine} ({report.engine_reason})")
     report.model, report.demonstration = prepared.job.sections.model.name, prepared.job.uses_demo
     check_same_job(prepared.job, output)
     output.create()
@@ -100,10 +104,11 @@ def settle(job: Job, on_progress: OnProgress | None = None) -> Report:
     before = output.read_job()
     if before is None:
         raise JobError(f"there is nothing to settle in {job.output}: run the job first", job.file, "output.path")
-    job = job.with_resolved_model(before["job"]["model"])
+    given, job = job, job.with_resolved_model(before["job"]["model"])
     if set(changed := find_differences(before["asked"], job.decisive_keys)) - {"extract.absent", "extract.schema", "prompt"}:
         raise JobError(f"{job.file} has changed since {job.output} was asked: {', '.join(changed)}", job.file)
     report.model, report.demonstration = job.sections.model.name, job.uses_demo
+    note_engine(report, given, job, None)
     output.create()
     if not is_output_leased(output.root):
         output.remove_leftovers()
@@ -146,7 +151,10 @@ def prepare_run(job: Job, output: Output, tracker: ProgressTracker) -> PreparedR
     tracker.set_documents(listing.num_rows)
     records = records.with_extras(select_extra_columns(listing))
     prepared = PreparedRun(job, recalled or job, listing, render, records)
-    return prepared if recalled else connect_run(prepared, tracker)
+    if recalled is None:
+        return connect_run(prepared, output, tracker)
+    note_engine(tracker.report, job, recalled, None)
+    return prepared
 
 
 def recall_model(job: Job, output: Output) -> Job | None:
@@ -165,16 +173,27 @@ def recall_model(job: Job, output: Output) -> Job | None:
     return recalled
 
 
-def connect_run(prepared: PreparedRun, tracker: ProgressTracker) -> PreparedRun:
-    """Connect to Ray and resolve the model, with what Ray has; check that the run's actors fit. Raises JobError, RunError."""
+def connect_run(prepared: PreparedRun, output: Output, tracker: ProgressTracker) -> PreparedRun:
+    """Connect to Ray and resolve the model, with what Ray has; check that the run's actors fit. Raises JobError, RunError.
+
+    An output that was begun keeps its engine: another one's answers would be those to another job.
+    """
     tracker.change_phase(Phase.STARTING_RAY)
     resources = connect_for_job(prepared.given)
-    resolved = engines.resolve_engine(prepared.given, resources.gpus)
+    before = output.read_job()
+    given = prepared.given.with_begun_engine(before["job"]["model"]) if before else prepared.given
+    resolved = engines.resolve_engine(given, resources.gpus)
+    note_engine(tracker.report, prepared.given, resolved, None if before else resources.gpus)
     reservations = compute_reservations(resolved, resources)
     check_capacity(resolved, resources, reservations)
     only_samples = resolved.uses_demo and not prepared.given.uses_demo
-    render = replace(prepared.render, fingerprint=resolved.fingerprint, only_samples=only_samples)
+    render = replace(RenderPlan.of_job(resolved), only_samples=only_samples)
     return replace(prepared, job=resolved, render=render, reservations=reservations)
+
+
+def note_engine(report: Report, given: Job, resolved: Job, gpus: float | None) -> None:
+    """Write the engine of a run and why it is this one into the report."""
+    report.engine, report.engine_reason = resolved.sections.model.engine, engines.explain_engine(given, resolved, gpus)
 
 
 @dataclass
@@ -238,7 +257,7 @@ class Run:
     def connect(self) -> Reservations:
         """Connect to Ray for a run that had not needed it so far, and return what it reserves. Raises JobError, RunError."""
         engines.check_engine(self.prepared.given)
-        self.prepared = connect_run(self.prepared, self.tracker)
+        self.prepared = connect_run(self.prepared, self.output, self.tracker)
         check_same_job(self.prepared.job, self.output)
         return cast(Reservations, self.prepared.reservations)
 

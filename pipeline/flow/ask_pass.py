@@ -216,5 +216,5 @@ def cut_blocks(documents: pa.Table, trial: int, renderers: int) -> list[pa.Table
 def compute_requests_per_engine(job: Job) -> int:
     """Return how many requests an engine has at a time: what a server's connections or a model's batch take, and as many that wait."""
     model = job.sections.model
-    at_once = {"openai": model.concurrency, "vllm": model.max_num_seqs}
+    at_once = {"openai": model.concurrency, "vllm": model.sequences}
     return 2 * at_once.get(model.engine, 2 * model.batch_size)

@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline import schema
+from pipeline.budget import CELL_PX, PixelBudget, check_budget
 from pipeline.errors import JobError
 from pipeline.job.pydantic_model import is_model_name, load_model_schema
 from pipeline.job.sections import JobSections
@@ -113,13 +114,30 @@ class Job:
     def pages_per_request(self) -> int:
         return 1 if self.sections.extract.per == "page" else self.sections.pages.per_request
 
+    @cached_property
+    def budget(self) -> PixelBudget:
+        """The pixel budget of the pages in the cells of the job's model; of 28 px while the model is not known.
+
+        Raises JobError where no page fits the budget in cells of this size.
+        """
+        budget = replace(self.sections.pages.budget, cell_px=self.sections.model.cell_px or CELL_PX)
+        try:
+            check_budget(budget)
+        except ValueError as error:
+            raise JobError(f"{self.file}: pages: {error} (one visual token is {budget.cell_px}x{budget.cell_px} px)", self.file) from None
+        return budget
+
     @property
     def uses_demo(self) -> bool:
         return self.sections.model.name == DEMO_MODEL and self.sections.model.engine != "openai"
 
     def with_demo(self) -> Job:
-        """Return the job with the demonstration model in place of its own."""
-        return self.with_model(name=DEMO_MODEL, revision=__version__, lora=None, rope_scaling=None)
+        """Return the job with the demonstration model in place of its own; where the engine is `auto`, in this process."""
+        engine = self.sections.model.engine
+        engine = "transformers" if engine == "auto" else engine
+        return self.with_model(
+            name=DEMO_MODEL, engine=engine, revision=__version__, lora=None, rope_scaling=None, cell_px=None, weights="auto"
+        )
 
     def with_model(self, **keys: Any) -> Job:
         """Return the job with these keys of the section `model` replaced."""
@@ -129,16 +147,29 @@ class Job:
     def with_resolved_model(self, model: Mapping[str, Any]) -> Job:
         """Return the job with the model that an earlier run resolved, given the section `model` of that run's `job.yaml`.
 
-        The demonstration model and the revision of a model in an object store or on the hub are taken over, unless the job names one; of a
-        server, each key that is `auto`.
+        The engine, where it is `auto`, the demonstration model, the revision of a model in an object store or on the hub and the size of
+        a visual token are taken over, unless the job names them; of a server, each key that is `auto`.
         """
         own = self.sections.model
         if own.engine != "openai":
+            begun = self.with_begun_engine(model)
             if model["name"] == DEMO_MODEL:
-                return self.with_demo()
+                return begun.with_demo()
+            if model["name"] != own.name:
+                return begun
             pinned = own.revision is not None and (is_store_url(own.name) or is_commit(own.revision))
-            return self if pinned or model["name"] != own.name else self.with_model(revision=model["revision"])
+            revision = own.revision if pinned else model["revision"]
+            return begun.with_model(revision=revision, cell_px=own.cell_px or model.get("cell_px"))
         return self.with_model(**{key: model.get(key, "auto") for key in ("name", "server", "structure") if getattr(own, key) == "auto"})
+
+    def with_begun_engine(self, model: Mapping[str, Any]) -> Job:
+        """Return the job with the engine of the run that began its output, where its own is `auto`.
+
+        Older versions wrote `auto` for what was always transformers.
+        """
+        if self.sections.model.engine != "auto" or model["engine"] == "openai":
+            return self
+        return self.with_model(engine="transformers" if model["engine"] == "auto" else model["engine"])
 
     def resolve_local_path(self, name: str) -> Path:
         """Return the path of a name in the job: relative to the job file, `~` expanded."""
@@ -159,7 +190,9 @@ class Job:
                 "re_asks": sections.extract.re_asks,
                 "schema": json.loads(schema.dump_compact_schema(self.schema)),
             },
-            "model": sections.model.model_dump(include=DECISIVE_MODEL_KEYS.get(sections.model.engine, TRANSFORMERS_KEYS)),
+            "model": sections.model.model_dump(include=DECISIVE_MODEL_KEYS.get(sections.model.engine, TRANSFORMERS_KEYS))
+            | ({"cell_px": self.budget.cell_px} if self.budget.cell_px != CELL_PX else {})
+            | ({"weights": sections.model.weights} if sections.model.weights != "auto" else {}),
             "pages": sections.pages.model_dump() | {"per_request": self.pages_per_request},
             "prompt": self.system_message,
             "sampling": asdict(self.sampling),

@@ -11,6 +11,9 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+UNKNOWN_SEQUENCES = 64
+"""Requests that vLLM answers together on a GPU whose memory is not known."""
+
 
 class Section(BaseModel):
     """A section of the job file: immutable; an unknown key is an error."""
@@ -20,22 +23,29 @@ class Section(BaseModel):
 
 class ModelSection(Section):
     name: str = Field(
-        description="Hub id or folder of a Qwen2.5-VL or Qwen2-VL checkpoint, AWQ or not; `demo` is the one in this package. With the "
-        "engine `openai`, the server's name for its model; `auto`, the default there, takes the only one that the server lists."
+        description="Hub id or folder of a Qwen3-VL, Qwen2.5-VL or Qwen2-VL checkpoint, AWQ or not; `demo` is the one in this package. "
+        "With the engine `openai`, the server's name for its model; `auto`, the default there, takes the only one that the server lists."
     )
     revision: str | None = Field(None, description="Commit of the hub repository; default: the newest one.")
     engine: Literal["auto", "transformers", "vllm", "openai"] = Field(
         "auto",
-        description="What runs the model. `auto` is `transformers`, in this process. `vllm` answers many more requests at once on a "
-        "GPU; it must be installed (`pipeline-documents[vllm]`), takes a minute or more to start and nearly all of the GPU's "
-        "memory. `openai` is any Chat Completions server at `model.base_url`: it needs no GPU here, and every page leaves "
-        "this machine.",
+        description="What runs the model. `auto` is `vllm` where there are a GPU and vLLM, else `transformers`, in this process; an output "
+        "that was begun with one of them stays with it. `vllm` answers many more requests at once on a GPU; it must be installed "
+        "(`pipeline-documents[vllm]`), takes a minute or more to start and nearly all of the GPU's memory. `openai` is any Chat "
+        "Completions server at `model.base_url`: it needs no GPU here, and every page leaves this machine.",
     )
     without_gpu: Literal["stop", "demo", "cpu"] = Field(
         "stop",
         description="What to do where there is no GPU: stop with exit code 2, use the demonstration model of this package (reported on the "
         "terminal and noted in every record; it reads its own samples, all other documents fail), or run the named model on the CPU "
         "(minutes per page for 7B).",
+    )
+    cell_px: int | None = Field(
+        None,
+        ge=4,
+        le=256,
+        description="Side in pixels of the square that one visual token covers. Default: the checkpoint's own, 28 for Qwen2-VL and "
+        "Qwen2.5-VL, 32 for Qwen3-VL. To be set for a server alone, where the default is 28; a wrong one has every page resized.",
     )
     stall_s: float = Field(
         300.0,
@@ -47,6 +57,12 @@ class ModelSection(Section):
         "auto",
         description="Weights' type; `auto` is float32 on a CPU; on a GPU bfloat16 for AWQ, where the GPU has it, else the checkpoint's "
         "own; for plain checkpoints with `vllm` what vLLM chooses.",
+    )
+    weights: Literal["auto", "bf16", "int4"] = Field(
+        "auto",
+        description="How `transformers` holds the 4-bit weights of an AWQ checkpoint. `bf16` unpacks them to `model.dtype` at load: 16.6 "
+        "GB for 7B, and as fast at the usual batch sizes. `int4` leaves them packed (6.9 GB for 7B; NVIDIA GPUs) and multiplies in float16 "
+        "by autoawq's kernels. `auto` packs only what does not fit the GPU otherwise. `vllm` always runs them packed.",
     )
     batch_size: int = Field(
         8,
@@ -84,12 +100,27 @@ class ModelSection(Section):
         description="Share of the GPU's memory that `vllm` takes; default: 0.92, vLLM's own. More holds more requests at once; too "
         "much leaves none for large pages. On a CPU the default is 4 GiB of attention cache.",
     )
-    max_num_seqs: int = Field(
-        64,
+    max_num_seqs: int | None = Field(
+        None,
         ge=1,
         le=4096,
-        description="Requests that `vllm` answers together; as many again wait in memory with their pages, 3 MB each. More use the GPU "
-        "better until its cache is full; from then on `vllm` does work twice.",
+        description="Requests that `vllm` answers together; as many again wait, and each has its pages in memory, about 12 MB a page. "
+        "Default: as many as the GPU's cache has room for, at most 256; 64 where its memory is not known. From where the cache is full "
+        "on, more make `vllm` do work twice.",
+    )
+    max_num_batched_tokens: int | None = Field(
+        None,
+        ge=256,
+        le=1_048_576,
+        description="Tokens that `vllm` computes in a step, and visual tokens that it puts through the vision tower in one. Default: all "
+        "pages of a request, at least 8,192 from 70 GB of GPU memory on and 4,096 below; where that is not known vLLM's own, 2,048. More "
+        "fill the GPU better, cost memory that the cache could have, and delay the answers under way.",
+    )
+    mm_processor_cache_gb: float | None = Field(
+        None,
+        ge=0,
+        description="GiB of host memory in which `vllm` keeps preprocessed pages, once in each of two processes. Only a re-ask uses them. "
+        "Default: 1, or 0 where `extract.re_asks` is 0; vLLM's own is 4.",
     )
     limit_mm_per_prompt: dict[str, int] | None = Field(
         None,
@@ -138,7 +169,9 @@ class ModelSection(Section):
         "requests.",
     )
     logprobs: bool | None = Field(
-        None, description="Ask the server for every token's log-probability. Costs ten times the answer's bytes; default: if it can."
+        None,
+        description="Keep every token's log-probability, of which the certainty of values is made. Costs ten times the answer's bytes in "
+        "the ledger and from a server, and in `vllm` a pass over the vocabulary for each token. Default: yes, from a server if it can.",
     )
     image_format: Literal["png", "jpeg"] = Field(
         "png",
@@ -174,6 +207,11 @@ class ModelSection(Section):
     )
 
     @property
+    def sequences(self) -> int:
+        """Requests that vLLM answers together; `UNKNOWN_SEQUENCES` while that is not decided."""
+        return self.max_num_seqs or UNKNOWN_SEQUENCES
+
+    @property
     def gpus(self) -> int:
         """Number of GPUs that one engine uses."""
         return self.tensor_parallel_size * self.pipeline_parallel_size if self.engine == "vllm" else 1
@@ -193,6 +231,8 @@ class ModelSection(Section):
     def check_engine_keys(self) -> ModelSection:
         """Raise ValueError for `engine_args` and server keys that cannot be used. Messages repeat no value: it may be a secret."""
         check_engine_args(self.engine_args)
+        if self.weights != "auto" and self.engine in ("vllm", "openai"):
+            raise ValueError(f"weights is for the engine transformers, and model.engine is {self.engine}")
         if self.engine != "openai":
             for key in ("base_url", "api_key_env"):
                 if getattr(self, key) is not None:
@@ -210,9 +250,13 @@ ARGUMENTS_WITH_OWN_KEY = {
     "model": "model.name",
     "enable_lora": "model.lora",
     "mm_processor_kwargs": "pages.min_pixels and pages.max_pixels",
-    **{name: f"model.{name}" for name in ModelSection.model_fields if name not in ("name", "engine", "rope_scaling", "engine_args")},
+    **{
+        name: f"model.{name}"
+        for name in ModelSection.model_fields
+        if name not in ("name", "engine", "rope_scaling", "engine_args", "max_num_batched_tokens", "mm_processor_cache_gb")
+    },
 }
-"""Arguments of vLLM's engine that are set by other keys of a job, and those keys."""
+"""Arguments of vLLM's engine that are set by other keys of a job, and those keys; the two that became keys later may be in either place."""
 FIXED_ARGUMENTS = {
     "trust_remote_code": "no code that comes with a checkpoint is run",
     "load_format": "only safetensors are read",

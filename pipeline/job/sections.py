@@ -55,10 +55,12 @@ class SourceSection(Section):
 
 class PagesSection(Section):
     dpi: int = Field(200, ge=36, le=1200, description="Resolution at which a PDF page is measured before the pixel budget applies.")
-    min_pixels: int = Field(200_704, description="Fewest pixels per page, 784 to a visual token; smaller pages are enlarged.")
+    min_pixels: int = Field(
+        200_704, description="Fewest pixels per page; smaller pages are enlarged. A visual token is 784 of them, with Qwen3-VL 1,024."
+    )
     max_pixels: int = Field(
         1_003_520,
-        description="Most pixels per page. 1,003,520 is 1,280 visual tokens, an A4 page at about 100 dpi. More costs "
+        description="Most pixels per page. 1,003,520 is 1,280 visual tokens (980 with Qwen3-VL), an A4 page at about 100 dpi. More costs "
         "compute in proportion; small print may need it.",
     )
     resized_height: int | None = Field(

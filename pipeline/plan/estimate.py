@@ -21,7 +21,7 @@ from typing import Any, TypedDict, cast
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import engines
+from pipeline.engines.model_files import find_model_folder
 from pipeline.errors import JobError, PipelineError
 from pipeline.job import Job
 from pipeline.output import Output
@@ -202,7 +202,7 @@ def exceeds_context(document: MeasuredDocument, job: Job, text_tokens: float, co
 
 def count_prompt_tokens(job: Job) -> tuple[float, str]:
     """Return the tokens of a request's texts, and by what they are counted: its model's tokenizer where that is on this machine."""
-    folder = engines.find_model_folder(job)
+    folder = find_model_folder(job)
     if job.sections.model.engine != "openai" and (folder / "config.json").is_file():
         with suppress(PipelineError):
             return count_encoded_tokens(job, folder), TOKENIZER
@@ -220,7 +220,7 @@ def count_encoded_tokens(job: Job, folder: Path) -> int:
 
     config = load_config(folder, None)
     encoder = Encoder(load_processor(folder), config.image_token_id, cast(Any, "cpu"))
-    side = 28
+    side = job.budget.cell_px
     encoded = encoder.encode(build_messages(job.system_message, [np.zeros((side, side, 3), np.uint8)]))
     return len(encoded.ids) - 1
 

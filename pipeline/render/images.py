@@ -278,7 +278,7 @@ def draw_image(image: Image.Image, page_no: int, settings: RenderSettings, halvi
     width_pt, height_pt = upright[0] / x_dpi * 72, upright[1] / y_dpi * 72
     dpi = 72 * math.sqrt(inner.width_px * inner.height_px / (width_pt * height_pt))
     notes = (note,) if (note := ANIMATION_NOTES.get(image.format or "")) and getattr(image, "is_animated", False) else ()
-    return Page(page_no, pixels, dpi, width_pt, height_pt, count_visual_tokens(canvas), (), notes)
+    return Page(page_no, pixels, dpi, width_pt, height_pt, count_visual_tokens(canvas, settings.budget.cell_px), (), notes)
 
 
 def measure_image(image: Image.Image, settings: RenderSettings) -> PageMeasure:

@@ -215,7 +215,8 @@ def draw_pdf_page(
         # MuPDF skips what it has no memory for and goes on: a scanned page would silently be blank.
         raise DocumentError("memory", f"page {page_no} cannot be drawn within `limits.memory_mib`: {memory_line}")
     dpi = 72 * math.sqrt(inner.width_px * inner.height_px / (width_pt * height_pt))
-    return Page(page_no, pixels, dpi, width_pt, height_pt, count_visual_tokens(canvas), words, (*notes, *warnings)[:MAX_WARNINGS])
+    tokens = count_visual_tokens(canvas, settings.budget.cell_px)
+    return Page(page_no, pixels, dpi, width_pt, height_pt, tokens, words, (*notes, *warnings)[:MAX_WARNINGS])
 
 
 def measure_pdf_page(pdf: Any, page_no: int, settings: RenderSettings) -> PageMeasure:

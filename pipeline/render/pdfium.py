@@ -45,7 +45,7 @@ def draw_page_with_pdfium(pdf: Any, page_no: int, settings: RenderSettings) -> P
     finally:
         page.close()
     dpi = 72 * math.sqrt(inner.width_px * inner.height_px / (width_pt * height_pt))
-    return Page(page_no, pixels, dpi, width_pt, height_pt, count_visual_tokens(canvas), renderer=RENDERER)
+    return Page(page_no, pixels, dpi, width_pt, height_pt, count_visual_tokens(canvas, settings.budget.cell_px), renderer=RENDERER)
 
 
 def paint_page_with_pdfium(page: Any, size: ImageSize) -> Pixels:

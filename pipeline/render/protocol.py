@@ -2,7 +2,7 @@
 
 Nothing is unpickled, and the parent validates everything that the child sends: a malformed page is a ValueError.
 The memory that a child can make its parent hold is bounded: `MAX_HEADER_BYTES` for words, warnings and messages together (at
-worst a few hundred MiB of Python objects while they are parsed), `MAX_PAGE_BYTES` for pixels.
+worst a few hundred MiB of Python objects while they are parsed), `MAX_TOKENS` visual tokens for pixels.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.budget import CELL_AREA, CELL_PX, MAX_TOKENS, ImageSize, count_visual_tokens
+from pipeline.budget import MAX_TOKENS, ImageSize, count_visual_tokens
 from pipeline.deadline import compute_time_left
 from pipeline.errors import DocumentError
 from pipeline.records import Page, PageMeasure, Word, WordMark
 
-MAX_PAGE_BYTES = 3 * CELL_AREA * MAX_TOKENS
 MAX_HEADER_BYTES = 4 * 2**20
 MAX_MESSAGE_CHARS = 1000
 LENGTHS = struct.Struct(">IQ")
@@ -75,17 +74,25 @@ def pack_page(page: Page) -> Header:
     return scalars | {"shape": page.pixels.shape, "words": words}
 
 
-def unpack_page(header: Header, body: bytearray, page_no: int) -> Page:
-    """Return the page in a message. Raises KeyError, TypeError, ValueError or OverflowError if it is not the page asked for."""
+def compute_page_bytes(cell_px: int) -> int:
+    """Return the bytes of the largest page of whole cells."""
+    return 3 * cell_px * cell_px * MAX_TOKENS
+
+
+def unpack_page(header: Header, body: bytearray, page_no: int, cell_px: int) -> Page:
+    """Return the page in a message, an image of whole cells.
+
+    Raises KeyError, TypeError, ValueError or OverflowError if it is not the page asked for.
+    """
     height_px, width_px, colours = header["shape"]
-    if header["page_no"] != page_no or colours != 3 or height_px % CELL_PX or width_px % CELL_PX or min(height_px, width_px) < 1:
+    if header["page_no"] != page_no or colours != 3 or height_px % cell_px or width_px % cell_px or min(height_px, width_px) < 1:
         raise ValueError(f"page {header['page_no']} of {width_px}x{height_px}x{colours} in place of page {page_no}")
     if not RENDERER.fullmatch(header["renderer"]):
         raise ValueError(f"a page by the renderer {header['renderer'][:50]!r}")
     pixels = np.frombuffer(body, np.uint8).reshape(height_px, width_px, 3)
     words = tuple(parse_word(*word) for word in header["words"])
     measures = {name: float(header[name]) for name in ("dpi", "width_pt", "height_pt")}
-    tokens = count_visual_tokens(ImageSize(width_px, height_px))
+    tokens = count_visual_tokens(ImageSize(width_px, height_px), cell_px)
     warnings = tuple(map(str, header["warnings"]))
     return Page(page_no, pixels, visual_tokens=tokens, words=words, warnings=warnings, renderer=header["renderer"], **measures)
 

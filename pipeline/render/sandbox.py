@@ -136,8 +136,9 @@ class Sandbox:
         if self.child is None:
             self.load_document()
         self.pages_drawn += 1
+        cell_px = self.settings.budget.cell_px
         return self.call_child(
-            f"page {page_no}", {"page_no": page_no}, b"", lambda header, body: protocol.unpack_page(header, body, page_no)
+            f"page {page_no}", {"page_no": page_no}, b"", lambda header, body: protocol.unpack_page(header, body, page_no, cell_px)
         )
 
     def check_document_limits(self, page_no: int) -> None:
@@ -197,7 +198,7 @@ class Sandbox:
         deadline = start_s + self.settings.timeout_s
         try:
             protocol.send_message(self.connection, header, body, deadline)
-            answer, pixels = protocol.receive_message(self.connection, protocol.MAX_PAGE_BYTES, deadline)
+            answer, pixels = protocol.receive_message(self.connection, protocol.compute_page_bytes(self.settings.budget.cell_px), deadline)
             result = protocol.parse_failure(answer) if "kind" in answer else parse(answer, pixels)
             is_complete = True
         except TimeoutError:

@@ -33,10 +33,13 @@ class AskStage:
             return kept
         shown = [page["page_no"] for page in row["pages"] or []]
         whole = len(shown) == row["page_count"] or self.job.sections.extract.per == "page"
-        kept |= await self.ask_pages(str(row["key"]), row.get("pixels") or [], [] if whole else shown, row["page_count"])
+        page_nos, page_ids = [] if whole else shown, make_page_ids(row)
+        kept |= await self.ask_pages(str(row["key"]), row.get("pixels") or [], page_nos, row["page_count"], page_ids)
         return kept
 
-    async def ask_pages(self, key: str, pages: Sequence[Pixels], page_nos: Sequence[int], page_count: int) -> LedgerRow:
+    async def ask_pages(
+        self, key: str, pages: Sequence[Pixels], page_nos: Sequence[int], page_count: int, page_ids: Sequence[str] = ()
+    ) -> LedgerRow:
         """Ask about these pages, check the answer, and ask again with its errors as often as the job allows.
 
         `page_nos` are their numbers in a document of which they are a part, empty for a whole one: the answer for a part follows a schema
@@ -50,7 +53,7 @@ class AskStage:
         answer: LedgerRow | None = None
         while True:
             try:
-                completion = await self.engine.complete(Request(key, messages, schema_text, self.job.sampling))
+                completion = await self.engine.complete(Request(key, messages, schema_text, self.job.sampling, tuple(page_ids)))
             except DocumentError as error:
                 if answer is None or error.kind != "too_long":  # too long with the errors in it: the answer stays as it was
                     answer = make_failed_row(Stage.GENERATE, error)
@@ -80,6 +83,12 @@ class AskStage:
         violations = self.validator.find_violations(value) if whole else self.part_validator.find_violations(value)
         errors = [str(violation) for violation in violations if whole or violation.keyword != "required"]
         return errors or self.columns.build_row(value)[1]
+
+
+def make_page_ids(row: RequestRow) -> list[str]:
+    """Return what tells the page images of a run apart: bytes of the document, number, size and renderer. Empty for a document without."""
+    doc_id, pages = row.get("doc_id"), row["pages"] or []
+    return [f"{doc_id}/{p['page_no']}/{p['width_px']}x{p['height_px']}/{p.get('renderer') or ''}" for p in pages] if doc_id else []
 
 
 def make_storable(text: str) -> str:

@@ -102,6 +102,8 @@ def ask_preview(job: Job, preview: PreviewPage, on_demo: Callable[[str], None] |
             on_demo(job.sections.model.name)
         if not preview.is_sample:
             raise DocumentError("demo", DEMO_REFUSAL)
+        if resolved.budget.cell_px != job.budget.cell_px:
+            raise DocumentError("demo", "the page is drawn for another model than the demonstration one: add --set model.name=demo")
     engines.check_engine(resolved)
     engine = engines.load_engine(resolved)
     try:

@@ -78,7 +78,7 @@ def make_render_settings(job: Job) -> RenderSettings:
     """Return how documents are rendered, without the password."""
     limits = job.sections.limits
     return RenderSettings(
-        budget=job.sections.pages.budget,
+        budget=job.budget,
         dpi=job.sections.pages.dpi,
         max_pages=limits.max_pages,
         max_file_bytes=limits.max_file_mib * 2**20,

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import engines
 from pipeline.demo import quantize
-from pipeline.engines import DEMO_CHECKPOINT, checkpoint_files
+from pipeline.engines import checkpoint_files
+from pipeline.engines.model_files import DEMO_CHECKPOINT
 from pipeline.errors import JobError, RunError
 from pipeline.job import Job
 from tests.support import tiny_checkpoint
@@ -100,7 +101,7 @@ BOTH = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-0000
     (remove("config.json"), r"/mine holds no checkpoint \(no config\.json\)"),
     (write_text("config.json", '{"model_type": '), r"mine/config\.json is not JSON: .* column 16"),
     (write_text("config.json", "[]"), r"mine/config\.json: expected a JSON object, found list"),
-    (edit_config(model_type="llama"), "mine: model_type is 'llama'; allowed: qwen2_5_vl, qwen2_vl"),
+    (edit_config(model_type="llama"), "mine: model_type is 'llama'; allowed: qwen3_vl, qwen2_5_vl, qwen2_vl"),
     (edit_config(quantization_config={"quant_method": "gptq"}), "quantization by 'gptq'; allowed are none and 'awq'"),
     (remove("tokenizer.json"), r"its tokenizer is missing: there is no tokenizer\.json and no vocab\.json with merges\.txt"),
     (remove("processor_config.json"), r"its image processor is missing: there is no preprocessor_config\.json and no processor_config"),

@@ -54,3 +54,9 @@ def test_a_checkpoint_in_s3_answers(workspace: Workspace, bucket: s3.Bucket, tmp
     chosen = engines.resolve_engine(workspace.job(f"model.name={url}", "model.without_gpu=cpu"), 0.0)
     row = ask_black_page(chosen)
     assert (row["model"], row["status"]) == (chosen.sections.model.name, "extracted")
+
+
+def test_a_job_without_log_probabilities_keeps_none(workspace: Workspace) -> None:
+    kept, spared = (ask_black_page(workspace.job(*settings)) for settings in ((), ("model.logprobs=false",)))
+    assert spared["answer"] == kept["answer"]
+    assert (spared["tokens"], len(kept["tokens"]) > 0) == ([], True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as theirs
 
-from pipeline.budget import CELL_AREA, ImageSize, PixelBudget, fit_image, fit_page, smart_resize
+from pipeline.budget import CELL_AREA, ImageSize, PixelBudget, check_budget, fit_image, fit_page, smart_resize
 from pipeline.demo.model import build_processor
 from pipeline.engines.encoding import Encoder
 from pipeline.schema import prompt
@@ -31,17 +32,25 @@ SHARED = Path(__file__).parents[3] / "shared"
 # --- sizes
 
 
-@given(PX, PX, st.integers(1, 2_000_000), st.integers(1, 2_000_000))
-def test_smart_resize_is_transformers(height: int, width: int, one: int, other: int) -> None:
+CELLS = st.sampled_from([28, 32])
+
+
+@given(PX, PX, st.integers(1, 2_000_000), st.integers(1, 2_000_000), CELLS)
+def test_smart_resize_is_transformers(height: int, width: int, one: int, other: int, cell_px: int) -> None:
     assume(max(height, width) <= 200 * min(height, width))
     low, high = sorted((one, other))
-    assert smart_resize(height, width, low, high) == theirs(height, width, 28, low, high)
+    assert smart_resize(height, width, low, high, cell_px) == theirs(height, width, cell_px, low, high)
 
 
-@given(PT, PT, st.floats(36, 1200), budgets())
-def test_smart_resize_leaves_every_canvas(width_pt: float, height_pt: float, dpi: float, budget: PixelBudget) -> None:
+@given(PT, PT, st.floats(36, 1200), budgets(), CELLS)
+def test_smart_resize_leaves_every_canvas(width_pt: float, height_pt: float, dpi: float, budget: PixelBudget, cell_px: int) -> None:
+    budget = replace(budget, cell_px=cell_px)
+    try:
+        check_budget(budget)
+    except ValueError:
+        assume(False)
     size = fit_page(width_pt, height_pt, dpi, budget)
-    assert theirs(size.height_px, size.width_px, 28, budget.min_pixels, budget.max_pixels) == (size.height_px, size.width_px)
+    assert theirs(size.height_px, size.width_px, cell_px, budget.min_pixels, budget.max_pixels) == (size.height_px, size.width_px)
 
 
 @given(PX, PX)

@@ -166,14 +166,14 @@ LIES: dict[str, dict[str, Any]] = {
 
 
 def test_a_page_is_unpacked() -> None:
-    page = protocol.unpack_page(HONEST, bytearray(28 * 28 * 3), 2)
+    page = protocol.unpack_page(HONEST, bytearray(28 * 28 * 3), 2, 28)
     assert (page.words, page.renderer) == ((Word("a", 1, 2, 3, 4),), "pdfium")
 
 
 @pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
 def test_a_renderer_is_not_believed(lie: dict[str, Any]) -> None:
     with pytest.raises((KeyError, OverflowError, TypeError, ValueError)):
-        protocol.unpack_page(HONEST | lie, bytearray(28 * 28 * 3), 2)
+        protocol.unpack_page(HONEST | lie, bytearray(28 * 28 * 3), 2, 28)
 
 
 @pytest.mark.parametrize("count", [0, -1, 11, 10**18, 1.5, "3", None])

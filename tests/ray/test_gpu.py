@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from pipeline.engines import DEMO_CHECKPOINT
+from pipeline.engines.model_files import DEMO_CHECKPOINT
 from tests.support.ray_head import start_head
 from tests.support.workspace import Workspace
 

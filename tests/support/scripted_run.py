@@ -44,7 +44,7 @@ def make_noise_often() -> None:
 
 
 def run_scripted(
-    job: Job, limit: int | None, on_progress: Callable[[Progress], None], on_demo: Callable[[str], None] | None, retry: str | None
+    job: Job, limit: int | None, on_progress: Callable[[Progress], None], on_demo: Callable[[str], None] | None, *_: object
 ) -> Report:
     documents = len(list((job.file.parent / "in").iterdir()))
     atexit.register(make_noise)

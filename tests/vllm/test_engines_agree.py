@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from pipeline import flow
-from pipeline.engines import DEMO_CHECKPOINT, checkpoint
+from pipeline.engines import checkpoint
+from pipeline.engines.model_files import DEMO_CHECKPOINT
 from pipeline.engines.transformers import awq
 from pipeline.job import Job
 from tests.support.chat_server import serve_chat

@@ -34,8 +34,9 @@ from hypothesis import strategies as st
 from pipeline import cluster, engines, flow
 from pipeline.budget import PixelBudget, compute_area_bounds, fit_image
 from pipeline.demo import evaluate, samples
-from pipeline.engines import DEMO_CHECKPOINT, Engine, checkpoint
-from pipeline.engines.vllm import launch
+from pipeline.engines import Engine, checkpoint
+from pipeline.engines.model_files import DEMO_CHECKPOINT
+from pipeline.engines.vllm import build_sampling_params, launch
 from pipeline.engines.vllm.launch import read_reason_since
 from pipeline.errors import DocumentError, JobError, RunError
 from pipeline.flow import capacity
@@ -76,6 +77,12 @@ def test_the_jobs_keys_become_vllms_arguments(workspace: Workspace) -> None:
 
 def test_keys_that_a_job_does_not_set_are_left_to_vllm(workspace: Workspace) -> None:
     assert not {"quantization", "gpu_memory_utilization", "max_model_len"} & launch.collect_arguments(make_vllm_job(workspace)).keys()
+
+
+def test_log_probabilities_are_computed_only_where_the_job_keeps_them() -> None:
+    pytest.importorskip("vllm")
+    request = Request("k", (), "", Sampling())
+    assert [build_sampling_params(request, wanted).logprobs for wanted in (True, False)] == [0, None]
 
 
 def test_the_limit_of_images_is_the_number_of_a_requests_pages(workspace: Workspace) -> None:
@@ -231,6 +238,7 @@ def test_yarn_reaches_vllm(workspace: Workspace) -> None:
     found = build_vllm_config(workspace, {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32_768}).model_config
     rope = found.hf_text_config.rope_parameters
     assert (rope["rope_type"], rope["factor"], rope["mrope_section"], found.max_model_len) == ("yarn", 2.0, [8, 12, 12], 65_536)
+    assert (rope["beta_fast"], rope["beta_slow"]) == (128, 4)  # over a table of four times the trained length
 
 
 @needs_vllm

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from pipeline.budget import CELL_AREA
+from pipeline.budget import CELL_PX, ImageSize, count_visual_tokens
 from pipeline.engines.event_loop import EventLoopThread
 from pipeline.engines.openai import probe
 from pipeline.engines.openai.chat import RetryableError, ServerProfile, build_body
@@ -30,10 +30,11 @@ class OpenAIEngine:
     name = "openai"
 
     def __init__(
-        self, base_url: str, profile: ServerProfile, policy: RetryPolicy, key: str | None = None, max_request_tokens: int | None = None
-    ) -> None:
+        self, base_url: str, profile: ServerProfile, policy: RetryPolicy, key: str | None = None, max_request_tokens: int | None = None,
+        cell_px: int = CELL_PX,
+    ) -> None:  # fmt: skip
         """Start the engine's event loop. Connections are opened by the first requests."""
-        self.model, self.profile, self.max_request_tokens = profile.model, profile, max_request_tokens
+        self.model, self.profile, self.max_request_tokens, self._cell_px = profile.model, profile, max_request_tokens, cell_px
         self.loop_thread = EventLoopThread("openai-engine")
         self._client = ChatClient(base_url, key, policy)
         self._slots = asyncio.Semaphore(policy.concurrency)
@@ -43,7 +44,7 @@ class OpenAIEngine:
 
         Raises DocumentError when only this request fails, EngineDead when the server cannot be reached any more.
         """
-        check_page_tokens(request, self.max_request_tokens)
+        check_page_tokens(request, self.max_request_tokens, self._cell_px)
         return await self.loop_thread.run(self.send(request, self.profile))
 
     def measure_silence_s(self) -> float:
@@ -67,10 +68,11 @@ class OpenAIEngine:
         return await self._client.fetch_models()
 
 
-def check_page_tokens(request: Request, max_request_tokens: int | None) -> None:
+def check_page_tokens(request: Request, max_request_tokens: int | None, cell_px: int) -> None:
     """Raise DocumentError for a request whose pages and answer alone exceed the job's limit; its text only the server can count."""
     images = [part for message in request.messages for part in message.parts if not isinstance(part, str)]
-    read, written = sum(image.shape[0] * image.shape[1] // CELL_AREA for image in images), request.sampling.max_tokens
+    read = sum(count_visual_tokens(ImageSize(image.shape[1], image.shape[0]), cell_px) for image in images)
+    written = request.sampling.max_tokens
     if max_request_tokens and read + written > max_request_tokens:
         found = f"the request needs more than {read + written:,} tokens ({read:,} for its pages and up to {written:,} to write)"
         way_out = "lower pages.per_request or sampling.max_tokens, or raise limits.max_request_tokens"
@@ -101,7 +103,7 @@ async def survey_server(job: Job, engine: OpenAIEngine) -> Job:
     wanted = None if model.structure == "auto" else model.structure
     found = await probe.probe_server(engine.send, subject, build_server_profile(named), wanted, model.logprobs)
     if found.vllm:
-        await probe.check_page_sizes(engine.send, subject, found, job.sections.pages.budget)
+        await probe.check_page_sizes(engine.send, subject, found, job.budget)
     return named.with_model(structure=found.structure, logprobs=found.logprobs)
 
 
@@ -129,7 +131,8 @@ def load_openai_engine(job: Job) -> OpenAIEngine:
     """Return the engine for the job's server. Raises JobError when its key is missing."""
     model = job.sections.model
     policy = RetryPolicy(model.concurrency, model.idle_timeout_s, model.timeout_s, model.max_retries)
-    return OpenAIEngine(str(model.base_url), build_server_profile(job), policy, read_api_key(job), job.sections.limits.max_request_tokens)
+    longest, cell_px = job.sections.limits.max_request_tokens, job.budget.cell_px
+    return OpenAIEngine(str(model.base_url), build_server_profile(job), policy, read_api_key(job), longest, cell_px)
 
 
 def build_server_profile(job: Job) -> ServerProfile:

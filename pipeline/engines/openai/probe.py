@@ -91,11 +91,14 @@ async def check_page_sizes(send: Send, subject: ProbeSubject, profile: ServerPro
     if small == large:
         return
     read = [(await send(subject.build_record_request(size), profile)).usage.prompt_tokens for size in (small, large)]
-    planned = count_visual_tokens(large) - count_visual_tokens(small)
+    planned = count_visual_tokens(large, budget.cell_px) - count_visual_tokens(small, budget.cell_px)
     if read[1] - read[0] != planned:
         sizes = f"pages of {small.width_px}x{small.height_px} and {large.width_px}x{large.height_px} px"
         found = f"it resizes pages: {sizes} should differ by {planned:,} tokens and differ by {read[1] - read[0]:,}"
-        hint = "start it without min_pixels and max_pixels, or set pages.min_pixels and pages.max_pixels to its values"
+        hint = (
+            "start it without min_pixels and max_pixels, set pages.min_pixels and pages.max_pixels to its values, or set model.cell_px "
+            f"where a visual token of its model is not {budget.cell_px}x{budget.cell_px} px (32 for Qwen3-VL)"
+        )
         raise JobError(f"{found}; {hint}")
 
 
@@ -103,7 +106,7 @@ def find_extreme_sizes(budget: PixelBudget) -> tuple[ImageSize, ImageSize]:
     """Return the smallest and the largest page size of a budget, which are equal for a fixed size."""
     if budget.resized_height and budget.resized_width:
         return (fit_image(1, 1, budget),) * 2
-    sizes = sorted(list_canvases(1, 1, budget), key=count_visual_tokens)
+    sizes = sorted(list_canvases(1, 1, budget), key=lambda size: count_visual_tokens(size, budget.cell_px))
     return sizes[0], sizes[-1]
 
 

@@ -64,7 +64,7 @@ class PendingRequest:
 
 
 class TransformersEngine:
-    """Qwen2.5-VL or Qwen2-VL in transformers, with AWQ or unquantized weights."""
+    """Qwen3-VL, Qwen2.5-VL or Qwen2-VL in transformers, with AWQ or unquantized weights."""
 
     name = "transformers"
 
@@ -72,11 +72,13 @@ class TransformersEngine:
         self, model: str, *, revision: str | None = None, dtype: str = "auto", batch_size: int = 8, threads: int | None = None,
         device: str | None = None, max_model_len: int | None = None, max_request_tokens: int | None = None,
         rope_scaling: dict[str, Any] | None = None, lora: str | None = None, keep_int4: bool = False, cache_tokens: int | None = None,
+        logprobs: bool = True,
     ) -> None:  # fmt: skip
         """Load a checkpoint (hub id or folder) and start the engine's thread.
 
         `threads` is the number of cores for this engine: with more threads than cores every small operation waits for the scheduler.
-        `cache_tokens` bounds rows x tokens of the batch; by default free memory does. Raises JobError for a checkpoint that cannot be used.
+        `cache_tokens` bounds rows x tokens of the batch; by default free memory does. `logprobs` says whether completions have tokens
+        with their log-probabilities. Raises JobError for a checkpoint that cannot be used.
         """
         self.model = model
         self._threads = threads or torch.get_num_threads()
@@ -84,7 +86,7 @@ class TransformersEngine:
         on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model = load.load_checkpoint(model, revision, dtype, on, self._threads, rope_scaling, lora, keep_int4)
         self.max_model_len = max_model_len or checkpoint.count_context_tokens(self._model.network.config)
-        self.max_request_tokens = max_request_tokens
+        self.max_request_tokens, self._logprobs = max_request_tokens, logprobs
         self._cache_tokens = cache_tokens or count_cache_tokens(self._model.make_cache().bytes_per_token, on)
         self._batch_size = batch_size
         self._lowered_limit: int | None = None
@@ -277,7 +279,8 @@ class TransformersEngine:
     def _build_completion(self, row: BatchRow) -> Completion:
         """Return the completion of a finished row; of a row whose request was cancelled, what it has so far."""
         reason = row.outcome if isinstance(row.outcome, FinishReason) else FinishReason.LENGTH
-        return build_completion(row.tokens, row.logprobs, reason, len(row.prompt.ids), self._model.vocabulary.decode_token)
+        scores = row.logprobs if self._logprobs else None
+        return build_completion(row.tokens, scores, reason, len(row.prompt.ids), self._model.vocabulary.decode_token)
 
 
 def is_out_of_memory(error: Exception) -> bool:

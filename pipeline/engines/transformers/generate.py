@@ -31,7 +31,7 @@ class LoadedModel:
     """A checkpoint that is ready to answer: what the engine needs in each pass."""
 
     network: Any
-    """transformers' Qwen2-VL or Qwen2.5-VL model."""
+    """transformers' Qwen2-VL, Qwen2.5-VL or Qwen3-VL model."""
     encoder: Encoder
     vocabulary: Vocabulary
     device: torch.device

@@ -1,13 +1,14 @@
 """Checkpoint loader of the engine `transformers`: brings weights, tokenizer and grammar vocabulary into this process.
 
-In: a hub id or a folder, and how its weights are to be held. Out: a `LoadedModel` of Qwen2.5-VL or Qwen2-VL, plain or AWQ, with a LoRA
-adapter merged into it. Only safetensors are read. A checkpoint that lacks a weight is refused: transformers would fill it with random
+In: a hub id or a folder, and how its weights are to be held. Out: a `LoadedModel` of Qwen3-VL, Qwen2.5-VL or Qwen2-VL, plain or AWQ, with a
+LoRA adapter merged into it. Only safetensors are read. A checkpoint that lacks a weight is refused: transformers would fill it with random
 numbers and only warn.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ from pipeline.engines.transformers.generate import LoadedModel
 from pipeline.engines.transformers.vision import batch_windows
 from pipeline.errors import JobError
 from pipeline.schema.grammar import Vocabulary
+from pipeline.version import DISTRIBUTION
+
+ADAPTER_NAMES = {r"^model\.layers\.": "model.language_model.layers.", r"^visual\.": "model.visual."}
+"""The names of layers in adapters that were trained with transformers before 4.52, and those of the model now."""
 
 
 def load_checkpoint(
@@ -108,11 +113,11 @@ def choose_dtype(wanted: str, config: Any, device: torch.device, quantized: bool
     """Return the type of the weights: by default float32 on a CPU, else the checkpoint's own. Raises JobError.
 
     AWQ folders store float16, in whose range these models were not trained: their weights become bfloat16 on GPUs that have it (sm_80).
+    Packed layers multiply in float16 and return what they are given, so that what is added up between them has bfloat16's range.
     """
-    if keep_int4 and (not quantized or device.type != "cuda" or wanted not in ("auto", "float16")):
-        raise JobError(f"model: int4 weights need an AWQ checkpoint, an NVIDIA GPU and float16; found {device.type}, dtype {wanted}")
-    if keep_int4:
-        return torch.float16
+    if keep_int4 and not (quantized and device.type == "cuda"):
+        kind = "an AWQ checkpoint" if quantized else "plain weights"
+        raise JobError(f"model.weights is int4, which needs an AWQ checkpoint and an NVIDIA GPU; found {kind} and the device {device.type}")
     if wanted != "auto":
         return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[wanted]
     if device.type == "cpu":
@@ -137,17 +142,28 @@ def load_plain_model(folder: Path, config: Any, dtype: torch.dtype, device: torc
 
 
 def merge_lora(network: Any, lora: str, keep_int4: bool) -> Any:
-    """Return the model with an adapter (hub id or folder) merged into its weights. Raises JobError."""
+    """Return the model with an adapter (hub id or folder) merged into its weights.
+
+    Raises JobError, also for an adapter that lacks weights for this model's layers: peft would leave those as they are and only warn.
+    """
     if importlib.util.find_spec("peft") is None:
-        raise JobError("model.lora: adapters need the package peft, which is not installed: pip install peft")
+        raise JobError(f"model.lora: adapters need the package peft, which is not installed: pip install '{DISTRIBUTION}[lora]'")
     if keep_int4:
         raise JobError("model.lora: an adapter cannot be merged into int4 weights")
     folder = locate_checkpoint(lora, None)
     if not (folder / "adapter_model.safetensors").is_file():
         raise JobError(f"model.lora: {folder} holds no adapter_model.safetensors; adapters in other formats are not read")
-    from peft import PeftModel  # type: ignore[import-not-found]  # optional
+    from peft import PeftModel  # optional
 
-    return PeftModel.from_pretrained(network, folder).merge_and_unload().eval()
+    try:
+        with warnings.catch_warnings(record=True) as notes:  # its other warnings are about its use of transformers
+            warnings.simplefilter("always")
+            adapted = PeftModel.from_pretrained(network, folder, key_mapping=ADAPTER_NAMES)
+    except BROKEN_FILE_ERRORS as error:
+        raise JobError(f"model.lora: {folder} does not fit {network.config.model_type}: {format_error_line(error)}") from None
+    if lacking := next((str(note.message) for note in notes if "missing adapter keys" in str(note.message)), ""):
+        raise JobError(f"model.lora: {folder} lacks weights for this model: {' '.join(lacking.split())[:300]}")
+    return adapted.merge_and_unload().eval()
 
 
 def find_end_tokens(network: Any, tokenizer: Any) -> list[int]:

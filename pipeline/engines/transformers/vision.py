@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention, apply_rotary_pos_emb_vision
 from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionAttention
 
 WINDOW_PATCHES = 64
-ATTENTIONS = (Qwen2_5_VLVisionAttention, VisionAttention)
+ATTENTIONS = (Qwen3VLVisionAttention, Qwen2_5_VLVisionAttention, VisionAttention)
 
 
 @dataclass(frozen=True, eq=False)

@@ -45,22 +45,25 @@ from pipeline.schema.grammar import ANY_TEXT, KEPT_GRAMMARS, Vocabulary, compile
 
 
 class VLLMEngine:
-    """Qwen2.5-VL or Qwen2-VL in vLLM, with quantized or unquantized weights."""
+    """Qwen3-VL, Qwen2.5-VL or Qwen2-VL in vLLM, with quantized or unquantized weights."""
 
     name = "vllm"
 
     def __init__(
         self, model: str, arguments: Mapping[str, Any], *, revision: str | None = None, threads: int | None = None,
         max_request_tokens: int | None = None, rope_scaling: dict[str, Any] | None = None, lora: str | None = None,
+        logprobs: bool = True,
     ) -> None:  # fmt: skip
         """Load a checkpoint (hub id or folder). `arguments` are those of vLLM's engine, `threads` is its number of cores without a GPU.
 
         Raises JobError for a checkpoint or an argument that cannot be used, RunError when vLLM does not start.
         """
-        self.model, self.max_request_tokens = model, max_request_tokens
+        self.model, self.max_request_tokens, self._logprobs = model, max_request_tokens, logprobs
         folder = checkpoint.locate_checkpoint(model, revision)
         checkpoint_files.check_checkpoint_files(folder, any_quantization=True)
         config = checkpoint.load_config(folder, rope_scaling)
+        if max_request_tokens:  # vLLM wants a cache for one request of this length, 38 GB for the 262,144 tokens of Qwen3-VL-8B
+            arguments = {"max_model_len": min(checkpoint.count_context_tokens(config), max_request_tokens), **arguments}
         tokenizer = self._load_encoder(folder, config.image_token_id)
         size = config.get_text_config().vocab_size
         self._vocabulary = Vocabulary(tokenizer.backend_tokenizer.to_str(), size=size, eos_ids=[tokenizer.eos_token_id])
@@ -124,10 +127,11 @@ class VLLMEngine:
         vllm_prompt: dict[str, Any] = {"prompt_token_ids": prompt.unexpanded_ids}
         if prompt.images:
             vllm_prompt["multi_modal_data"] = {"image": [Image.fromarray(page) for page in prompt.images]}
+            if len(request.page_ids) == len(prompt.images):  # else vLLM computes a hash of the pixels
+                vllm_prompt["multi_modal_uuids"] = {"image": list(request.page_ids)}
         tokens, logprobs, reason = list[int](), list[float](), None
-        outputs = self._llm.generate(
-            vllm_prompt, build_sampling_params(request), str(next(self._request_ids)), lora_request=make_lora_request(self._lora)
-        )
+        sampling, number = build_sampling_params(request, self._logprobs), str(next(self._request_ids))
+        outputs = self._llm.generate(vllm_prompt, sampling, number, lora_request=make_lora_request(self._lora))
         async with aclosing(outputs):
             async for output in outputs:
                 if not tokens:
@@ -135,7 +139,8 @@ class VLLMEngine:
                 self._clock.note_token()
                 [added], before = output.outputs, len(tokens)
                 tokens += added.token_ids
-                logprobs += [scores[token].logprob for token, scores in zip(added.token_ids, added.logprobs, strict=True)]
+                if self._logprobs:
+                    logprobs += [scores[token].logprob for token, scores in zip(added.token_ids, added.logprobs, strict=True)]
                 reason = added.finish_reason
                 if reason is None and len(tokens) // LOOP_EVERY > before // LOOP_EVERY and (repeated := find_loop(tokens)):
                     text = b"".join(map(self._vocabulary.decode_token, repeated)).decode(errors="replace")
@@ -150,7 +155,8 @@ class VLLMEngine:
             raise DocumentError("engine", f"vLLM ended the answer after {len(tokens)} tokens with the reason {reason!r}")
         length = min(len(tokens) - (reason == "stop"), request.sampling.max_tokens)
         finished = FinishReason.STOP if reason == "stop" else FinishReason.LENGTH
-        return build_completion(tokens[:length], logprobs[:length], finished, len(prompt.ids), self._vocabulary.decode_token)
+        scores = logprobs[:length] if self._logprobs else None
+        return build_completion(tokens[:length], scores, finished, len(prompt.ids), self._vocabulary.decode_token)
 
 
 def make_lora_request(folder: Path | None) -> Any:
@@ -160,7 +166,7 @@ def make_lora_request(folder: Path | None) -> Any:
     return LoRARequest("adapter", 1, str(folder)) if folder else None
 
 
-def build_sampling_params(request: Request) -> Any:
+def build_sampling_params(request: Request, logprobs: bool = True) -> Any:
     """Return a request's sampling in vLLM's form, whose `max_tokens` includes the end token.
 
     Raises DocumentError for a schema that cannot constrain the decoding.
@@ -175,7 +181,7 @@ def build_sampling_params(request: Request) -> Any:
         seed=sampling.seed if sampling.temperature else None,  # a seeded generator for each request costs time
         repetition_penalty=sampling.repetition_penalty,
         max_tokens=sampling.max_tokens + 1,
-        logprobs=0,
+        logprobs=0 if logprobs else None,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
         structured_outputs=StructuredOutputsParams(**build_structured_outputs(request.schema)),

@@ -32,8 +32,8 @@ from pipeline.job import Job
 from pipeline.processes import OrphanKiller
 
 SAME_NAMES = (
-    "dtype", "max_model_len", "tensor_parallel_size", "pipeline_parallel_size", "gpu_memory_utilization", "max_num_seqs", "quantization",
-    "kv_cache_dtype", "enforce_eager", "enable_prefix_caching",
+    "dtype", "max_model_len", "tensor_parallel_size", "pipeline_parallel_size", "gpu_memory_utilization", "quantization",
+    "kv_cache_dtype", "enforce_eager", "enable_prefix_caching", "max_num_batched_tokens", "mm_processor_cache_gb",
 )  # fmt: skip
 """Keys with the same name in a job and in vLLM's engine arguments."""
 CPU_CACHE_BYTES = 4 * 2**30
@@ -45,14 +45,17 @@ RAISED_LINE = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception|Interrupt)): (.+)$"
 GENERAL_REASONS = ("Engine core initialization failed", "EngineCore encountered an issue", "cancelled", "WorkerProc initialization failed")
 """Messages of the parent processes, which do not contain the reason."""
 WATCH_PERIOD_S = 0.5
+TABLE_LENGTHS = 4
+"""Lengths of the trained context in vLLM's table of positions for Qwen2-VL and Qwen2.5-VL (`positions_factor` in its mrope.py)."""
 
 
 def collect_arguments(job: Job) -> dict[str, Any]:
     """Return the engine arguments that a job sets, by vLLM's names; those that it does not set are left out."""
     model = job.sections.model
-    low, high = compute_area_bounds(job.sections.pages.budget)
+    low, high = compute_area_bounds(job.budget)
     return {
         **{name: getattr(model, name) for name in SAME_NAMES if getattr(model, name) is not None},
+        "max_num_seqs": model.sequences,
         "limit_mm_per_prompt": {"image": job.pages_per_request, "video": 0, **(model.limit_mm_per_prompt or {})},
         "mm_processor_kwargs": {"size": {"shortest_edge": low, "longest_edge": high}},
         **model.engine_args,
@@ -104,7 +107,7 @@ def build_engine_arguments(folder: Path, config: Any, stretched: bool, lora: Pat
     if stretched:
         text = config.get_text_config()
         longest = max(text.max_position_embeddings, checkpoint.count_context_tokens(config))  # vLLM expects the stretched length here
-        overrides = {"text_config": {"rope_parameters": text.rope_parameters, "max_position_embeddings": longest}}
+        overrides = {"text_config": {"rope_parameters": convert_yarn(config), "max_position_embeddings": longest}}
         arguments["hf_overrides"] = {**overrides, **given.get("hf_overrides", {})}
     if arguments.get("dtype", "auto") == "auto" and is_awq_config(config) and current_platform.has_device_capability(80):
         arguments["dtype"] = "bfloat16"  # the folder says float16, in which these models overflow (vllm#13817)
@@ -115,6 +118,19 @@ def build_engine_arguments(folder: Path, config: Any, stretched: bool, lora: Pat
     structure = StructuredOutputsConfig(backend="guidance", disable_any_whitespace=True)
     fixed = {"model": str(folder), "load_format": "safetensors", "logprobs_mode": "raw_logprobs", "structured_outputs_config": structure}
     return AsyncEngineArgs(**arguments, **fixed)
+
+
+def convert_yarn(config: Any) -> dict[str, Any]:
+    """Return a checkpoint's rotary scaling in the form in which vLLM computes from it what transformers does.
+
+    For Qwen2-VL and Qwen2.5-VL, vLLM 0.32 makes its table of positions four times as long, and takes that length for the trained one when
+    it looks for the dimensions that YaRN stretches (arXiv:2309.00071, section 3.2: those with fewer than `beta` rotations over the trained
+    length). Four times the rotations over four times the length are the same dimensions: `tests/vllm/test_vllm_families.py`.
+    """
+    rope = dict(config.get_text_config().rope_parameters)
+    if rope.get("rope_type") == "yarn" and config.model_type in ("qwen2_vl", "qwen2_5_vl"):
+        rope |= {name: TABLE_LENGTHS * rope.get(name, beta) for name, beta in (("beta_fast", 32), ("beta_slow", 1))}
+    return rope
 
 
 def is_awq_config(config: Any) -> bool:

@@ -262,6 +262,20 @@ def test_check_shows_prompt_and_columns(workspace: Workspace) -> None:
     assert f"\nfingerprint: {workspace.job().fingerprint}\n" in result.stdout
 
 
+def test_check_says_what_an_a4_page_costs_the_jobs_model(workspace: Workspace) -> None:
+    assert "\nan A4 page: 840×1176 px, 101.1 dpi, 1,260 visual tokens of 28×28 px (as the checkpoint's image processor says)\n" in (
+        invoke("check", workspace.file).stdout
+    )
+    hub = ("--set", "model.name=Qwen/Qwen3-VL-8B-Instruct", "--json")
+    unknown, told = (json.loads(invoke("check", workspace.file, *hub, *more).stdout) for more in ((), ("--set", "model.cell_px=32")))
+    assert (unknown["a4_page"]["cell_px"], unknown["a4_page"]["cell_px_from"]) == (28, "assumed")
+    assert (told["a4_page"]["visual_tokens"], told["a4_page"]["cell_px_from"]) == (962, "job")
+
+
+def test_check_says_which_engine_this_machine_has(workspace: Workspace) -> None:
+    assert "\nengine on this machine: transformers (" in invoke("check", workspace.file).stdout
+
+
 def test_check_says_what_is_narrowed_and_what_the_grammar_leaves_out(workspace: Workspace) -> None:
     spoil(workspace, {"not": {"const": 7}})
     said = invoke("check", workspace.file).stdout

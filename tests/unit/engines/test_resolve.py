@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline import engines
-from pipeline.engines import DEMO_CHECKPOINT
+from pipeline.engines.model_files import DEMO_CHECKPOINT
 from pipeline.errors import JobError, RunError
 from pipeline.version import __version__
 from tests.support.workspace import SCHEMA, Workspace
@@ -25,7 +25,7 @@ HUB = "model.name=Qwen/Qwen2.5-VL-7B-Instruct-AWQ"
 @pytest.mark.parametrize("policy", ["stop", "demo", "cpu"])
 def test_with_a_gpu_the_jobs_model_answers(workspace: Workspace, policy: str) -> None:
     job = workspace.job("model.name=./checkpoint", f"model.without_gpu={policy}")
-    assert engines.resolve_engine(job, 1.0) is job
+    assert engines.resolve_engine(job, 1.0).sections.model.name == "./checkpoint"
 
 
 def test_without_a_gpu_the_demonstration_model_replaces_it(workspace: Workspace) -> None:
@@ -36,7 +36,7 @@ def test_without_a_gpu_the_demonstration_model_replaces_it(workspace: Workspace)
 
 def test_without_a_gpu_the_jobs_model_may_run_on_the_cpu(workspace: Workspace) -> None:
     job = workspace.job("model.name=./checkpoint", "model.without_gpu=cpu")
-    assert engines.resolve_engine(job, 0.0) is job
+    assert engines.resolve_engine(job, 0.0).sections.model.name == "./checkpoint"
 
 
 def test_without_a_gpu_and_without_gpu_unset_the_job_is_refused(workspace: Workspace) -> None:

@@ -235,6 +235,18 @@ def test_a_valid_answer_is_extracted(workspace: Workspace) -> None:
     assert len(engine.requests) == 1
 
 
+def test_an_engine_is_told_the_names_of_pages(workspace: Workspace) -> None:
+    """Equal for a re-ask and for the same page of the same bytes; other for another page, size or renderer."""
+
+    def name(**change: Any) -> tuple[str, ...]:
+        return ask(workspace, doc_id="d", pages=[SIZE | change])[1].requests[0].page_ids
+
+    _, engine = ask(workspace, CUT, VALID, doc_id="d")
+    assert {request.page_ids for request in engine.requests} == {name()} == {("d/1/28x28/",)}
+    assert len({name(), name(page_no=2), name(renderer="pdfium")}) == 3
+    assert ask(workspace)[1].requests[0].page_ids == ()  # no identity: the engine looks at the pixels
+
+
 def test_an_answered_row_carries_no_pixels(workspace: Workspace) -> None:
     row, _ = ask(workspace)
     assert "pixels" not in row
