@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from enum import StrEnum
 from functools import cached_property
+from itertools import islice
 from typing import Any, TypedDict
 
 import numpy as np
@@ -43,6 +44,10 @@ PIECES = re.compile(r"\s*[,;\n]+\s*")
 PIECE_DISTANCE_PT = 80.0
 """How far apart the pieces of a text, such as the lines of an address, may be."""
 MAX_PIECES = 12
+MAX_PLACES = 500
+"""Most places of a value that are counted."""
+MAX_SIMILAR_PAGES = 100
+"""Pages of a document on which a text is looked for that is not printed as it is: a fifth of a millisecond each."""
 MAX_DATE = 40
 """Most characters of a text that is a date and nothing else."""
 
@@ -208,9 +213,9 @@ def place_scalar(scalar: Scalar, index: DocumentIndex) -> PlacedValue:
 def find_places(scalar: Scalar, index: DocumentIndex, pages: Sequence[PageIndex]) -> list[Place]:
     """Return where a value is printed on these pages, once for each place, in their order; the first form of it that is printed counts."""
     for search in choose_searches(scalar, index):
-        found = [place for page in pages for place in search(page)]
+        found = list(islice((place for page in pages for place in search(page)), MAX_PLACES))
         if not found and pages is index.pages and search.__name__ == "search_text":
-            found = [place for page in index.pages_by_line for place in search(page)]
+            found = list(islice((place for page in index.pages_by_line for place in search(page)), MAX_PLACES))
         if found:
             return drop_overlaps(found)
     return find_pieces(str(scalar.value), pages)
@@ -382,7 +387,7 @@ def describe_scalar(scalar: Scalar, placed: PlacedValue, index: DocumentIndex) -
         return replace(describe_place(scalar.path, text, Match.HIDDEN, hidden[0]), places=len(hidden))
     if isinstance(scalar.value, bool) or any("enum" in schema or "const" in schema for schema in scalar.schemas):
         return Evidence(scalar.path, text, Match.NOT_APPLICABLE)
-    similar = [(edits, page, find) for page in index.pages for find, edits in list_similar(page, scalar)]
+    similar = [(edits, page, find) for page in index.pages[:MAX_SIMILAR_PAGES] for find, edits in list_similar(page, scalar)]
     if similar:
         edits, page, find = min(similar, key=lambda found: found[0])
         return replace(describe_place(scalar.path, text, Match.SIMILAR, Place(page, find, False)), distance=edits)

@@ -28,6 +28,7 @@ from pipeline.render.document import FILE_SIGNATURES, render_pages
 from pipeline.render.landlock import query_landlock_abi
 from pipeline.render.sandbox import Sandbox, describe_confinement
 from pipeline.render.syscall_filter import CHECKED_CALLS, MACHINES, REFUSED_CALLS
+from tests.support.hidden import ORDER, WAYS
 from tests.support.hostile_files import make_hostile_files
 from tests.support.pdfs import encode_image, make_page_pdf
 
@@ -339,15 +340,21 @@ def test_every_kind_of_document_is_tried_below() -> None:
     assert {name.rpartition(".")[2].upper() for name in WHOLE} | {"PDF"} == {*FILE_SIGNATURES}
 
 
-@pytest.mark.parametrize("name", [*WHOLE, "several.mpo.jpeg", "palette-with-holes.gif", "page.pdf"])
+@pytest.mark.parametrize("name", [*WHOLE, "several.mpo.jpeg", "palette-with-holes.gif", "page.pdf", "covered.pdf", "layered.pdf"])
 def test_no_file_is_opened_to_draw_a_document(tmp_path: Path, name: str) -> None:
-    data = make_page_pdf(content=b"BT /F 20 Tf 60 60 Td (Gr\374n 1) Tj ET") if name == "page.pdf" else FILES[name]
+    made = {
+        "page.pdf": make_page_pdf(content=b"BT /F 20 Tf 60 60 Td (Gr\374n 1) Tj ET"),
+        "covered.pdf": WAYS["under a rectangle"](ORDER),
+        "layered.pdf": WAYS["a layer that is off"](ORDER),
+    }
+    data = made.get(name) or FILES[name]
     (tmp_path / "worker.py").write_text(OLDER_KERNEL)
-    with Sandbox(RenderSettings()) as sandbox:
+    with Sandbox(RenderSettings(text_layer=True)) as sandbox:
         sandbox.program = (str(tmp_path / "worker.py"),)
         sandbox.open(data)
         drawn = list(sandbox.draw_pages())
-    expected = list(render_pages(data, RenderSettings()))
+    expected = list(render_pages(data, RenderSettings(text_layer=True)))
+    assert [page.words for page in drawn] == [page.words for page in expected]
     assert all(np.array_equal(ours.pixels, theirs.pixels) for ours, theirs in zip(drawn, expected, strict=True))
 
 

@@ -19,7 +19,9 @@ from pipeline.sources.local import convert_file_url
 from tests.support.hostile_files import PASSWORD, drawn, make_hostile_files
 from tests.support.pdfs import make_page_pdf
 
-SETTINGS = RenderSettings(PixelBudget(784, 78_400), timeout_s=120, memory_bytes=256 * 2**20, max_pages=100, password=PASSWORD)
+SETTINGS = RenderSettings(
+    PixelBudget(784, 78_400), timeout_s=120, memory_bytes=256 * 2**20, max_pages=100, password=PASSWORD, text_layer=True
+)
 ENDLESS = ("forms-without-end.pdf", "content-inflates-to-60-gib.pdf", "object-stream-inflates-to-60-gib.pdf")
 
 OUTCOMES = {

@@ -209,3 +209,9 @@ def test_odd_values_and_pages_are_matched_without_an_error(value: str, text: str
 def test_a_page_whose_words_have_no_size_is_matched() -> None:
     page = PageWords(1, ["Tea", "1"], np.zeros((2, 4)), np.zeros(2, np.uint8))
     assert [e.match for e in match_values({}, {"a": [{"b": "Tea", "c": 1}]}, [page])] == [Match.EXACT, Match.EXACT]
+
+
+def test_a_number_on_every_page_of_a_long_document_is_counted_up_to_a_bound() -> None:
+    pages = [print_page("1 " * 150, number) for number in range(1, 301)]
+    (found,) = match_values({}, {"a": 1}, pages)
+    assert (found.match, found.page, found.places) == (Match.EXACT, 1, 500)
