@@ -130,8 +130,8 @@ def iterate_objects(url: str, is_glob: bool, pool: ThreadPoolExecutor) -> Iterat
             for keys in iterate_keys(lambda part: read_page(files, bucket, part), selection, pool):
                 is_empty = is_empty and not keys
                 yield [StoredObject(f"{scheme}://{bucket}/{found.key}", found.size_bytes, found.version) for found in keys]
-        except FileNotFoundError:
-            raise FileNotFoundError(errno.ENOENT, f"there is no bucket {bucket!r}") from None
+        except FileNotFoundError as error:
+            raise FileNotFoundError(errno.ENOENT, error.strerror or f"there is no bucket {bucket!r}") from None
     if is_empty and key and not is_glob:
         alone = find_object(url)
         yield [alone] if alone else []
