@@ -126,12 +126,9 @@ def iterate_objects(url: str, is_glob: bool, pool: ThreadPoolExecutor) -> Iterat
         bucket, key, *_ = files.split_path(path)
         selection = KeySelection.for_glob(key) if is_glob else KeySelection(f"{key}/" if key else "")
         read_page = PAGE_READERS[scheme]
-        try:
-            for keys in iterate_keys(lambda part: read_page(files, bucket, part), selection, pool):
-                is_empty = is_empty and not keys
-                yield [StoredObject(f"{scheme}://{bucket}/{found.key}", found.size_bytes, found.version) for found in keys]
-        except FileNotFoundError as error:
-            raise FileNotFoundError(errno.ENOENT, error.strerror or f"there is no bucket {bucket!r}") from None
+        for keys in iterate_keys(lambda part: read_page(files, bucket, part), selection, pool):
+            is_empty = is_empty and not keys
+            yield [StoredObject(f"{scheme}://{bucket}/{found.key}", found.size_bytes, found.version) for found in keys]
     if is_empty and key and not is_glob:
         alone = find_object(url)
         yield [alone] if alone else []
@@ -208,7 +205,10 @@ def read_gcs_page(files: Any, bucket: str, part: ListedPrefix) -> KeyPage:
     """Return a page of a bucket in Google Cloud Storage."""
     given = {"prefix": part.prefix, "maxResults": PAGE_KEYS, "fields": "items(name,size,etag),prefixes,nextPageToken"}
     delimiter = "/" if part.is_opened else None
-    found = files.call("GET", "b/{}/o", bucket, **given, delimiter=delimiter, pageToken=part.next_page, json_out=True)
+    try:
+        found = files.call("GET", "b/{}/o", bucket, **given, delimiter=delimiter, pageToken=part.next_page, json_out=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, f"there is no bucket {bucket!r}") from None
     keys = [StoredKey(item["name"], int(item["size"]), item["etag"]) for item in found.get("items", ())]
     return KeyPage(keys, found.get("prefixes", []), found.get("nextPageToken"))
 
