@@ -242,6 +242,8 @@ class SettleStage:
         about: ProvenanceRow = {"_status": str(Status.EXTRACTED), "_failure": None, "_errors": [], "_answer": None}
         if errors := [*map(str, self.plan.validator.find_violations(value)), *misfits]:
             about = make_invalid_columns("invalid", errors[0], errors, schema.dump_json(value))
+        words = collect_words(requests) if self.plan.has_evidence else []
+        about |= make_evidence_columns(words, match_values(self.plan.job_schema, value, words)) if words else {}
         return {**record, **columns, **about, "_corrected": list(found.paths), "_rules": self.plan.rules.judge_record(columns)}
 
     def build_record(self, requests: Sequence[ScoredRow]) -> dict[str, Any]:
@@ -280,9 +282,7 @@ class SettleStage:
             about |= make_invalid_columns("disagreement", describe_disagreement(merged), [], schema.dump_json(merged.value))
         evidence = match_values(self.plan.job_schema, merged.value, words) if words else []
         about |= rate_values(merged, evidence)
-        if words:
-            about |= {"_evidence": [make_evidence_row(found) for found in evidence]}
-            about |= {"_unwitnessed": sum(found.match in UNWITNESSED for found in evidence), "_alerts": list_alerts(words, evidence)}
+        about |= make_evidence_columns(words, evidence) if words else {}
         return {**columns, **about, "_rules": self.plan.rules.judge_record(columns)}
 
 
@@ -320,6 +320,15 @@ def score_request(request: LedgerRow) -> ScoredRow:
 def make_part(request: ScoredRow) -> Part:
     """Return a request's answer as a part of its document. Raises ValueError for an answer that is not JSON."""
     return Part(request["first_page"], request["last_page"], schema.parse_json(request["answer"] or ""), request.get("scores") or {})
+
+
+def make_evidence_columns(words: Sequence[PageWords], evidence: Sequence[Evidence]) -> ProvenanceRow:
+    """Return the columns that say how the values of a record are witnessed by these words."""
+    return {
+        "_evidence": [make_evidence_row(found) for found in evidence],
+        "_unwitnessed": sum(found.match in UNWITNESSED for found in evidence),
+        "_alerts": list_alerts(words, evidence),
+    }
 
 
 def rate_values(merged: MergeResult, evidence: Sequence[Evidence]) -> ProvenanceRow:

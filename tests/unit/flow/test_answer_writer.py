@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.errors import RunError
 from pipeline.flow import answer_writer
@@ -140,3 +143,20 @@ def test_a_ledger_that_cannot_be_written_ends_the_run_and_keeps_the_rows(desk: D
     with monkeypatch.context() as patch:
         patch.setattr(answer_writer, "write_rows", refuse)
         assert desk.work(work).fatal == "cannot write: No space left on device"
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.booleans()), max_size=12))
+def test_each_answer_is_in_the_ledger_once_wherever_it_is_flushed(added: list[tuple[str, bool]]) -> None:
+    async def work(writer: AnswerWriter) -> None:
+        for key, is_flushed in added:
+            add(writer, key)
+            if is_flushed:
+                await writer.flush()
+        await writer.flush()
+
+    with tempfile.TemporaryDirectory() as folder:
+        desk = Desk(Path(folder) / "out")
+        desk.work(work)
+        assert desk.read_keys() == sorted({key for key, _ in added})
+        assert sorted(read_sources(desk.output)["source"].to_pylist()) == sorted({f"{key}.pdf" for key, _ in added})

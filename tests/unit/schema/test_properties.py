@@ -21,7 +21,6 @@ from pipeline.budget import MAX_RATIO, PixelBudget, count_visual_tokens, fit_pag
 from pipeline.errors import JobError
 from pipeline.output import Output
 from pipeline.output.ledger import read_requests
-from pipeline.output.sources import read_sources
 from pipeline.schema import dump_json, prompt
 from pipeline.schema.arrow import ArrowPlan
 from pipeline.schema.merge import merge_parts
@@ -153,21 +152,6 @@ def copy_some(output: Output, data: st.DataObject) -> None:
     for file in sorted((output.root.path / "requests").glob("*.parquet")):
         if data.draw(st.booleans()):
             file.with_name(f"copy-{file.name}").write_bytes(file.read_bytes())
-
-
-@with_examples(40)
-@given(histories(), st.data())
-def test_a_run_adds_each_answer_once_wherever_it_is_flushed(
-    stage: SettleStage, history: list[list[tuple[int, int, int, str]]], data: st.DataObject
-) -> None:
-    rows = [make_request(stage, DOCUMENTS[document], *rest) for document, *rest in history[0]]
-    with tempfile.TemporaryDirectory() as folder:
-        (output := Output(Path(folder))).create()
-        write_run(output, rows, data)
-        if rows:
-            read = read_requests(output, pa.chunked_array([[row["doc_id"] for row in rows]])).to_pylist()
-            assert sorted(row["key"] for row in read) == sorted(row["key"] for row in rows)
-        assert sorted(read_sources(output)["source"].to_pylist()) == sorted({row["source"] for row in rows})
 
 
 def select_expected(rows: list[Row]) -> Row:
