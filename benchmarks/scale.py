@@ -1,12 +1,11 @@
 """How does a run scale? The real driver, registry, routing, writers and ledger, between simulated renderers and simulated GPUs.
 
-    python benchmarks/scale.py [--documents 20000] [--gpus 10 100] [--resume 1000000]
+    python benchmarks/scale.py [--documents 20000] [--gpus 10 100]
 
 A simulated GPU answers 8 requests of one page a second with 400 tokens each, and a simulated renderer draws nothing; all else is as in a
 run. Several GPUs share one engine actor, so that they fit on a small machine. Printed are, for each number of GPUs, the requests a second
 that were reached, and the CPU that a request costs the driver, the registry and, beside answers of real size, an engine actor: one of the
-first two is what limits a cluster. Then the driver's peak memory while a run is resumed that has nothing to ask, in a process of its own.
-Returns 1 when a bound is broken.
+first two is what limits a cluster. Returns 1 when the driver takes more than its bound.
 """
 
 from __future__ import annotations
@@ -15,28 +14,20 @@ import argparse
 import asyncio
 import hashlib
 import json
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
+from resume import load_job, make_listing
 
-from pipeline import engines, flow
+from pipeline import flow
 from pipeline.flow import ask_pass
 from pipeline.job import Job
-from pipeline.output import Output
-from pipeline.output.ledger import LEDGER_SCHEMA
-from pipeline.output.shards import write_shard
-from pipeline.output.sources import SOURCE_SCHEMA
 from pipeline.records import Completion, FinishReason, Request, Token, Usage
 from pipeline.report import Progress
 from pipeline.stages.requests import compute_document_keys
@@ -46,19 +37,8 @@ GPUS_PER_ACTOR = 64
 TOKENS = 400
 MIB = 2**20
 TICKS = 100
-DRIVER_MS, RESUME_MIB = 0.5, 500.0
-"""Bounds: CPU of the driver for a request, and its peak memory at a resume of a million documents."""
-SCHEMA = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"], "additionalProperties": False}
-JOB = """\
-name: scale
-source: {paths: [in]}
-pages: {per_request: 1}
-extract: {schema: schema.json}
-model: {name: demo, batch_size: 64}
-ray: {cpus_per_actor: 0.5}
-output: {path: out}
-"""
-ROWS_PER_SHARD = 5000
+DRIVER_MS = 0.5
+"""Bound: CPU of the driver for a request."""
 
 
 class SimulatedEngine:
@@ -135,29 +115,10 @@ class CpuWatch(threading.Thread):
         return sum(used for (name, _), used in self.used.items() if name == word)
 
 
-def make_listing(count: int) -> pa.Table:
-    """Return a listing of documents that do not exist, with paths of 40 characters."""
-    numbers = pc.utf8_lpad(pa.array(np.arange(count)).cast(pa.string()), 32, "0")
-    return pa.table(
-        {
-            "source": pc.binary_join_element_wise("in/", numbers, ".pdf", ""),
-            "size_bytes": pa.array(np.ones(count, np.int64)),
-            "version": pa.array(np.full(count, 1_760_000_000_000_000_000)).cast(pa.string()),
-            "full_url": pa.nulls(count, pa.string()),
-        }
-    )
-
-
-def load_job(folder: Path) -> Job:
-    (folder / "job.yaml").write_text(JOB)
-    (folder / "schema.json").write_text(json.dumps(SCHEMA))
-    return Job.load(folder / "job.yaml")
-
-
 def measure_run(documents: int, gpus: int) -> dict[str, float]:
     """Return what asking so many documents of so many simulated GPUs takes."""
     listing = make_listing(documents)
-    flow.list_documents = lambda job: listing  # type: ignore[assignment]
+    flow.list_documents = lambda *_: listing  # type: ignore[assignment]
     ask_pass.EngineActor, ask_pass.RenderActor = SimulatedActor, SimulatedRenderer  # type: ignore[misc]
     actors = -(-gpus // GPUS_PER_ACTOR)
     SimulatedActor.gpus = gpus // actors
@@ -187,48 +148,11 @@ def measure_run(documents: int, gpus: int) -> dict[str, float]:
     }
 
 
-def write_answers(folder: Path, count: int) -> None:
-    """Write an output in which so many documents are answered."""
-    job = engines.resolve_engine(load_job(folder), 0)
-    (output := Output(job.output)).create()
-    output.write_job(flow.describe_run(job))
-    listing = make_listing(count)
-    answered = {"attempt": 1, "first_page": 1, "last_page": 1, "status": "extracted", "asks": 1, "answer": '{"text":"x"}'}
-    for start in range(0, count, ROWS_PER_SHARD):
-        documents = listing.slice(start, ROWS_PER_SHARD).to_pylist()
-        for document in documents:
-            document |= {"doc_id": hashlib.sha256(document["source"].encode()).hexdigest(), "page_count": 1}
-        rows = [
-            {**document, **answered, "key": next(iter(compute_document_keys(document, 1, job.fingerprint)))} | {"started_at": STARTED_AT}
-            for document in documents
-        ]
-        write_shard(output.requests, pa.Table.from_pylist(rows, LEDGER_SCHEMA))
-        write_shard(output.sources, pa.Table.from_pylist(documents, SOURCE_SCHEMA))
-
-
-STARTED_AT = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-def resume_answered(folder: Path, count: int) -> float:
-    """Return the peak memory in MiB of resuming that output, up to where its records are written; runs in a process of its own."""
-    listing = make_listing(count)
-    flow.list_documents = lambda job: listing  # type: ignore[assignment]
-    flow.settle_output = lambda *_: None  # type: ignore[assignment]
-    report = flow.run(load_job(folder))
-    assert not report.requests_asked
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--documents", type=int, default=20_000)
     parser.add_argument("--gpus", type=int, nargs="+", default=[10, 100])
-    parser.add_argument("--resume", type=int, default=1_000_000)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    if chosen.folder:
-        print(resume_answered(chosen.folder, chosen.resume))
-        return 0
     is_broken = False
     print(f"{chosen.documents:,} documents of one page; CPU in ms a request; bound for the driver {DRIVER_MS}")
     names = ("GPUs", "wanted/s", "reached/s", "driver", "registry", "engine actor", "renderer", "engines idle", "shards")
@@ -241,13 +165,6 @@ def main() -> int:
             flush=True,
         )
         is_broken |= found["driver"] > DRIVER_MS
-    if chosen.resume:
-        with tempfile.TemporaryDirectory() as folder:
-            write_answers(Path(folder), chosen.resume)
-            command = [sys.executable, __file__, "--folder", folder, "--resume", str(chosen.resume)]
-            peak_mib = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        print(f"resume of {chosen.resume:,} answered documents: peak {peak_mib:.0f} MiB (bound {RESUME_MIB:.0f} at a million)")
-        is_broken |= peak_mib > RESUME_MIB * max(1.0, chosen.resume / 1e6)
     return int(is_broken)
 
 
