@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 """Read when Ray is imported: it would hold messages back and print them to stdout at the very end, behind a command's data."""
+os.environ.setdefault("MIMALLOC_PURGE_DELAY", "0")
+"""Read when pyarrow is imported: its allocator gives memory back at once, so that a long listing does not add up."""
 __all__ = ["Job", "__version__", "read", "run", "settle"]
 
 

@@ -85,6 +85,7 @@ def run(
         output.write_job(described := describe_run(prepared.job))
         emit_event("run_started", **described)
         report.damaged = set_aside_damaged_shards(output)
+        pa.default_memory_pool().release_unused()
         if limit is not None:
             prepared = replace(prepared, listing=limit_documents(prepared.listing, limit, output))
         with record_listing(prepared.job, prepared.listing, limit, output):

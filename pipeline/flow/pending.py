@@ -133,18 +133,19 @@ def limit_documents(listing: pa.Table, limit: int, output: Output) -> pa.Table:
 
 def identify_documents(output: Output, listing: pa.Table) -> pa.Table:
     """Return the listing with the doc_ids and page counts that earlier runs found for sources that have not changed since."""
-    known = read_sources(output).select(SOURCE_SCHEMA.names)
-    rows = pc.index_in(listing["source"], known["source"].combine_chunks())
-    same = pc.is_valid(rows)
+    known = read_sources(output).select(["source", "size_bytes", "version", "doc_id", "page_count"])
+    if not known["source"].equals(listing["source"]):  # as a rule they are equal, and nothing is copied
+        known = known.take(pc.index_in(listing["source"], known["source"].combine_chunks()))
+    same = pc.is_valid(known["source"])
     for name in ("size_bytes", "version"):
-        here, there = listing[name], known[name].take(rows)
+        here, there = listing[name], known[name]
         is_equal = pc.or_kleene(pc.equal(here, there), pc.and_(pc.is_null(here), pc.is_null(there)))
         same = pc.and_(same, pc.fill_null(is_equal, False))
-    rows = pc.if_else(same, rows, pa.scalar(None, pa.int32()))
-    found = known.select(["doc_id", "page_count"])
-    del known
-    for name in found.column_names:
-        listing = listing.append_column(SOURCE_SCHEMA.field(name), found[name].take(rows))
+    is_all_same = pc.all(same).as_py()
+    for name in ("doc_id", "page_count"):
+        field = SOURCE_SCHEMA.field(name)
+        column = known[name] if is_all_same else pc.if_else(same, known[name], pa.scalar(None, field.type))
+        listing = listing.append_column(field, column)
     return listing
 
 
