@@ -206,6 +206,8 @@ class Run:
     tracker: ProgressTracker
     lease: Lease
     canary: Canary = field(default_factory=lambda: Canary(1.0))
+    gcs_address: str = ""
+    """Of the cluster, once it is connected to."""
 
     def execute(self, retry: RetryFilter | None) -> None:
         """Ask what is unanswered and write the records; again, if settling finds a damaged shard."""
@@ -224,33 +226,44 @@ class Run:
     def ask_unanswered(self, retry: RetryFilter | None) -> None:
         """Ask every request that the ledger does not have or that is retried; the engines are loaded once for all rounds."""
         asking: AskPass | None = None
-        for _ in range(MAX_ROUNDS):
-            job = self.prepared.job
-            state = read_ledger_state(self.output, retry)
-            pa.default_memory_pool().release_unused()
-            documents = forget_unopened(job, identify_documents(self.output, self.prepared.listing), state)
-            replace_sources(self.output, documents)
-            to_ask = select_unanswered(job, documents, state)
-            if not to_ask.num_rows:
-                break
-            asking = asking or self.open_ask_pass()
-            address = cluster.read_gcs_address()
-            try:
-                self.ask(asking, to_ask, state)
-            except ClusterShrunk as error:
-                emit_event("machines_gone", message=str(error))
-                self.prepared = replace(self.prepared, reservations=compute_reservations(job, connect_for_job(job, address)))
-                asking = None
-                continue
-            retry = None
-        if asking:
-            asking.close()
+        try:
+            for _ in range(MAX_ROUNDS):
+                state = read_ledger_state(self.output, retry)
+                to_ask = self.select_documents(state)
+                if not to_ask.num_rows:
+                    return
+                asking = asking or self.open_ask_pass()
+                try:
+                    self.ask(asking, to_ask, state)
+                    retry = None
+                except ClusterShrunk as error:
+                    emit_event("machines_gone", message=str(error))
+                    asking = None
+                    self.reconnect()
+        finally:
+            if asking:
+                asking.close()
+
+    def select_documents(self, state: LedgerState) -> pa.Table:
+        """Return the documents with unanswered requests, and bring the list of sources up to date."""
+        job = self.prepared.job
+        documents = forget_unopened(job, identify_documents(self.output, self.prepared.listing), state)
+        replace_sources(self.output, documents)
+        pa.default_memory_pool().release_unused()
+        return select_unanswered(job, documents, state)
+
+    def reconnect(self) -> None:
+        """Connect again to the cluster that this run was connected to, and reserve what has room on its machines now."""
+        job = self.prepared.job
+        reservations = compute_reservations(job, connect_for_job(job, self.gcs_address))
+        self.prepared = replace(self.prepared, reservations=reservations)
 
     def open_ask_pass(self) -> AskPass:
         """Connect to Ray, unless that was done, and start the engines."""
         from pipeline.flow.ask_pass import AskPass, Setup
 
         reservations = self.prepared.reservations or self.connect()
+        self.gcs_address = cluster.read_gcs_address()
         self.tracker.enter_phase(Phase.LOADING_MODEL)
         setup = Setup(self.prepared.job, self.prepared.render, reservations, self.notice_loaded, self.judge_trial)
         return AskPass(setup, self.output)

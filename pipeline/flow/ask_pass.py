@@ -104,6 +104,7 @@ class AskPass:
         run: DatasetRun | None = None
         try:
             ray.get(self.registry.begin_round.remote(state, not trial))
+            self.watchdog.reset()
             run = DatasetRun(self.build_dataset(documents, trial))
             period_s = NEWS_PERIOD_S
             while not run.has_ended(period_s):
