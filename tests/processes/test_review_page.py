@@ -48,9 +48,6 @@ ANSWERS = {
     "d.pdf": None,
 }
 RULES = 'extract.rules=[{name: adds_up, expression: "near(sum(lines.map(i, i.amount)), total, 0.01)", message: The lines do not add up.}]'
-CONFIDENCE = pa.list_(pa.struct([("path", pa.string()), ("confidence", pa.float64())]))
-BOX = [(name, pa.float64()) for name in ("x0", "y0", "x1", "y1")]
-EVIDENCE = pa.list_(pa.struct([*((name, pa.string()) for name in ("path", "match", "words")), ("page", pa.int32()), *BOX]))
 DOC_ID, PAGE_COUNT = pa.field("doc_id", pa.string()), pa.field("page_count", pa.int32())
 
 
@@ -83,13 +80,16 @@ def settle_answers(workspace: Workspace) -> Output:
 
 
 def add_signs(output: Output) -> None:
-    """Add columns of confidence and evidence to the records, as a later version writes them."""
+    """Fill the columns of confidence and evidence, which a ledger without tokens and words leaves empty."""
     table = read_record_table(str(output.root)).table
     certain = [{"path": "$.currency", "confidence": 0.97}, {"path": "$.total", "confidence": 0.62}]
     box = {"path": "$.total", "match": "similar", "words": "19,99", "page": 1, "x0": 20.0, "y0": 30.0, "x1": 60.0, "y1": 42.0}
     names = [Path(source).name for source in table["_source"].to_pylist()]
-    for column, kind, values in (("_confidence", CONFIDENCE, certain), ("_evidence", EVIDENCE, [box])):
-        table = table.append_column(column, pa.array([values if name == "a.pdf" else [] for name in names], kind))
+    for column, values in (("_confidence", certain), ("_evidence", [box])):
+        field = table.schema.field(column)
+        filled = pa.array([values if name == "a.pdf" else [] for name in names], field.type)
+        table = table.set_column(table.schema.get_field_index(column), field, filled)
+    table = table.drop_columns(["_alerts"])  # as an older version left it
     output.remove_other_records(frozenset())
     write_shard(output.records, table, names)
 
@@ -274,6 +274,7 @@ def test_a_documents_text_is_no_markup(browser: Any, output: Output, tmp_path: P
     table = read_record_table(str(output.root)).table
     failures = [{**row, "message": evil} if row else row for row in table["_failure"].to_pylist()]
     at = table.column_names.index("_failure")
+    table = table.drop_columns(["_alerts"])  # as an older version left it
     output.remove_other_records(frozenset())
     write_shard(output.records, table.set_column(at, "_failure", pa.array(failures, table.schema.field(at).type)), ["evil"])
     write_review_page(str(output.root), tmp_path / "evil.html", 0)
@@ -360,6 +361,7 @@ def test_five_thousand_documents_open_at_once(browser: Any, output: Output, tmp_
     table = read_record_table(str(output.root)).table
     many = pa.concat_tables([table] * 1250)
     names = pa.array([f"in/{number:05}.pdf" for number in range(many.num_rows)])
+    table = table.drop_columns(["_alerts"])  # as an older version left it
     output.remove_other_records(frozenset())
     write_shard(output.records, many.set_column(many.column_names.index("_source"), "_source", names), ["many"])
     write_review_page(str(output.root), tmp_path / "many.html", 0)

@@ -126,8 +126,8 @@ def test_the_ledger_does_not_hold_the_secret(job: Job) -> None:
     output = Output(job.output)
     output.create()
     with LedgerWriter(output) as ledger:
-        added = [ledger.add(row) for row in rows]
-    assert all(added)
+        for row in rows:
+            ledger.add(row)
     files = [file for file in job.output.rglob("*") if file.is_file()]
     assert len(files) >= 2
     assert not any(SECRET.encode() in file.read_bytes() for file in files)
