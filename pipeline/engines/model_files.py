@@ -6,8 +6,12 @@ In: a job. Out: JSON objects from the checkpoint's folder, from an object store,
 from __future__ import annotations
 
 import json
+import socket
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from pipeline.budget import A4_PT, count_visual_tokens, fit_page
 from pipeline.engines import checkpoint_files, model_cache
@@ -18,6 +22,7 @@ from pipeline.storage.location import is_store_url
 
 DEMO_CHECKPOINT = Path(__file__).parents[1] / "demo" / "checkpoint"
 """The folder of the demonstration model in this package."""
+HUB_REACHED_S = 5.0
 LARGEST_FILE_BYTES = 4 * 2**20
 """Configurations have a few kB."""
 
@@ -42,10 +47,26 @@ def read_model_file(job: Job, name: str, fetch: bool) -> dict[str, Any] | None:
         return read_folder_file(find_model_folder(job) / name)
     from huggingface_hub import hf_hub_download
 
+    fetch = fetch and is_hub_reachable()
     try:
         return read_folder_file(Path(hf_hub_download(model.name, name, revision=model.revision, local_files_only=not fetch)))
     except (OSError, ValueError):  # not in the cache, not in the repository, or no hub: what is needed is missed by `resolve_engine`
         return None
+
+
+@lru_cache(maxsize=1)
+def is_hub_reachable() -> bool:
+    """Say whether something listens at the hub's address, or a proxy stands before it: the hub's client would try for a minute."""
+    from huggingface_hub import constants
+
+    place = urlsplit(constants.ENDPOINT)
+    if getproxies().get(place.scheme):
+        return True
+    try:
+        socket.create_connection((str(place.hostname), place.port or (443 if place.scheme == "https" else 80)), HUB_REACHED_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def read_folder_file(file: Path) -> dict[str, Any] | None:

@@ -53,8 +53,8 @@ MAX_BLOCK_DOCUMENTS = 64
 """Documents that a renderer takes at a time: each block costs the driver some milliseconds."""
 BLOCKS_PER_RENDERER = 4
 """Of what is left to hand out: blocks get smaller towards the end, so that renderers end together."""
-BLOCKS_IN_HAND = 2
-"""Blocks that a renderer has: while the last requests of one are answered, it draws the next."""
+BLOCKS_IN_HAND = 8
+"""Blocks that a renderer has: while requests of some are answered, it draws the next. Its window of bytes bounds what is under way."""
 WINDOW_BYTES = 256 * 2**20
 """Pixels that a renderer has under way at most, about 85 pages …"""
 WINDOW_SHARE = 0.5

@@ -6,7 +6,6 @@ An actor lives on one machine, and beside all actors one document at a time must
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass, replace
 
 from pipeline.cluster import Resources
@@ -56,13 +55,22 @@ def compute_reservations(job: Job, resources: Resources) -> Reservations:
     room = max(1, count_actors(found, resources))
     if found.min_actors > room:
         found = replace(found, min_actors=room, max_actors=room)
-    spare = resources.cpus - found.cpus * min(found.max_actors, room)
-    expected = max(1, int(count_fits(found.renderer_cpus, spare)))
     machines = len(resources.per_machine)
-    most = expected if machines == 1 else None  # a cluster may grow
+    if is_engine_on_cpu(job, gpus):
+        expected = machines  # one draws pages much faster than a model on the CPU reads them
+        most: int | None = machines
+    else:
+        expected = max(1, int(count_fits(found.renderer_cpus, resources.cpus - found.cpus * min(found.max_actors, room))))
+        most = expected if machines == 1 else None  # a cluster may grow
     if job.sections.ray.renderers:
-        most = min(most or sys.maxsize, job.sections.ray.renderers * machines)
+        most = job.sections.ray.renderers * machines
+        expected = min(most, max(expected, machines))
     return replace(found, max_renderers=most, expected_renderers=min(expected, most or expected))
+
+
+def is_engine_on_cpu(job: Job, gpus: float) -> bool:
+    """Say whether the model runs in the engine actors, without a GPU."""
+    return not gpus and job.sections.model.engine != "openai"
 
 
 def count_actors(needed: Reservations, resources: Resources) -> int:

@@ -258,8 +258,9 @@ class RaySection(Section):
     renderers: int | None = Field(
         None,
         ge=1,
-        description="Most renderers at once for each machine of the cluster; default: as many as it has CPUs for. Each has a process of "
-        "about 250 MB beside its renderer; fewer leave memory on machines with many cores, and must still keep the engines busy.",
+        description="Most renderers at once for each machine of the cluster; default: as many as it has CPUs for, one beside a model on "
+        "the CPU. Each has a process of about 250 MB beside its renderer; fewer leave memory on machines with many cores, and must still "
+        "keep the engines busy.",
     )
     max_restarts: int = Field(
         3,
