@@ -264,7 +264,6 @@ class Run:
 
         reservations = self.prepared.reservations or self.connect()
         self.gcs_address = cluster.read_gcs_address()
-        self.tracker.enter_phase(Phase.LOADING_MODEL)
         setup = Setup(self.prepared.job, self.prepared.render, reservations, self.notice_loaded, self.judge_trial)
         return AskPass(setup, self.output)
 

@@ -154,7 +154,7 @@ class Job:
         if own.engine != "openai":
             begun = self.with_begun_engine(model)
             if model["name"] == DEMO_MODEL:
-                return begun.with_demo()
+                return begun.with_demo().with_model(cell_px=model.get("cell_px"))
             if model["name"] != own.name:
                 return begun
             pinned = own.revision is not None and (is_store_url(own.name) or is_commit(own.revision))

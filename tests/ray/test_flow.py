@@ -591,7 +591,7 @@ def test_a_run_that_fails_wholesale_is_stopped_and_its_failures_are_asked_again(
     job = workspace.job("limits.max_failure_ratio=0.5", "limits.min_requests=4", "model.batch_size=1")
     with pytest.raises(RunError, match=r"4 of the last 4 requests failed.* generate/engine: the kernel returned nonsense"):
         flow.run(job)
-    assert 4 <= len(read_ledger(workspace)) < 12
+    assert 4 <= len(read_ledger(workspace)) <= 12  # those that fail in the first half second are one shard
     (workspace.folder / "well").touch()
     report = flow.run(job, retry="failed:engine")
     assert (report.requests_asked, report.statuses) == (12, {"extracted": 12})

@@ -79,7 +79,8 @@ def interrupt_run(run: subprocess.Popen[str], workspace: Workspace, number: sign
     wait_for(lambda: run.poll() is not None or list_shards(workspace) != before)
     found = [process for process in list_processes() if process.session == run.pid and title in process.title]
     for process in found:
-        os.kill(process.pid, number)
+        with suppress(ProcessLookupError):  # it ended with its parent, which was the one before it
+            os.kill(process.pid, number)
     out, err = run.communicate(timeout=PATIENCE_S)
     wait_for(lambda: not list_survivors(run.pid))
     return EndedRun(run.returncode, out, err, read_keys(workspace), list_survivors(run.pid), bool(found))
