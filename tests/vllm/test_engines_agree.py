@@ -125,5 +125,5 @@ def extract_answer(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def drop_engine(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record without the engine's name."""
-    return {name: value for name, value in record.items() if name != "_engine"}
+    """Return a record without what names the engine, and what follows from its log-probabilities, which vLLM takes among allowed tokens."""
+    return {name: value for name, value in record.items() if name not in ("_engine", "_confidence", "_least_confidence")}
