@@ -39,10 +39,15 @@ class AnswerWriter:
         self.turn = asyncio.Lock()
         self.timer: asyncio.Task[None] | None = None
 
-    def add(self, row: LedgerRow, actor: str, alive_s: float, busy_s: float) -> None:
+    def add(self, row: LedgerRow, alive_s: float, busy_s: float) -> None:
         """Take an answered row, and what it says of its engine. Called on the event loop."""
         receipt = {name: row.get(name) for name in RECEIPT_COLUMNS}
-        receipt |= {"pages_shown": len(row.get("pages") or []), "actor": actor, "alive_s": alive_s, "busy_s": busy_s}
+        receipt |= {
+            "pages_shown": len(row.get("pages") or []),
+            "actor": f"{self.engine.actor} {self.engine.pid}",
+            "alive_s": alive_s,
+            "busy_s": busy_s,
+        }
         self.rows[str(row["key"])] = row, cast(ReceiptRow, receipt)
         if self.timer is None or self.timer.done():
             self.timer = asyncio.ensure_future(self.write_later())

@@ -37,8 +37,7 @@ from pipeline.flow.render_actor import TRIAL_COLUMN, RenderActor, SendLimits
 from pipeline.flow.watchdog import DatasetRun, StallWatchdog
 from pipeline.job import Job
 from pipeline.output import Output
-from pipeline.output.ledger import LedgerState
-from pipeline.output.sources import SOURCE_SCHEMA, write_sources
+from pipeline.output.ledger import LedgerState, write_rows
 from pipeline.records import ReceiptRow
 from pipeline.stages.render import RenderPlan
 
@@ -139,9 +138,9 @@ class AskPass:
         if news.receipts or news.identified:
             self.watchdog.reset()
         yield from news.receipts
-        for document in news.identified:
-            yield cast(ReceiptRow, {**document, "key": None})
-        self.identified += news.identified
+        identified: list[Any] = [{**document, "key": None} for document in news.identified]
+        yield from identified
+        self.identified += identified
         if time.monotonic() > self.written_s + IDENTIFIED_PERIOD_S:
             self.write_identified()
         if news.fatal:
@@ -151,8 +150,7 @@ class AskPass:
 
     def write_identified(self) -> None:
         """Write the documents that need no request into the list of sources."""
-        rows = [{name: document.get(name) for name in SOURCE_SCHEMA.names} for document in self.identified]
-        write_sources(self.output, pa.Table.from_pylist(rows, SOURCE_SCHEMA))
+        write_rows(self.output, self.identified)
         self.identified, self.written_s = [], time.monotonic()
 
     def build_dataset(self, documents: pa.Table, trial: int) -> ray.data.Dataset:

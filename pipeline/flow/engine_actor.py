@@ -44,7 +44,6 @@ class EngineActor:
         here = ray.get_runtime_context()
         self.registry = cast(Any, ray.get_actor(registry))
         self.id = EngineId(str(here.get_actor_id()), os.getpid())
-        self.name = f"{self.id.actor} {self.id.pid}"
         replaced: tuple[int, str] = ray.get(
             self.registry.begin_process.remote(self.id, here.get_node_id(), here.was_current_actor_reconstructed)
         )
@@ -98,7 +97,7 @@ class EngineActor:
                 self.metrics.add_waiting(-1)
         if answered is not None:
             self.used_s = time.monotonic()
-            self.writer.add(answered, self.name, **self.metrics.record_answer(answered))
+            self.writer.add(answered, **self.metrics.record_answer(answered))
 
     async def flush(self) -> bool:
         """Write what is answered; return whether that was possible."""

@@ -1,6 +1,6 @@
 """Visibility of words: the words of a PDF page and its pixels in, a `WordMark` for each word out.
 
-A text layer can hold words that nobody sees on the page. What a PDF says of them (text render mode 3, size, place) is compared with
+A text layer can hold words that a reader cannot see on the page. What a PDF says of them (text render mode 3, size, place) is compared with
 what is to be seen there: a word leaves ink, and its own colour is among it. Both are sampled for all words at once, `ROWS` x `COLUMNS`
 pixels of each; what looks empty is looked at again in full. The list of everything that is drawn, which costs as much as drawing, is made
 only for pages on which a word is suspicious.

@@ -76,7 +76,7 @@ def draw_review_pages(records: RecordTable, documents: list[ReviewDocument], fol
 
 
 def write_head(stream: IO[str], records: RecordTable, is_served: bool = False) -> None:
-    """Write the part of the page before its data; one that is served may ask its server for images, one that is a file nobody."""
+    """Write the part of the page before its data; one that is served may ask its server for images, a file makes no request."""
     template = read_asset("page.html").partition("<!-- data -->")[0]
     title = f"Review of {records.job['job']['name']}"
     template = template.replace("{title}", html.escape(title)).replace("/* style */", read_asset("page.css"))

@@ -54,7 +54,7 @@ def desk(tmp_path: Path) -> Desk:
 def add(writer: AnswerWriter, *keys: str) -> None:
     for key in keys:
         row: Any = {"key": key, "attempt": 1, "source": f"{key}.pdf", "doc_id": key, "page_count": 2, "status": "extracted", "pages": []}
-        writer.add(row | {"size_bytes": 5, "version": "1"}, "a 1", 2.0, 1.0)
+        writer.add(row | {"size_bytes": 5, "version": "1"}, 2.0, 1.0)
 
 
 async def wait_until(happened: Callable[[], Any]) -> None:
