@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,10 @@ class Phase(StrEnum):
     SETTLING = "settling"
 
 
+ENOUGH_DOCUMENTS = 50
+"""Documents after which the time that is left is estimated, or one in a hundred of fewer than 5,000."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far a phase of a run has come."""
@@ -61,6 +65,17 @@ class Progress:
     """Requests that failed."""
     elapsed_s: float
     """Since this phase began."""
+    failures: Mapping[str, int] = field(default_factory=dict)
+    """Failed requests by `stage/kind`."""
+    engine_busy_share: float | None = None
+    """Share of the engines' time since they loaded in which they had a request, as of their last answers."""
+
+    @property
+    def remaining_s(self) -> float | None:
+        """Time that the phase still takes if the other documents are like those that are done; None while these are too few to say."""
+        if not self.documents or self.elapsed_s < 1 or self.documents_done < min(ENOUGH_DOCUMENTS, max(1, self.documents / 100)):
+            return None
+        return self.elapsed_s * max(0, self.documents - self.documents_done) / self.documents_done
 
     @property
     def pages_per_s(self) -> float:
@@ -146,7 +161,8 @@ class ProgressTracker:
         self.report, self.on_progress = report, on_progress
         self.phase, self.phase_started_s = Phase.LISTING, time.monotonic()
         self.documents: int | None = None
-        self.documents_done = self.failed = 0
+        self.documents_done = 0
+        self.failures: Counter[str] = Counter()
         self.pages_left: dict[str, int] = {}
         self.engine_times: dict[str, tuple[float, float]] = {}
         """Seconds loaded and seconds busy of each engine, by its own count."""
@@ -189,7 +205,8 @@ class ProgressTracker:
         report.pages_asked += row.get("pages_shown", 0)
         report.prompt_tokens += row.get("prompt_tokens") or 0
         report.completion_tokens += row.get("completion_tokens") or 0
-        self.failed += row.get("status") == "failed"
+        if row.get("status") == "failed" and (failure := row.get("failure")):
+            self.failures[f"{failure['stage']}/{failure['kind']}"] += 1
         pages = row["last_page"] - row["first_page"] + 1 if row["key"] and row["last_page"] else 0
         left = self.pages_left.get(row["source"], row["page_count"] or 0) - pages
         self.pages_left[row["source"]] = left
@@ -209,15 +226,20 @@ class ProgressTracker:
 
     def finish(self) -> None:
         """Write into the report how the engines were used."""
-        loaded_s, busy_s = (sum(times) for times in zip((0.0, 0.0), *self.engine_times.values(), strict=True))
-        self.report.engine_busy_share = round(busy_s / loaded_s, 3) if loaded_s else None
+        self.report.engine_busy_share = self.compute_busy_share()
         span_s = self.last_end_s - self.first_start_s
         self.report.requests_in_flight = round(self.answering_s / span_s, 1) if span_s > 0 else None
 
+    def compute_busy_share(self) -> float | None:
+        """Return the share of the engines' time in which they had a request."""
+        loaded_s, busy_s = (sum(times) for times in zip((0.0, 0.0), *self.engine_times.values(), strict=True))
+        return round(busy_s / loaded_s, 3) if loaded_s else None
+
     def notify(self) -> None:
         report, elapsed_s = self.report, time.monotonic() - self.phase_started_s
-        counts = (report.pages_asked, report.requests_asked, self.failed)
-        self.on_progress(Progress(self.phase, self.documents, self.documents_done, *counts, elapsed_s))
+        counts = (report.pages_asked, report.requests_asked, self.failures.total())
+        about = (elapsed_s, dict(self.failures), self.compute_busy_share())
+        self.on_progress(Progress(self.phase, self.documents, self.documents_done, *counts, *about))
 
 
 class CircuitBreaker:
