@@ -275,6 +275,8 @@ class LedgerRow(TypedDict, total=False):
 
     key: str | None
     """32 hex digits; None in a row that only identifies a document, which the ledger does not keep."""
+    rule: str | None
+    """The broken rule for whose fields this request asked again; None for a request about a whole record."""
     attempt: int
     source: str
     doc_id: str | None
@@ -316,6 +318,7 @@ class ReceiptRow(TypedDict, total=False):
     """What the driver learns of a request whose answer is in the ledger, or of a document that needs none (its key is None)."""
 
     key: str | None
+    rule: str | None
     attempt: int
     source: str
     doc_id: str | None
