@@ -41,6 +41,7 @@ DOORS = {
     "fsspec": {"storage"},
     "httpx2": {"engines"},
     "imagecodecs": {"render"},
+    "isal": {"engines"},
     "jsonschema": {"schema"},
     "llguidance": {"schema"},
     "matplotlib": {"score"},

@@ -289,8 +289,9 @@ class Run:
                 self.lease.check()
                 emit_answer_event(receipt)
                 self.tracker.add(receipt)
-                breaker.add(receipt)
-                self.canary.add(receipt)
+                if not receipt.get("rule"):  # a second answer that fails leaves the first as it is
+                    breaker.add(receipt)
+                    self.canary.add(receipt)
 
     def judge_trial(self) -> None:
         """Raise RunError where the first documents of a new output have failed or are invalid."""

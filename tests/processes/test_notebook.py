@@ -71,7 +71,7 @@ def settle_samples(folder: Path, wrong: dict[str, Any] | None = None) -> Path:
     with LedgerWriter(output) as ledger:
         for number, document in enumerate(listed):
             if answer := answers.get(document["source"]):
-                tokens = make_tokens(answer, {path: -1.5 + 0.1 * number for path in ("$.total", "$.seller_name")})
+                tokens = make_tokens(answer, dict.fromkeys(("$.total", "$.seller_name"), -1.5 + 0.1 * number))
                 given = {"status": "extracted", "answer": answer, "tokens": tokens}
             else:
                 given = {"status": "failed", "failure": {"stage": "render", "kind": "broken", "message": "the PDF cannot be opened"}}

@@ -288,8 +288,10 @@ def test_a_document_with_one_bad_request_is_bad_once() -> None:
 
 @pytest.mark.parametrize(
     ("documents", "done", "elapsed_s", "left_s"),
-    [(40, 10, 30.0, 90.0), (40, 40, 30.0, 0.0), (40, 0, 30.0, None), (40, 1, 0.5, None), (None, 3, 9.0, None), (0, 0, 9.0, None)]
-    + [(4000, 39, 30.0, None), (4000, 40, 30.0, 2970.0), (1_000_000, 49, 1.0, None), (1_000_000, 50, 1.0, 19_999.0)],
+    [
+        *((40, 10, 30.0, 90.0), (40, 40, 30.0, 0.0), (40, 0, 30.0, None), (40, 1, 0.5, None), (None, 3, 9.0, None), (0, 0, 9.0, None)),
+        *((4000, 39, 30.0, None), (4000, 40, 30.0, 2970.0), (1_000_000, 49, 1.0, None), (1_000_000, 50, 1.0, 19_999.0)),
+    ],
 )
 def test_the_time_that_is_left_follows_from_the_documents_that_are_done(
     documents: int | None, done: int, elapsed_s: float, left_s: float | None
