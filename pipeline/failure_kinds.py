@@ -81,7 +81,7 @@ KINDS: dict[Stage, dict[str, FailureKind]] = {
         ),
         "engine_died": FailureKind(
             "The engine died whenever it had this request; the others were asked without it.",
-            f"{RETRY[0].upper()}{RETRY[1:]}. If memory ran out, lower `pages.max_pixels` or `pages.per_request`, {OTHER_OUTPUT}.",
+            f"If memory ran out, lower `pages.max_pixels` or `pages.per_request`, {OTHER_OUTPUT}; if not, {RETRY}.",
         ),
         "garbled": FailureKind(
             "The server sent what is no answer of a Chat Completions server.",

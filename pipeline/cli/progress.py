@@ -170,7 +170,7 @@ class PhaseNotebook(PhaseBar):
         from IPython.display import display
 
         self.bar, self.lines, self.drawn_s = self.make_bar(), list[str](), 0.0
-        self.output = display(self.make_picture(), display_id=True)
+        self.output: Any = display(self.make_picture(), display_id=True)  # type: ignore[no-untyped-call]  # IPython has no types for it
 
     def make_picture(self) -> Any:
         """Return what the output shows now: rich converts it to HTML and text."""
