@@ -244,7 +244,7 @@ def draw_timeline(table: pa.Table) -> Timeline:
     """Return when these requests ended. One that failed has no pages, and one about a broken rule none that were not counted before."""
     ended_s = table["started_at"].cast(pa.int64()).to_numpy() / 1e6 + table["elapsed_s"].fill_null(0.0).to_numpy()
     has_failed = pc.equal(table["status"], str(Status.FAILED)).to_numpy().astype(np.int64)
-    pages = table["last_page"].to_numpy() - table["first_page"].to_numpy() + 1
+    pages = pc.add(pc.subtract(table["last_page"], table["first_page"]), 1).fill_null(0).to_numpy()
     is_whole = pc.is_null(table["rule"]).to_numpy().astype(np.int64)
     counts = np.stack([pages * is_whole * (1 - has_failed), np.ones_like(has_failed), has_failed], axis=1).astype(np.int64)
     line = Timeline()
