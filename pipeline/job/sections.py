@@ -322,7 +322,7 @@ class JobSections(Section):
     @model_validator(mode="after")
     def check_image_limit(self) -> JobSections:
         """Raise ValueError for a limit below the number of images that a request has."""
-        needed = 1 if self.extract.per == "page" else self.pages.per_request
+        needed = (1 if self.extract.per == "page" else self.pages.per_request) + any(rule.re_ask for rule in self.extract.rules)
         kept = (self.model.limit_mm_per_prompt or {}).get("image", needed)
         if kept < needed:
             raise ValueError(f"model.limit_mm_per_prompt allows {kept} images, but a request has up to {needed} (pages.per_request)")
