@@ -52,7 +52,7 @@ class Progress:
 
     phase: Phase
     documents: int | None
-    """Documents of this phase; None until the listing is complete."""
+    """Documents of this phase; None while nothing but listing is done."""
     documents_done: int
     """Documents that the phase has got through; while it lists, those found so far."""
     pages_done: int
@@ -61,6 +61,8 @@ class Progress:
     """Requests that failed."""
     elapsed_s: float
     """Since this phase began."""
+    is_listing: bool = False
+    """Documents are still being found: `documents` is how many there are so far."""
 
     @property
     def pages_per_s(self) -> float:
@@ -147,6 +149,7 @@ class ProgressTracker:
         self.phase, self.phase_started_s = Phase.LISTING, time.monotonic()
         self.documents: int | None = None
         self.documents_done = self.failed = 0
+        self.is_listing = False
         self.pages_left: dict[str, int] = {}
         self.engine_times: dict[str, tuple[float, float]] = {}
         """Seconds loaded and seconds busy of each engine, by its own count."""
@@ -172,6 +175,11 @@ class ProgressTracker:
     def set_documents(self, documents: int) -> None:
         """Set the number of documents of the current phase, of which none is done."""
         self.documents, self.documents_done = documents, 0
+        self.notify()
+
+    def extend_phase(self, documents: int) -> None:
+        """Go on with so many more documents, beside those that are done."""
+        self.documents = self.documents_done + documents
         self.notify()
 
     def add_settled(self, documents: int) -> None:
@@ -217,7 +225,7 @@ class ProgressTracker:
     def notify(self) -> None:
         report, elapsed_s = self.report, time.monotonic() - self.phase_started_s
         counts = (report.pages_asked, report.requests_asked, self.failed)
-        self.on_progress(Progress(self.phase, self.documents, self.documents_done, *counts, elapsed_s))
+        self.on_progress(Progress(self.phase, self.documents, self.documents_done, *counts, elapsed_s, self.is_listing))
 
 
 class CircuitBreaker:

@@ -138,8 +138,8 @@ class PhaseBar(PhaseLines):
     def draw(self, now: Progress, begins: bool) -> None:
         change = self.bar.reset if begins else self.bar.update
         description = f"{now.phase} {format_counts(now)}".rstrip()
-        is_news = begins or now.documents != self.bar.tasks[0].total
-        change(self.task, total=now.documents, completed=now.documents_done, description=description)
+        is_news = begins or (None if now.is_listing else now.documents) != self.bar.tasks[0].total
+        change(self.task, total=None if now.is_listing else now.documents, completed=now.documents_done, description=description)
         if is_news:
             self.bar.refresh()
 
@@ -174,7 +174,7 @@ def format_counts(now: Progress) -> str:
         return f"{found} document{'s' * (found != 1)}{so_far}" if found or not so_far else ""
     if now.documents is None:
         return ""
-    documents = f"{now.documents_done}/{now.documents} documents"
+    documents = f"{now.documents_done}/{now.documents} documents{' so far' * now.is_listing}"
     return (
         f"{documents}, {now.pages_done} pages, {now.pages_per_s:.1f} pages/s, {now.failed} failed"
         if now.phase is Phase.ASKING
