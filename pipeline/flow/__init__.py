@@ -41,13 +41,8 @@ from pipeline.job import Job, find_differences
 from pipeline.output import Output
 from pipeline.output.compaction import compact_shards
 from pipeline.output.lease import Lease, is_output_leased
-from pipeline.output.ledger import (
-    LedgerState,
-    RetryFilter,
-    read_ledger_state,
-    set_aside_damaged_shards,
-)
-from pipeline.output.shards import set_aside_shard
+from pipeline.output.ledger import LedgerState, RetryFilter, read_ledger_state
+from pipeline.output.shards import read_intact, set_aside_shard
 from pipeline.output.sources import read_sources, replace_sources, select_extra_columns
 from pipeline.report import Canary, CircuitBreaker, OnProgress, Phase, ProgressTracker, Report
 from pipeline.sources import PROGRESS_S
@@ -99,10 +94,9 @@ def run(
             output.remove_leftovers()
             output.write_job(described := describe_run(prepared.job))
             emit_event("run_started", **described)
-            report.damaged = set_aside_damaged_shards(output)
-            pa.default_memory_pool().release_unused()
             if limit is not None:
-                table = limit_documents(prepared.listing.make_table(), limit, output)
+                listed = prepared.listing.make_table()
+                table = read_intact(output, report.damaged, lambda: limit_documents(listed, limit, output))
                 prepared = replace(prepared, listing=DocumentListing(prepared.job, table))
             with record_listing(prepared.job, prepared.listing.table, limit, output) as note_complete:
                 Run(prepared, output, tracker, lease, note_complete).execute(retry_filter)
@@ -258,7 +252,7 @@ class Run:
         try:
             while rounds < MAX_ROUNDS:
                 is_whole, found = listing.is_complete, listing.count
-                state = read_ledger_state(self.output, retry)
+                state = self.read_state(retry)
                 documents = self.update_sources(state, is_whole)
                 to_ask = select_unanswered(self.prepared.job, documents, state)
                 if is_whole and not to_ask.num_rows:
@@ -275,7 +269,7 @@ class Run:
                 if not is_whole:
                     self.await_more(found if to_ask.num_rows else 2 * found)
                 rounds += is_whole
-            return self.update_sources(read_ledger_state(self.output), is_whole=True)
+            return self.update_sources(self.read_state(None), is_whole=True)
         finally:
             if asking:
                 asking.close()
@@ -307,13 +301,17 @@ class Run:
             tracker.documents, self.found = tracker.documents + listing.count - self.found, listing.count
         return listing.is_complete
 
+    def read_state(self, retry: RetryFilter | None) -> LedgerState:
+        """Return what the ledger says is done; a shard whose keys cannot be read is set aside."""
+        return read_intact(self.output, self.tracker.report.damaged, lambda: read_ledger_state(self.output, retry))
+
     def update_sources(self, state: LedgerState, is_whole: bool) -> pa.Table:
         """Return the documents with what is known of them, and bring the list of sources up to date."""
-        listing = self.prepared.listing.make_table()
-        if not is_whole:
-            return forget_unopened(self.prepared.job, identify_first_documents(self.output, listing), state)
-        documents = forget_unopened(self.prepared.job, identify_documents(self.output, listing), state)
-        replace_sources(self.output, documents)
+        listing, identify = self.prepared.listing.make_table(), identify_documents if is_whole else identify_first_documents
+        documents = read_intact(self.output, self.tracker.report.damaged, lambda: identify(self.output, listing))
+        documents = forget_unopened(self.prepared.job, documents, state)
+        if is_whole:
+            replace_sources(self.output, documents)
         pa.default_memory_pool().release_unused()
         return documents
 

@@ -20,6 +20,7 @@ from pipeline.errors import DamagedShard, RunError, SourceError
 from pipeline.job import Job
 from pipeline.output import Output
 from pipeline.output.ledger import LedgerState
+from pipeline.output.shards import read_shards
 from pipeline.output.sources import SOURCE_SCHEMA, read_sources, select_extra_columns, write_sources
 from pipeline.records import SourceRow
 from pipeline.sources import local
@@ -222,43 +223,48 @@ def limit_documents(listing: pa.Table, limit: int, output: Output) -> pa.Table:
 
 
 def identify_documents(output: Output, listing: pa.Table) -> pa.Table:
-    """Return the listing with the doc_ids and page counts that earlier runs found for sources that have not changed since."""
-    return join_known(listing, *find_known(output, listing))
+    """Return the listing with the doc_ids and page counts that earlier runs found for sources that have not changed since.
+
+    Raises DamagedShard.
+    """
+    return compare_known(output, listing)[0]
 
 
 def identify_first_documents(output: Output, listing: pa.Table) -> pa.Table:
     """Return what `identify_documents` does, of a listing that is not complete, and add its new sources to the output's list.
 
-    Without sources that have changed: their old rows are in the list until the whole list is replaced.
+    Without sources that have changed: their old rows are in the list until the whole list is replaced. Raises DamagedShard.
     """
-    known, is_same = find_known(output, listing)
-    is_new = pc.is_null(known["source"])
-    write_sources(output, join_known(listing.filter(is_new), known.filter(is_new), is_same.filter(is_new)))
-    kept = pc.or_(is_new, is_same)
-    return join_known(listing.filter(kept), known.filter(kept), is_same.filter(kept))
+    documents, is_known, is_same = compare_known(output, listing)
+    write_sources(output, documents.filter(pc.invert(is_known)))
+    return documents.filter(pc.or_(is_same, pc.invert(is_known)))
 
 
-def find_known(output: Output, listing: pa.Table) -> tuple[pa.Table, pa.ChunkedArray]:
-    """Return for each document the row that the output has of its source, null where there is none, and whether it has not changed."""
-    known = read_sources(output).select(["source", "size_bytes", "version", "doc_id", "page_count"])
-    if not known["source"].equals(listing["source"]):  # as a rule they are equal, and nothing is copied
+def compare_known(output: Output, listing: pa.Table) -> tuple[pa.Table, pa.ChunkedArray, pa.ChunkedArray]:
+    """Return the listing with what is known of its documents, and for each whether its source is known, and has not changed since."""
+    names = read_shards(output.sources, ["source"], SOURCE_SCHEMA)["source"]
+    if names.equals(listing["source"]):  # as a rule: nothing is looked up, and few columns are in memory at a time
+        known, is_known = None, pc.is_valid(names)
+    else:
+        known = read_sources(output).select(["source", "size_bytes", "version", "doc_id", "page_count"])
         known = known.take(pc.index_in(listing["source"], known["source"].combine_chunks()))
-    is_same = pc.is_valid(known["source"])
+        is_known = pc.is_valid(known["source"])
+    del names
+    is_same = is_known
     for name in ("size_bytes", "version"):
-        here, there = listing[name], known[name]
+        here, there = listing[name], read_known(output, known, name)
         is_equal = pc.or_kleene(pc.equal(here, there), pc.and_(pc.is_null(here), pc.is_null(there)))
         is_same = pc.and_(is_same, pc.fill_null(is_equal, False))
-    return known, is_same
-
-
-def join_known(listing: pa.Table, known: pa.Table, is_same: pa.ChunkedArray) -> pa.Table:
-    """Return the listing with what is known of the documents that have not changed."""
     is_all_same = pc.all(is_same).as_py()
     for name in ("doc_id", "page_count"):
-        field = SOURCE_SCHEMA.field(name)
-        column = known[name] if is_all_same else pc.if_else(is_same, known[name], pa.scalar(None, field.type))
-        listing = listing.append_column(field, column)
-    return listing
+        field, there = SOURCE_SCHEMA.field(name), read_known(output, known, name)
+        listing = listing.append_column(field, there if is_all_same else pc.if_else(is_same, there, pa.scalar(None, field.type)))
+    return listing, is_known, is_same
+
+
+def read_known(output: Output, known: pa.Table | None, name: str) -> pa.ChunkedArray:
+    """Return a column of what is known, or of the list of sources itself."""
+    return known[name] if known is not None else read_shards(output.sources, [name], SOURCE_SCHEMA)[name]
 
 
 def forget_unopened(job: Job, documents: pa.Table, state: LedgerState) -> pa.Table:

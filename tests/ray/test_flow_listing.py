@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -113,10 +114,13 @@ def test_the_first_answer_is_there_before_the_last_page_is_listed(
 def test_what_was_answered_while_a_listing_ended_early_is_kept(
     bucket: Bucket, workspace: Workspace, job: Job, on_last_page: Callable[[LastPage], None], end: BaseException
 ) -> None:
+    over = threading.Event()
+
     def break_off() -> None:
         await_answer(job)
         if isinstance(end, OSError):
             raise end
+        over.wait(PATIENCE_S)
 
     def interrupt(now: Progress) -> None:
         if isinstance(end, KeyboardInterrupt) and now.requests_done:
@@ -126,6 +130,7 @@ def test_what_was_answered_while_a_listing_ended_early_is_kept(
     error = SourceError if isinstance(end, OSError) else KeyboardInterrupt
     with pytest.raises(error, match="cannot be listed: the store is gone" if isinstance(end, OSError) else None):
         flow.run(job, on_progress=interrupt)
+    over.set()
     before = read_sources_asked(job)
     facts = json.loads((workspace.folder / "out" / "listing.json").read_text())
     assert (0 < len(before) < 5, facts["names"], facts["has_ended"]) == (True, None, False)
