@@ -56,7 +56,7 @@ class Progress:
 
     phase: Phase
     documents: int | None
-    """Documents of this phase; None until the listing is complete."""
+    """Documents of this phase; None while nothing but listing is done."""
     documents_done: int
     """Documents that the phase has got through; while it lists, those found so far."""
     pages_done: int
@@ -69,11 +69,19 @@ class Progress:
     """Failed requests by `stage/kind`."""
     engine_busy_share: float | None = None
     """Share of the engines' time since they loaded in which they had a request, as of their last answers."""
+    is_listing: bool = False
+    """Documents are still being found: `documents` is how many there are so far."""
 
     @property
     def remaining_s(self) -> float | None:
-        """Time that the phase still takes if the other documents are like those that are done; None while these are too few to say."""
-        if not self.documents or self.elapsed_s < 1 or self.documents_done < min(ENOUGH_DOCUMENTS, max(1, self.documents / 100)):
+        """Time that the phase still takes if the other documents are like those that are done; None while these are too few to say, or
+        documents are still being found."""
+        if (
+            self.is_listing
+            or not self.documents
+            or self.elapsed_s < 1
+            or self.documents_done < min(ENOUGH_DOCUMENTS, max(1, self.documents / 100))
+        ):
             return None
         return self.elapsed_s * max(0, self.documents - self.documents_done) / self.documents_done
 
@@ -165,6 +173,7 @@ class ProgressTracker:
         self.documents: int | None = None
         self.documents_done = 0
         self.failures: Counter[str] = Counter()
+        self.is_listing = False
         self.pages_left: dict[str, int] = {}
         self.engine_times: dict[str, tuple[float, float]] = {}
         """Seconds loaded and seconds busy of each engine, by its own count."""
@@ -190,6 +199,11 @@ class ProgressTracker:
     def set_documents(self, documents: int) -> None:
         """Set the number of documents of the current phase, of which none is done."""
         self.documents, self.documents_done = documents, 0
+        self.notify()
+
+    def extend_phase(self, documents: int) -> None:
+        """Go on with so many more documents, beside those that are done."""
+        self.documents = self.documents_done + documents
         self.notify()
 
     def add_settled(self, documents: int) -> None:
@@ -243,7 +257,7 @@ class ProgressTracker:
     def notify(self) -> None:
         report, elapsed_s = self.report, time.monotonic() - self.phase_started_s
         counts = (report.pages_asked, report.requests_asked, self.failures.total())
-        about = (elapsed_s, dict(self.failures), self.compute_busy_share())
+        about = (elapsed_s, dict(self.failures), self.compute_busy_share(), self.is_listing)
         self.on_progress(Progress(self.phase, self.documents, self.documents_done, *counts, *about))
 
 
