@@ -44,6 +44,8 @@ class Phase(StrEnum):
     LOADING_MODEL = "loading the model"
     ASKING = "asking"
     SETTLING = "settling"
+    READING = "reading by OCR"
+    """Between two settlings, where `evidence.ocr` is not off."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,13 @@ class Report:
     unwitnessed: int = 0
     """Records with values that no witness shows."""
     alerts: int = 0
-    """Records with alerts: hidden text, or values that only hidden text shows."""
+    """Records with alerts: hidden text, values that only hidden text shows, text that differs from what is drawn."""
+    ocr_pages: int = 0
+    """Pages that OCR read in this run."""
+    ocr_failed: int = 0
+    """Pages that OCR should have read in this run and could not; their values have no witness of it, and nothing else is lost."""
+    ocr_problem: str = ""
+    """Why the first of them could not be read; empty if all were."""
     missing: list[str] = field(default_factory=list)
     """Sources without a record: always a defect of this package."""
     damaged: list[str] = field(default_factory=list)
@@ -175,7 +183,7 @@ class ProgressTracker:
         self.notify()
 
     def add_settled(self, documents: int) -> None:
-        """Count documents whose records are written."""
+        """Count documents whose records are written, or whose pages are read by OCR."""
         self.documents_done += documents
         self.notify()
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 LINE_PERIOD_S = 30.0
 """How often a run that is not shown on a terminal prints where it stands."""
 DRAWS_PER_S, BAR_COLUMNS = 5, 12
-COUNTING = (Phase.LISTING, Phase.ASKING, Phase.SETTLING)
+COUNTING = (Phase.LISTING, Phase.ASKING, Phase.SETTLING, Phase.READING)
 """Phases that get through documents."""
 
 
