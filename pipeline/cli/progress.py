@@ -38,7 +38,7 @@ MAX_KINDS = 3
 LINE_ORDER = ("documents", "pages", "speed", "failed", "busy", "left")
 BAR_ORDER = ("documents", "left", "failed", "speed", "pages", "busy")
 """What a bar leaves out where it is too wide, from the end."""
-COUNTING = (Phase.LISTING, Phase.ASKING, Phase.SETTLING)
+COUNTING = (Phase.LISTING, Phase.ASKING, Phase.SETTLING, Phase.READING)
 """Phases that get through documents."""
 
 
@@ -171,7 +171,7 @@ class PhaseNotebook(PhaseBar):
         from IPython.display import display
 
         self.bar, self.lines, self.drawn_s = self.make_bar(), list[str](), 0.0
-        self.output = display(self.make_picture(), display_id=True)
+        self.output = display(self.make_picture(), display_id=True)  # type: ignore[no-untyped-call]
 
     def make_picture(self) -> Any:
         """Return what the output shows now: rich converts it to HTML and text."""
