@@ -44,6 +44,8 @@ class Phase(StrEnum):
     LOADING_MODEL = "loading the model"
     ASKING = "asking"
     SETTLING = "settling"
+    READING = "reading by OCR"
+    """Between two settlings, where `evidence.ocr` is not off."""
 
 
 ENOUGH_DOCUMENTS = 50
@@ -56,7 +58,7 @@ class Progress:
 
     phase: Phase
     documents: int | None
-    """Documents of this phase; None until the listing is complete."""
+    """Documents of this phase; None while nothing but listing is done."""
     documents_done: int
     """Documents that the phase has got through; while it lists, those found so far."""
     pages_done: int
@@ -69,11 +71,16 @@ class Progress:
     """Failed requests by `stage/kind`."""
     engine_busy_share: float | None = None
     """Share of the engines' time since they loaded in which they had a request, as of their last answers."""
+    is_listing: bool = False
+    """Documents are still being found: `documents` is how many there are so far."""
 
     @property
     def remaining_s(self) -> float | None:
-        """Time that the phase still takes if the other documents are like those that are done; None while these are too few to say."""
-        if not self.documents or self.elapsed_s < 1 or self.documents_done < min(ENOUGH_DOCUMENTS, max(1, self.documents / 100)):
+        """Time that the phase still takes if the other documents are like those that are done; None while these are too few to say, or
+        documents are still being found."""
+        if self.is_listing or not self.documents or self.elapsed_s < 1:
+            return None
+        if self.documents_done < min(ENOUGH_DOCUMENTS, max(1, self.documents / 100)):
             return None
         return self.elapsed_s * max(0, self.documents - self.documents_done) / self.documents_done
 
@@ -107,7 +114,13 @@ class Report:
     unwitnessed: int = 0
     """Records with values that no witness shows."""
     alerts: int = 0
-    """Records with alerts: hidden text, or values that only hidden text shows."""
+    """Records with alerts: hidden text, values that only hidden text shows, text that differs from what is drawn."""
+    ocr_pages: int = 0
+    """Pages that OCR read in this run."""
+    ocr_failed: int = 0
+    """Pages that OCR should have read in this run and could not; their values have no witness of it, and nothing else is lost."""
+    ocr_problem: str = ""
+    """Why the first of them could not be read; empty if all were."""
     missing: list[str] = field(default_factory=list)
     """Sources without a record: always a defect of this package."""
     damaged: list[str] = field(default_factory=list)
@@ -165,6 +178,7 @@ class ProgressTracker:
         self.documents: int | None = None
         self.documents_done = 0
         self.failures: Counter[str] = Counter()
+        self.is_listing = False
         self.pages_left: dict[str, int] = {}
         self.engine_times: dict[str, tuple[float, float]] = {}
         """Seconds loaded and seconds busy of each engine, by its own count."""
@@ -192,8 +206,13 @@ class ProgressTracker:
         self.documents, self.documents_done = documents, 0
         self.notify()
 
+    def extend_phase(self, documents: int) -> None:
+        """Go on with so many more documents, beside those that are done."""
+        self.documents = self.documents_done + documents
+        self.notify()
+
     def add_settled(self, documents: int) -> None:
-        """Count documents whose records are written."""
+        """Count documents whose records are written, or whose pages are read by OCR."""
         self.documents_done += documents
         self.notify()
 
@@ -243,8 +262,8 @@ class ProgressTracker:
     def notify(self) -> None:
         report, elapsed_s = self.report, time.monotonic() - self.phase_started_s
         counts = (report.pages_asked, report.requests_asked, self.failures.total())
-        about = (elapsed_s, dict(self.failures), self.compute_busy_share())
-        self.on_progress(Progress(self.phase, self.documents, self.documents_done, *counts, *about))
+        about = (dict(self.failures), self.compute_busy_share(), self.is_listing)
+        self.on_progress(Progress(self.phase, self.documents, self.documents_done, *counts, elapsed_s, *about))
 
 
 class CircuitBreaker:

@@ -38,7 +38,7 @@ MAX_KINDS = 3
 LINE_ORDER = ("documents", "pages", "speed", "failed", "busy", "left")
 BAR_ORDER = ("documents", "left", "failed", "speed", "pages", "busy")
 """What a bar leaves out where it is too wide, from the end."""
-COUNTING = (Phase.LISTING, Phase.ASKING, Phase.SETTLING)
+COUNTING = (Phase.LISTING, Phase.ASKING, Phase.SETTLING, Phase.READING)
 """Phases that get through documents."""
 
 
@@ -152,9 +152,10 @@ class PhaseBar(PhaseLines):
 
     def draw(self, now: Progress, begins: bool) -> None:
         task = self.bar.tasks[0]
-        is_news = begins or now.documents != task.total
+        total = None if now.is_listing else now.documents
+        is_news = begins or total != task.total
         change = self.bar.reset if begins else self.bar.update
-        change(task.id, total=now.documents, completed=now.documents_done)
+        change(task.id, total=total, completed=now.documents_done)
         if is_news:
             self.bar.refresh()
 
@@ -255,7 +256,7 @@ def format_counts(now: Progress, order: Sequence[str] = LINE_ORDER) -> str:
         return f"{found} document{'s' * (found != 1)}{so_far}" if found or not so_far else ""
     if now.documents is None:
         return ""
-    parts = {"documents": f"{now.documents_done}/{now.documents} documents"}
+    parts = {"documents": f"{now.documents_done}/{now.documents} documents{' so far' * now.is_listing}"}
     if now.phase in COUNTING and now.remaining_s:
         parts["left"] = f"{format_duration(now.remaining_s, 0)} left"
     if now.phase is Phase.ASKING:
