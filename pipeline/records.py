@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import IntEnum, StrEnum
-from typing import Literal, TypedDict
+from typing import Literal, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,9 +89,15 @@ class WordMark(IntEnum):
         return self > WordMark.OVERLAY
 
 
-@dataclass(frozen=True)
-class Word:
-    """A word of a page's text layer. Units: PDF points, origin top left, page rotation applied."""
+WORD_MARKS = tuple(WordMark)
+"""Number -> mark: ten times as fast as `WordMark(number)`."""
+
+
+class Word(NamedTuple):
+    """A word of a page's text layer. Units: PDF points, origin top left, page rotation applied.
+
+    A tuple, because a page has hundreds, and each is made twice between renderer and ledger.
+    """
 
     text: str
     x0_pt: float

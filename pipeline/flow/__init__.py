@@ -38,6 +38,7 @@ from pipeline.output.ledger import (
 from pipeline.output.shards import set_aside_shard
 from pipeline.output.sources import read_sources, replace_sources, select_extra_columns
 from pipeline.report import Canary, CircuitBreaker, OnProgress, Phase, ProgressTracker, Report
+from pipeline.review.report_page import write_report_page
 from pipeline.stages.render import RenderPlan
 from pipeline.stages.settle import RecordPlan, SettleStage
 from pipeline.version import __version__
@@ -93,6 +94,7 @@ def run(
         tracker.finish()
         report.elapsed_s = round(time.monotonic() - started_s, 3)
         output.write_report(report.as_dict())
+        write_report_page(output, report)
     emit_event("run_ended", **report.as_dict())
     return report
 
@@ -118,6 +120,7 @@ def settle(job: Job, on_progress: OnProgress | None = None) -> Report:
     plan = RecordPlan(job).with_extras(select_extra_columns(documents))
     settle_output(documents, SettleStage(plan, job.pages_per_request, before["fingerprint"]), output, tracker, job)
     output.write_report(report.as_dict())
+    write_report_page(output, report)
     return report
 
 

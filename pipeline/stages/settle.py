@@ -14,7 +14,7 @@ the pages drawn before it: they stay in the ledger.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import suppress
 from copy import copy
 from typing import Any, TypedDict, cast
@@ -29,7 +29,7 @@ from pipeline.evidence.match import UNWITNESSED, Evidence, EvidenceRow, make_evi
 from pipeline.evidence.text_layer import PageWords, unpack_words
 from pipeline.job import Job
 from pipeline.output import Output
-from pipeline.output.corrections import Correction, compute_corrections_digest, read_corrections
+from pipeline.output.corrections import Correction, compute_corrections_digest, find_column_name, read_corrections
 from pipeline.output.ledger import (
     ALERT_TYPE,
     CONFIDENCE_TYPE,
@@ -251,10 +251,10 @@ class SettleStage:
         extras = {name: cast(dict[str, Any], document)[name] for name in self.plan.extras}
         if self.plan.per_page and page_count:
             for request in requests:
-                record = self.build_record([request])
-                yield {**extras, **about, "_page": request["first_page"], **self.correct_record(record, document, [request])}
+                page = request["first_page"]
+                yield {**extras, **about, "_page": page, **self.build_record([request], self.find_correction(document, page))}
         else:
-            yield {**extras, **about, "_page": None, **self.correct_record(self.build_record(requests), document, requests)}
+            yield {**extras, **about, "_page": None, **self.build_record(requests, self.find_correction(document, None))}
 
     def take_second_answers(self, request: ScoredRow, seconds: Sequence[ScoredRow]) -> ScoredRow:
         """Return a request whose answer has the fields that were asked again, where the rules hold with them, as asking decided it."""
@@ -276,23 +276,16 @@ class SettleStage:
         changed: dict[str, Any] = {"answer": answer, "scores": scores, "seconds": [*by_rule.values()], "asked_again": about}
         return cast(ScoredRow, {**request, **changed})
 
-    def correct_record(self, record: dict[str, Any], document: SourceRow, requests: Sequence[ScoredRow]) -> dict[str, Any]:
-        """Return a record with what a person has put right in it, valid or invalid as it is then; unchanged without a correction."""
-        page = requests[0]["first_page"] if self.plan.per_page and document["page_count"] else None
+    def find_correction(self, document: SourceRow, page: int | None) -> Correction | None:
+        """Return what a person has put right in a record, if it was of the document's present bytes."""
         found = self.plan.corrections.get((document["source"], page))
-        if found is None or found.doc_id not in (None, document["doc_id"]):
-            return record
-        value = found.correct_value(merge_parts(self.plan.job_schema, list(list_parts(requests))).value)
-        columns, misfits = self.plan.columns.build_row(value)
-        about: ProvenanceRow = {"_status": str(Status.EXTRACTED), "_failure": None, "_errors": [], "_answer": None}
-        if errors := [*map(str, self.plan.validator.find_violations(value)), *misfits]:
-            about = make_invalid_columns("invalid", errors[0], errors, schema.dump_json(value))
-        words = collect_words(requests) if self.plan.has_evidence else []
-        about |= make_evidence_columns(words, match_values(self.plan.job_schema, value, words)) if words else {}
-        return {**record, **columns, **about, "_corrected": list(found.paths), "_rules": self.plan.rules.judge_record(columns)}
+        return found if found and found.doc_id in (None, document["doc_id"]) else None
 
-    def build_record(self, requests: Sequence[ScoredRow]) -> dict[str, Any]:
-        """Return the columns that come from a record's requests, which are in page order."""
+    def build_record(self, requests: Sequence[ScoredRow], correction: Correction | None = None) -> dict[str, Any]:
+        """Return the columns that come from a record's requests, which are in page order, and from a correction.
+
+        A corrected record is valid or invalid as it is then, also where requests have failed.
+        """
         about = sum_provenance(requests)
         words = collect_words(requests) if self.plan.has_evidence else []
         if words:
@@ -300,34 +293,36 @@ class SettleStage:
         asked = [request for request in requests if request["status"] != Status.FAILED]
         failed = [request for request in requests if request["status"] == Status.FAILED]
         is_partial = bool(about["_page_failures"] and asked) and all(is_undrawn(request) for request in failed)
-        if is_partial and self.plan.refuses_partial:
+        if is_partial and self.plan.refuses_partial and not correction:
             return {**about, "_status": str(Status.FAILED), "_failure": describe_page_failure(about["_page_failures"][0])}
-        if failed and not is_partial:
+        if failed and not is_partial and not correction:
             return {**about, "_status": str(Status.FAILED), "_failure": failed[0]["failure"]}
-        about["_partial"] = is_partial
+        about["_partial"] = is_partial and not self.plan.refuses_partial
         try:
-            return {**about, **self.merge_requests(asked, words)}
+            return {**about, **self.merge_requests(asked, words, correction)}
         except Exception as error:  # any: what an answer makes the parser, the merge or a column raise has no common class
             return {**about, "_status": str(Status.FAILED), "_failure": make_failed_row(Stage.VALIDATE, error)["failure"]}
 
-    def merge_requests(self, requests: Sequence[ScoredRow], words: Sequence[PageWords]) -> dict[str, Any]:
-        """Return the columns that come from the answers to a record's requests, and from the words of its pages."""
+    def merge_requests(self, requests: Sequence[ScoredRow], words: Sequence[PageWords], correction: Correction | None) -> dict[str, Any]:
+        """Return the columns that come from the answers to a record's requests, a correction, and the words of its pages."""
         try:
-            parts = [make_part(request) for request in requests]
+            parts = list(list_parts(requests)) if correction else [make_part(request) for request in requests]
         except ValueError:
             wrong = next(request for request in requests if request["errors"])
             errors = wrong["errors"] or []
             return {**make_invalid_columns("invalid", errors[0], errors, wrong["answer"])}
         merged = merge_parts(self.plan.job_schema, parts)
-        columns, misfits = self.plan.columns.build_row(merged.value)
+        value = correction.correct_value(merged.value) if correction else merged.value
+        columns, misfits = self.plan.columns.build_row(value)
         about: ProvenanceRow = {"_disagreements": list_disagreements(merged), "_status": str(Status.EXTRACTED)}
-        if errors := [*map(str, self.plan.validator.find_violations(merged.value)), *misfits]:
-            about |= make_invalid_columns("invalid", errors[0], errors, schema.dump_json(merged.value))
-        elif merged.disagreements and self.plan.refuses_disagreements:
-            about |= make_invalid_columns("disagreement", describe_disagreement(merged), [], schema.dump_json(merged.value))
-        evidence = match_values(self.plan.job_schema, merged.value, words) if words else []
-        about |= rate_values(merged, evidence)
+        if errors := [*map(str, self.plan.validator.find_violations(value)), *misfits]:
+            about |= make_invalid_columns("invalid", errors[0], errors, schema.dump_json(value))
+        elif merged.disagreements and self.plan.refuses_disagreements and not correction:
+            about |= make_invalid_columns("disagreement", describe_disagreement(merged), [], schema.dump_json(value))
+        evidence = match_values(self.plan.job_schema, value, words) if words else []
+        about |= rate_values(merged, evidence, correction.values if correction else ())
         about |= make_evidence_columns(words, evidence) if words else {}
+        about["_corrected"] = list(correction.paths) if correction else []
         return {**columns, **about, "_rules": self.plan.rules.judge_record(columns)}
 
 
@@ -376,13 +371,16 @@ def make_evidence_columns(words: Sequence[PageWords], evidence: Sequence[Evidenc
     }
 
 
-def rate_values(merged: MergeResult, evidence: Sequence[Evidence]) -> ProvenanceRow:
-    """Return the confidence of each scalar of a record whose tokens are known; no columns where there is none."""
+def rate_values(merged: MergeResult, evidence: Sequence[Evidence], corrected: Container[str]) -> ProvenanceRow:
+    """Return the confidence of each scalar of a record whose tokens are known; no columns where there is none.
+
+    The columns that a person has corrected have none: it would be that of another value.
+    """
     witnessed = {found.path: found for found in evidence}
     disputed = {disagreement.path for disagreement in merged.disagreements}
     rows: list[ConfidenceRow] = []
     for path in list_scalar_paths(merged.value):
-        if score := merged.find_score(path):
+        if (score := merged.find_score(path)) and not (corrected and find_column_name(path) in corrected):
             rows.append({"path": path, "confidence": compute_confidence(score.total, witnessed.get(path), path in disputed)})
     return {"_confidence": rows, "_least_confidence": min(row["confidence"] for row in rows)} if rows else {}
 
@@ -401,8 +399,7 @@ def list_parts(requests: Sequence[ScoredRow]) -> Iterator[Part]:
     found = []
     for request in requests:
         with suppress(ValueError):
-            if request["status"] != Status.FAILED:
-                found.append(make_part(request))
+            found.append(make_part(request))
     yield from found or [Part(1, 1, {})]
 
 

@@ -307,3 +307,19 @@ def test_an_old_ledger_is_read_beside_a_new_one(output: Output, count: int) -> N
     after = read_requests(output, pa.chunked_array([["d"]])).to_pylist()
     assert len(after) == count + 1
     assert {row["key"] for row in after if row["pages"][0]["renderer"] == "pdfium"} == {"new"}
+
+
+def test_shards_of_an_older_version_are_read_by_columns_that_they_lack(output: Output) -> None:
+    row = {"key": "k", "attempt": 1, "source": "a.pdf", "doc_id": "d", "status": "extracted"}
+    table = pa.Table.from_pylist([row], LEDGER_SCHEMA).drop_columns("page_failures")
+    write_shard(output.requests, table, ["k"])
+    assert set_aside_damaged_shards(output) == []
+    assert read_requests(output, pa.chunked_array([["d"]])).select(["key", "page_failures"]).to_pylist() == [
+        {"key": "k", "page_failures": None}
+    ]
+
+
+def test_a_shard_that_lacks_another_column_is_damaged(output: Output) -> None:
+    write_shard(output.requests, pa.table({"key": ["k"]}), ["k"])
+    (damaged,) = set_aside_damaged_shards(output)
+    assert damaged.startswith(str(output.requests))
