@@ -126,6 +126,8 @@ def show_report(ended: Report, console: Console | None = None) -> None:
     if ended.ocr_failed:
         table.add_row("pages that OCR could not read", f"{ended.ocr_failed} ({ended.ocr_problem or 'a process that read pages died'})")
     table.add_row("requests asked", str(ended.requests_asked))
+    if ended.rule_requests:
+        table.add_row("  of them about broken rules", str(ended.rule_requests))
     table.add_row("pages asked", f"{ended.pages_asked} ({ended.pages_per_s:.1f} pages/s, start-up included)")
     table.add_row("tokens read, written", f"{ended.prompt_tokens}, {ended.completion_tokens}")
     table.add_row("model", ended.model + (" (demonstration)" if ended.demonstration else ""))

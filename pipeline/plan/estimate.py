@@ -27,8 +27,9 @@ from pipeline.job import Job
 from pipeline.output import Output
 from pipeline.output.ledger import LEDGER_SCHEMA
 from pipeline.output.shards import read_shards
+from pipeline.plan.answers import AnswerCount, LineFacts, count_answer_tokens
 from pipeline.plan.survey import MIN_X_HEIGHT_PX, MeasuredDocument
-from pipeline.schema import Schema, list_types, walk_in_place
+from pipeline.schema import Schema
 from pipeline.schema.prompt import build_messages
 from pipeline.stages.requests import split_pages
 from pipeline.storage.location import parse_location
@@ -45,11 +46,9 @@ ATTENTION_FLOP = 4 * 28 * 3584
 """Of each pair of tokens that attend to each other, in a 7B."""
 CONTEXT_TOKENS = 32_768
 CHARACTERS_PER_TOKEN = 4.0
-"""Of a prompt, for Qwen's tokenizer; 2.6 of compact JSON."""
-JSON_CHARACTERS_PER_TOKEN = 2.6
-ITEMS = 6
-"""How many items a list is taken to have; half to twice that is the range."""
-TEXT_CHARACTERS = {"date": 12, "date-time": 22}
+"""Of a prompt, for Qwen's tokenizer."""
+READ_ITEMS, GUESSED_ITEMS = (0.85, 1.0, 1.2), (0.5, 1.0, 2.0)
+"""Bounds of the items of lists, of what is expected: where pages were read, and where none has a text layer."""
 DRIVER_MIB, DRIVER_BYTES_PER_REQUEST, MAX_REQUESTS_HELD = 250, 6000, 100_000
 LEDGER_BYTES = (1500, 4)
 """Of a request in the ledger, compressed: at least, and for each token of its answer."""
@@ -124,7 +123,10 @@ def estimate_run(
     text_tokens, how = count_prompt_tokens(job)
     context = job.sections.model.max_model_len or CONTEXT_TOKENS
     beyond = [one.source for one in asked if exceeds_context(one, job, text_tokens, context)]
-    output = estimate_output(job.schema, len(requests), earlier)
+    count = AnswerCount(len(asked), len(requests) - len(asked), len(pages))
+    if job.sections.extract.per == "page":
+        count = AnswerCount(len(requests), 0, len(pages))
+    output = estimate_output(job.schema, count, [page for one in asked for page in one.lines], earlier)
     prompt = scale_range((1.0, 1.0, 1.0) if how == TOKENIZER else (0.9, 1.0, 1.1), text_tokens * len(requests), how)
     ends = zip(list_values(prompt), list_values(output), (SHARES[1], math.sqrt(SHARES[0] * SHARES[1]), SHARES[0]), strict=True)
     seconds = [sum_seconds(job, visual, read, written, len(requests), GPUS[gpu] * share) for read, written, share in ends]
@@ -225,35 +227,16 @@ def count_encoded_tokens(job: Job, folder: Path) -> int:
     return len(encoded.ids) - 1
 
 
-def estimate_output(schema: Schema, requests: int, earlier: EarlierRun | None) -> Range:
-    """Return the tokens of all answers: as many as in the earlier run, or as the schema lets expect."""
+def estimate_output(schema: Schema, asked: AnswerCount, lines: Sequence[tuple[LineFacts, ...]], earlier: EarlierRun | None) -> Range:
+    """Return the tokens of all answers: as many as in the earlier run, or as the schema and the pages let expect."""
+    requests = asked.first + asked.later
     if earlier:
         return scale_range((0.9, 1.0, 1.1), earlier.output_tokens * requests, f"{earlier.requests} requests of {earlier.place}")
-    low, likely, high = (
-        count_answer_characters(schema, schema, items) / JSON_CHARACTERS_PER_TOKEN for items in (ITEMS / 2, ITEMS, 2 * ITEMS)
-    )
-    values = [round(tokens * requests) for tokens in (0.6 * low, likely, 1.3 * high)]
-    return make_range(values, f"the schema, with {ITEMS} items in a list; an earlier run says it better (--like OUTPUT)")
-
-
-def count_answer_characters(part: Any, root: Schema, items: float, depth: int = 0) -> float:
-    """Return the length of a compact JSON value of a schema, as documents have it."""
-    rules = list(walk_in_place(part, root))
-    if depth > 8:
-        return 4
-    properties = {name: inner for rule in rules for name, inner in rule.get("properties", {}).items()}
-    if properties:
-        return 2 + sum(len(name) + 4 + count_answer_characters(inner, root, items, depth + 1) for name, inner in properties.items())
-    types = {kind for rule in rules for kind in list_types(rule)} - {"null"}
-    item = next((rule["items"] for rule in rules if isinstance(rule.get("items"), dict)), None)
-    if item is not None and "array" in types:
-        return 2 + items * (1 + count_answer_characters(item, root, items, depth + 1))
-    choices = [len(str(value)) + 2 for rule in rules for value in rule.get("enum", [])]
-    if choices:
-        return sum(choices) / len(choices)
-    if "string" in types:
-        return next((TEXT_CHARACTERS[rule["format"]] for rule in rules if rule.get("format") in TEXT_CHARACTERS), 16)
-    return 6
+    known = sum(map(bool, lines))
+    factors, source = (READ_ITEMS, f"the schema, and the lines of {known} pages") if known else (GUESSED_ITEMS, "the schema")
+    values = [count_answer_tokens(schema, asked, lines, factor) for factor in factors]
+    spread = zip(values, (0.85, 1.0, 1.2), strict=True)
+    return make_range([round(value * share) for value, share in spread], f"{source}; an earlier run says it better (--like OUTPUT)")
 
 
 # ---- An earlier run -------------------------------------------------------------------------------------------------
@@ -262,7 +245,7 @@ def count_answer_characters(part: Any, root: Schema, items: float, depth: int = 
 def read_earlier_run(place: str, is_wanted: bool) -> EarlierRun | None:
     """Return what an output's run took; None where nothing was asked and none `is_wanted`. Raises JobError."""
     output = Output(parse_location(place))
-    names = ["status", "asks", "completion_tokens", "model"]
+    names = ["status", "asks", "completion_tokens", "model", "rule"]
     ledger = read_shards(output.requests, names, LEDGER_SCHEMA)
     answered = ledger.filter(pc.greater(pc.fill_null(ledger["asks"], 0), 0))
     if not answered.num_rows:
@@ -275,9 +258,10 @@ def read_earlier_run(place: str, is_wanted: bool) -> EarlierRun | None:
         report = {}
     sizes = sum(output.requests.list_names(".parquet").values())
     pages_per_s = float(report.get("pages_per_s") or 0) if report.get("pages_asked") else 0.0
-    tokens = pc.mean(answered["completion_tokens"]).as_py() or 0.0
+    requests = max(1, answered["rule"].null_count)  # what rules asked again is counted with the request that broke them
+    tokens = (pc.sum(answered["completion_tokens"]).as_py() or 0) / requests
     models = pa.array(answered["model"].to_pylist()).drop_null()
-    return EarlierRun(place, answered.num_rows, tokens, pages_per_s, str(models[0]) if len(models) else "?", sizes / answered.num_rows)
+    return EarlierRun(place, requests, tokens, pages_per_s, str(models[0]) if len(models) else "?", sizes / requests)
 
 
 def describe_earlier_run(earlier: EarlierRun | None, pages: int) -> dict[str, Any] | None:

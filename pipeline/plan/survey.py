@@ -7,12 +7,15 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
+
 from pipeline.budget import PixelBudget, RenderSettings
 from pipeline.errors import DocumentError
+from pipeline.plan.answers import LineFacts, describe_lines
 from pipeline.records import Document, Page, PageMeasure, SourceRow
 from pipeline.render.sandbox import Sandbox
 from pipeline.sources import read_document
@@ -20,7 +23,10 @@ from pipeline.stages.render import RenderPlan
 
 READ_BUDGET = PixelBudget(max_pixels=256 * 784)
 """At which the text layer of a sampled page is read: of its pixels nothing is needed."""
-SAMPLED_PAGES = 200
+SAMPLED_DOCUMENTS = 200
+SAMPLED_PAGES = 4
+"""The first pages of a sampled document that are looked at."""
+NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
 X_HEIGHT = 0.4
 """Height of an x as a share of a word's box, which reaches from ascent to descent: 1.2 of the font's size, an x about half of that."""
 MIN_X_HEIGHT_PX = 8.0
@@ -39,7 +45,9 @@ class MeasuredDocument:
     failure: str | None = None
     """`stage/kind` of what keeps it from being opened."""
     smallest_px: float | None = None
-    """Height of an x in its smallest print, in pixels of the page image; of its first page with a text layer, if it was sampled."""
+    """Height of an x in its smallest print, in pixels of the page image; of its first page, if it was sampled and has a text layer."""
+    lines: tuple[tuple[LineFacts, ...], ...] = ()
+    """Of its first pages, if it was sampled; none of a page without a text layer."""
 
 
 class DocumentSurvey:
@@ -51,7 +59,7 @@ class DocumentSurvey:
 
     def measure_documents(self, documents: list[SourceRow], on_done: Callable[[int], None] = lambda done: None) -> list[MeasuredDocument]:
         """Return the documents measured, in their order. Raises RunError where no renderer starts."""
-        every = max(1, len(documents) // SAMPLED_PAGES)
+        every = max(1, len(documents) // SAMPLED_DOCUMENTS)
         with self.sandboxes, ThreadPoolExecutor(self.threads, "survey") as pool:
             tasks = ((document, index % every == 0) for index, document in enumerate(documents))
             return list(count_done(pool.map(lambda task: self.measure_document(*task), tasks), on_done))
@@ -70,20 +78,22 @@ class DocumentSurvey:
         except DocumentError as error:
             return MeasuredDocument(document["source"], doc_id, size_bytes, (), f"render/{error.kind}")
         pages = tuple(measure_or_none(sandbox, page_no) for page_no in range(1, page_count + 1))
-        smallest_px = self.find_smallest_print(data, pages[0]) if is_sampled and pages[0] else None
-        return MeasuredDocument(document["source"], doc_id, size_bytes, pages, smallest_px=smallest_px)
+        read = self.read_first_pages(data) if is_sampled else []
+        smallest_px = None
+        if read and pages[0] and (height_pt := find_small_height(read[0])) is not None:
+            smallest_px = height_pt * pages[0].dpi / 72 * X_HEIGHT
+        lines = tuple(describe_lines(page.words) for page in read)
+        return MeasuredDocument(document["source"], doc_id, size_bytes, pages, smallest_px=smallest_px, lines=lines)
 
-    def find_smallest_print(self, data: bytes, measure: PageMeasure) -> float | None:
-        """Return the height of an x in the smallest print of a document's first page at the job's budget; None without a text layer."""
-        settings = replace(self.plan.read_settings(), text_layer=True, budget=READ_BUDGET)
-        sandbox = self.get_sandbox("reading", settings)
-        try:
+    def read_first_pages(self, data: bytes) -> list[Page]:
+        """Return the first pages of a document with the words of their text layers, up to one that cannot be drawn."""
+        sandbox = self.get_sandbox("reading", replace(self.plan.read_settings(), text_layer=True, budget=READ_BUDGET))
+        read: list[Page] = []
+        with suppress(DocumentError):
             sandbox.open(data)
-            (page,) = sandbox.draw_pages(1, 1)
-        except DocumentError:
-            return None
-        height_pt = find_small_height(page)
-        return None if height_pt is None else height_pt * measure.dpi / 72 * X_HEIGHT
+            for page in sandbox.draw_pages(1, SAMPLED_PAGES):
+                read.append(replace(page, pixels=NO_PIXELS))
+        return read
 
     def get_sandbox(self, purpose: str, settings: RenderSettings) -> Sandbox:
         """Return this thread's sandbox for a purpose."""

@@ -54,6 +54,13 @@ class RecordJudge:
         """
         if second["status"] != Status.EXTRACTED:
             return None
+        try:
+            return self.try_fields(value, second, rule)
+        except Exception:  # any: what an answer makes the validator or a column raise has no common class; the first answer stays
+            return None
+
+    def try_fields(self, value: Any, second: LedgerRow, rule: CompiledRule) -> Any | None:
+        """Do as `take_fields`; raises what a second answer makes the validator or a column raise."""
         taken = replace_fields(value, schema.parse_json(second["answer"] or ""), rule.paths)
         if self.columns.build_row(taken)[1] or any(self.validator.find_violations(taken)):
             return None

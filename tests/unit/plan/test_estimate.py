@@ -95,6 +95,13 @@ def test_an_earlier_run_says_how_long_answers_are(workspace: Workspace) -> None:
     assert found["earlier_run"]["hours"] == round(2 / 2.0 / 3600, 3)
 
 
+def test_what_a_rule_asked_again_is_of_the_request_that_broke_it(workspace: Workspace) -> None:
+    write_ledger(workspace, 200, 300)
+    row = {"key": "9", "rule": "sum", "attempt": 1, "status": "extracted", "asks": 1, "completion_tokens": 50}
+    write_shard(Output(workspace.job().output).requests, pa.Table.from_pylist([row], LEDGER_SCHEMA), ["9"])
+    assert plan(workspace, document("a"), document("b"))["output_tokens"]["likely"] == 550
+
+
 def test_an_output_without_answers_says_nothing(workspace: Workspace) -> None:
     with pytest.raises(JobError, match="has no answers: --like names the output of an earlier run"):
         plan(workspace, document("a"), like=str(workspace.folder / "gone"))

@@ -22,6 +22,7 @@ from pipeline.job import Job
 from pipeline.records import LedgerRow
 from pipeline.schema.arrow import ArrowPlan
 from pipeline.schema.rules import RuleSet
+from pipeline.schema.validate import Validator
 from pipeline.stages.ask import AskStage
 from pipeline.stages.re_ask import find_fields, pick_fields, replace_fields, select_fields
 from pipeline.stages.render import RenderPlan, RenderStage
@@ -214,6 +215,20 @@ def test_a_retried_request_takes_no_second_answer_of_an_earlier_attempt(bills: B
     job, document, rows = bills.ask(says(WRONG), says(RIGHT))
     record = settle_rows(job, document, [*rows, {**rows[0], "attempt": 2}])
     assert (record["total"], record["_asked_again"]) == (Decimal("1119.00"), [])
+
+
+def test_a_second_answer_on_which_the_validator_fails_leaves_the_first(bills: Bills, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One answer must not end an engine's process: other requests are under way there."""
+    find = Validator.find_violations
+
+    def fail(self: Validator, value: Any) -> Any:
+        if value.get("number") == "A-7" and value["total"] == 119:
+            raise RecursionError
+        return find(self, value)
+
+    monkeypatch.setattr(Validator, "find_violations", fail)
+    record = bills.settle(says(WRONG), says(RIGHT))
+    assert (record["total"], [found["taken"] for found in record["_asked_again"]]) == (Decimal("1119.00"), [False])
 
 
 def test_a_rule_without_fields_cannot_ask_again(workspace: Workspace) -> None:
