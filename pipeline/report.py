@@ -103,6 +103,8 @@ class Report:
     """Requests completed in this run, by status."""
     requests_asked: int = 0
     """Requests that an engine answered in this run."""
+    rule_requests: int = 0
+    """Those of them that asked again for the fields of a broken rule; no other count by status has them."""
     pages_asked: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -191,12 +193,15 @@ class ProgressTracker:
         """Count a row: a completed request, or a document that needed none (its key is None)."""
         report = self.report
         self.record_engine(row)
-        if row["key"]:
-            report.requests[row["status"]] = report.requests.get(row["status"], 0) + 1
         report.requests_asked += bool(row.get("asks"))
         report.pages_asked += row.get("pages_shown", 0)
         report.prompt_tokens += row.get("prompt_tokens") or 0
         report.completion_tokens += row.get("completion_tokens") or 0
+        if row.get("rule"):  # beside the request whose answer broke it, which is counted itself
+            report.rule_requests += 1
+            return
+        if row["key"]:
+            report.requests[row["status"]] = report.requests.get(row["status"], 0) + 1
         self.failed += row.get("status") == "failed"
         pages = row["last_page"] - row["first_page"] + 1 if row["key"] and row["last_page"] else 0
         left = self.pages_left.get(row["source"], row["page_count"] or 0) - pages

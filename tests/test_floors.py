@@ -10,7 +10,20 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pipeline"
 FLOORS = (
-    *("version", "errors", "deadline", "processes", "scratch", "records", "budget", "events", "report", "schema", "evidence"),
+    *(
+        "version",
+        "errors",
+        "deadline",
+        "processes",
+        "scratch",
+        "records",
+        "failure_kinds",
+        "budget",
+        "events",
+        "report",
+        "schema",
+        "evidence",
+    ),
     *("storage", "render", "job", "sources", "output", "export", "score", "engines", "cluster", "stages", "review", "flow", "plan"),
     *("demo", "cli"),
 )
@@ -28,6 +41,7 @@ DOORS = {
     "fsspec": {"storage"},
     "httpx2": {"engines"},
     "imagecodecs": {"render"},
+    "isal": {"engines"},
     "jsonschema": {"schema"},
     "llguidance": {"schema"},
     "matplotlib": {"score"},

@@ -44,6 +44,8 @@ IDLE_THREAD = "Prefetcher"
 """Name of a daemon thread of Ray Data that waits for work and never ends; this is harmless."""
 RAISED = re.compile(r"^((?:\w+\.)*)([A-Z]\w*): (.+)$", re.MULTILINE)
 """The line of a traceback that says what was raised."""
+UNNEEDED_STARTS = ("start_monitor", "start_log_monitor", "start_api_server")
+"""Methods of Ray's `Node` that start what serves a cluster that grows, a log on the terminal, and a dashboard."""
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
@@ -161,6 +163,24 @@ def close_local_ray() -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextmanager
+def skip_unneeded_processes() -> Iterator[None]:
+    """Have the Ray that is started in the block do without three Python processes that no run on one machine needs.
+
+    They take 2 CPU seconds, and Ray waits for the last; it has an option for none of them (`include_dashboard=False` starts a small one).
+    """
+    from ray._private.node import Node
+
+    methods = {name: getattr(Node, name) for name in UNNEEDED_STARTS}
+    for name in UNNEEDED_STARTS:
+        setattr(Node, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name, method in methods.items():
+            setattr(Node, name, method)
+
+
 def reload_ray_token() -> None:
     """Have Ray read its token from the environment again; it keeps the one that it read first."""
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled, without type stubs
@@ -184,7 +204,7 @@ def start_ray() -> None:
         raise RunError(f"there is no folder for temporary files: {error.strerror or error}; set TMPDIR to one") from None
     for left in reversed(range(RAY_START_ATTEMPTS)):
         try:
-            with close_local_ray():
+            with close_local_ray(), skip_unneeded_processes():
                 ray.init(LOCAL, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, _temp_dir=str(folder))
             break
         except Exception as error:  # any: a raylet that is late is a bare Exception

@@ -45,6 +45,7 @@ from pipeline.output.ledger import LedgerState, RetryFilter, read_ledger_state
 from pipeline.output.shards import read_intact, set_aside_shard
 from pipeline.output.sources import read_sources, replace_sources, select_extra_columns
 from pipeline.report import Canary, CircuitBreaker, OnProgress, Phase, ProgressTracker, Report
+from pipeline.review.report_page import write_report_page
 from pipeline.sources import PROGRESS_S
 from pipeline.stages.render import RenderPlan
 from pipeline.stages.settle import RecordPlan, SettleStage
@@ -103,6 +104,7 @@ def run(
             tracker.finish()
             report.elapsed_s = round(time.monotonic() - started_s, 3)
             output.write_report(report.as_dict())
+            write_report_page(output, report)
     emit_event("run_ended", **report.as_dict())
     return report
 
@@ -128,6 +130,7 @@ def settle(job: Job, on_progress: OnProgress | None = None) -> Report:
     plan = RecordPlan(job).with_extras(select_extra_columns(documents))
     settle_output(documents, SettleStage(plan, job.pages_per_request, before["fingerprint"]), output, tracker, job)
     output.write_report(report.as_dict())
+    write_report_page(output, report)
     return report
 
 
@@ -356,8 +359,9 @@ class Run:
             for receipt in receipts:
                 emit_answer_event(receipt)
                 self.tracker.add(receipt)
-                self.breaker.add(receipt)
-                self.canary.add(receipt)
+                if not receipt.get("rule"):  # a second answer that fails leaves the first as it is
+                    self.breaker.add(receipt)
+                    self.canary.add(receipt)
 
     def judge_trial(self) -> None:
         """Raise RunError where the first documents of a new output have failed or are invalid."""

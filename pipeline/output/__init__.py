@@ -7,7 +7,7 @@ shards, and with them the state from which a run resumes.
       sources/*.parquet     one row per source; during a run, later rows of a source complete earlier ones
       requests/*.parquet    one row per request: the ledger
       records/*.parquet     one row per document or page, typed
-      job.yaml  report.json
+      job.yaml  report.json  report.html
       listing.json          what `sources/` is the listing of, and whether the run over it has ended
       corrections.jsonl     what people have put right
       settled.json          what each shard of records was made of: one that is as it was is not written again

@@ -63,6 +63,7 @@ TOKEN_TYPE = pa.struct([("text", pa.string()), ("logprob", pa.float32())])
 LEDGER_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
+        ("rule", pa.string()),
         ("attempt", pa.int32()),
         ("source", pa.string()),
         ("doc_id", pa.string()),

@@ -45,8 +45,10 @@ from pipeline.schema.certainty import TokenScore, score_tokens
 from pipeline.schema.merge import MergeResult, Part, merge_parts
 from pipeline.schema.rules import RULE_TYPE, RuleRow, RuleSet, check_rules
 from pipeline.schema.validate import Validator
-from pipeline.stages.requests import compute_document_keys, make_failed_row
+from pipeline.stages.re_ask import RecordJudge, find_fields, is_inside
+from pipeline.stages.requests import compute_document_keys, compute_request_key, make_failed_row
 
+ASKED_AGAIN_TYPE = pa.struct([("rule", pa.string()), ("fields", pa.list_(pa.string())), ("taken", pa.bool_())])
 PROVENANCE_COLUMNS = {
     "_source": (pa.string(), "The file, as listed."),
     "_doc_id": (pa.string(), "sha256 of its bytes; null if it could not be read."),
@@ -66,6 +68,11 @@ PROVENANCE_COLUMNS = {
         pa.list_(RULE_TYPE),
         "What each rule says of the record: name, result (`passed`, `broken`, `unknown`, `error`), and where it is broken or an error, "
         "message and fields. Empty where the record failed.",
+    ),
+    "_asked_again": (
+        pa.list_(ASKED_AGAIN_TYPE),
+        "The rules with `re_ask: true` that the first answer broke: name, the fields that were asked again, and whether the second answer "
+        "was taken, because the rules hold with it.",
     ),
     "_corrected": (pa.list_(pa.string()), "The paths of the values that a person has put right (`pipeline settle --corrections`)."),
     "_partial": (pa.bool_(), "Whether pages of this document are missing in it, because they could not be drawn."),
@@ -110,6 +117,14 @@ class DisagreementRow(TypedDict):
     other_page: int
 
 
+class AskedAgainRow(TypedDict):
+    """A rule that the first answer broke, and what became of the second one for its fields."""
+
+    rule: str
+    fields: list[str]
+    taken: bool
+
+
 class ProvenanceRow(TypedDict, total=False):
     """A record's columns that are not the schema's or the manifest's. Its fields are those of `PROVENANCE_COLUMNS`."""
 
@@ -121,6 +136,7 @@ class ProvenanceRow(TypedDict, total=False):
     _errors: list[str]
     _disagreements: list[DisagreementRow]
     _rules: list[RuleRow]
+    _asked_again: list[AskedAgainRow]
     _corrected: list[str]
     _partial: bool
     _page_failures: list[PageFailureRow]
@@ -144,6 +160,9 @@ class ScoredRow(LedgerRow, total=False):
     """A request with the scores of its values in place of its tokens, of which a document has thousands."""
 
     scores: dict[str, TokenScore]
+    seconds: list[LedgerRow]
+    """The requests that asked again for the fields of rules that this one's answer broke."""
+    asked_again: list[AskedAgainRow]
 
 
 PENDING_ROW: ScoredRow = {
@@ -163,6 +182,7 @@ class RecordPlan:
         self.columns, self.validator = ArrowPlan(job.schema), Validator(job.schema)
         self.rules = RuleSet(job.rules, self.columns.root)
         check_rules(self.rules)
+        self.judge = RecordJudge(self.columns, self.validator, self.rules)
         self.provenance = [(name, kind) for name, (kind, _) in PROVENANCE_COLUMNS.items() if name != "_page" or self.per_page]
         self.refuses_disagreements = job.sections.limits.disagreements == "invalid"
         self.has_evidence = job.sections.evidence.text == "on"
@@ -198,7 +218,11 @@ class SettleStage:
         """Return the record rows of these documents, sorted by source and page."""
         ledger: dict[str, list[ScoredRow]] = {}
         for request in requests:
-            ledger.setdefault(str(request["key"]), []).append(score_request(request))
+            key = str(request["key"])
+            if request.get("rule"):
+                pages = (request["first_page"], request["last_page"])
+                key = f"rules of {compute_request_key(str(request['doc_id']), *pages, self.fingerprint)}"
+            ledger.setdefault(key, []).append(score_request(request))
         rows = [row for document in documents for row in self.settle_document(document, ledger)]
         rows.sort(key=lambda row: (row["_source"], row["_page"] or 0))
         try:
@@ -220,7 +244,8 @@ class SettleStage:
         requests: list[ScoredRow] = []
         for key, (first_page, last_page) in compute_document_keys(document, self.per_request, self.fingerprint).items():
             newest = cast(ScoredRow, select_newest_attempt(ledger.get(key, [PENDING_ROW])))
-            requests.append({**newest, "first_page": first_page, "last_page": last_page})
+            seconds = [row for row in ledger.get(f"rules of {key}", []) if row["attempt"] == newest["attempt"]]
+            requests.append(self.take_second_answers({**newest, "first_page": first_page, "last_page": last_page}, seconds))
         page_count = document["page_count"] or None
         about: ProvenanceRow = {"_source": document["source"], "_doc_id": document["doc_id"], "_pages": page_count}
         extras = {name: cast(dict[str, Any], document)[name] for name in self.plan.extras}
@@ -230,6 +255,26 @@ class SettleStage:
                 yield {**extras, **about, "_page": page, **self.build_record([request], self.find_correction(document, page))}
         else:
             yield {**extras, **about, "_page": None, **self.build_record(requests, self.find_correction(document, None))}
+
+    def take_second_answers(self, request: ScoredRow, seconds: Sequence[ScoredRow]) -> ScoredRow:
+        """Return a request whose answer has the fields that were asked again, where the rules hold with them, as asking decided it."""
+        by_rule = {row["rule"]: row for row in seconds}
+        if not by_rule or request["status"] != Status.EXTRACTED:
+            return request
+        value, scores, about = schema.parse_json(request["answer"] or ""), request["scores"], list[AskedAgainRow]()
+        for rule in self.plan.rules.programs:
+            if (second := by_rule.get(rule.rule.name)) is None:
+                continue
+            taken = self.plan.judge.take_fields(value, second, rule) if self.plan.judge.breaks(value, rule) else None
+            about.append({"rule": rule.rule.name, "fields": [".".join(path) for path in rule.paths], "taken": taken is not None})
+            if taken is not None:
+                places = {*find_fields(taken, rule.paths, in_lists=False)}
+                kept = {path: score for path, score in scores.items() if not is_inside(path, places)}
+                scores = kept | {path: score for path, score in second["scores"].items() if is_inside(path, places)}
+                value = taken
+        answer = schema.dump_json(value) if any(row["taken"] for row in about) else request["answer"]
+        changed: dict[str, Any] = {"answer": answer, "scores": scores, "seconds": [*by_rule.values()], "asked_again": about}
+        return cast(ScoredRow, {**request, **changed})
 
     def find_correction(self, document: SourceRow, page: int | None) -> Correction | None:
         """Return what a person has put right in a record, if it was of the document's present bytes."""
@@ -309,7 +354,7 @@ def score_request(request: LedgerRow) -> ScoredRow:
         with suppress(ValueError):
             schema.parse_json(answer)
             scores = score_tokens(answer, tokens)
-    return {**request, "tokens": None, "scores": scores}
+    return cast(ScoredRow, {**request, "tokens": None, "scores": scores})
 
 
 def make_part(request: ScoredRow) -> Part:
@@ -392,20 +437,22 @@ def make_invalid_columns(kind: str, message: str, errors: list[str], answer: str
     return {"_status": str(Status.INVALID), "_failure": failure, "_errors": errors, "_answer": answer}
 
 
-def sum_provenance(requests: Sequence[LedgerRow]) -> ProvenanceRow:
+def sum_provenance(requests: Sequence[ScoredRow]) -> ProvenanceRow:
     """Return what a record's requests cost, which engine and model answered them, and what drew their pages."""
+    everything = [*requests, *(second for request in requests for second in request.get("seconds") or [])]
     pages = [page for request in requests for page in request.get("pages") or []]
     return {
-        "_requests": sum(1 for request in requests if request.get("asks")),
+        "_requests": sum(1 for request in everything if request.get("asks")),
         "_renderer": next((page["renderer"] for page in pages if page.get("renderer")), None),
         "_visual_tokens": sum(page["visual_tokens"] for page in pages),
-        "_prompt_tokens": sum(request.get("prompt_tokens") or 0 for request in requests),
-        "_completion_tokens": sum(request.get("completion_tokens") or 0 for request in requests),
+        "_prompt_tokens": sum(request.get("prompt_tokens") or 0 for request in everything),
+        "_completion_tokens": sum(request.get("completion_tokens") or 0 for request in everything),
         "_partial": False,
         "_page_failures": [failure for request in requests for failure in list_page_failures(request)],
         "_errors": [],
         "_disagreements": [],
         "_rules": [],
+        "_asked_again": [row for request in requests for row in request.get("asked_again") or []],
         "_corrected": [],
         "_model": requests[0].get("model"),
         "_engine": requests[0].get("engine"),
