@@ -78,8 +78,8 @@ def run(
 
     `limit` takes the first so many documents of the listing; `retry`, "failed" or "failed:KIND", asks failed requests of that kind
     once more; `on_demo` is called with the model's name when the demonstration model takes its place, `on_engine` with one line on the
-    engine that was chosen for another model. Raises JobError before anything is started, RunError when the run cannot go on; running it
-    again resumes it.
+    engine that was chosen for another model. Raises JobError before anything is started, or while documents are asked where a long
+    listing fails, and RunError when the run cannot go on; running it again resumes it.
     """
     started_s = time.monotonic()
     retry_filter = RetryFilter.parse(retry) if retry else None
@@ -232,7 +232,7 @@ class Run:
     gcs_address: str = ""
     """Of the cluster, once it is connected to."""
     found: int = 0
-    """Documents that the tracker counts as listed, of which those of the round and of earlier ones."""
+    """Documents that were listed when the tracker's total was last computed."""
 
     def execute(self, retry: RetryFilter | None) -> None:
         """Ask what is unanswered and write the records; again, if settling finds a damaged shard."""

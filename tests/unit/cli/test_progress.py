@@ -58,6 +58,17 @@ def test_a_listing_says_how_many_documents_it_has_found() -> None:
         assert progress.format_counts(replace(HALFWAY, phase=Phase.LISTING, documents=total, documents_done=done)) == line
 
 
+def test_while_a_listing_goes_on_the_documents_are_those_so_far() -> None:
+    now = replace(HALFWAY, documents=40_000, is_listing=True)
+    assert progress.format_counts(now) == "1/40000 documents so far, 6 pages, 1.5 pages/s, 1 failed"
+    with progress.show_progress(on_terminal()) as display:
+        display.update(now)
+        assert isinstance(display, progress.PhaseBar)
+        assert display.bar.tasks[0].total is None
+        display.update(replace(now, is_listing=False))
+        assert display.bar.tasks[0].total == 40_000
+
+
 def test_beside_json_there_is_nothing_but_messages() -> None:
     with progress.show_progress(shown := on_terminal(), quiet=True) as display:
         display.update(HALFWAY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -220,10 +221,10 @@ def test_the_number_of_documents_is_told_while_a_listing_goes_on(job: Job, works
         workspace.put(f"{number}.pdf", b"%PDF-")
     monkeypatch.setattr(sources, "PROGRESS_S", 0.01)
     monkeypatch.setattr(sources, "BATCH_ROWS", 1)
-    real = os.stat
+    real, calls = os.stat, itertools.count()
 
     def stat(path: str, **given: object) -> os.stat_result:
-        time.sleep(0.01)
+        time.sleep(0.01 * next(calls))  # one after another, however many threads there are
         return real(path, **given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "stat", stat)
