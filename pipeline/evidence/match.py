@@ -21,9 +21,9 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from pipeline.evidence.dates import Day, decide_order, scan_dates
+from pipeline.evidence.dates import Day, PrintedDate, decide_order, scan_dates
 from pipeline.evidence.numbers import PrintedNumber, describe_number, parse_number_text
-from pipeline.evidence.page_index import Box, Find, PageIndex, fold_text, sort_by_line
+from pipeline.evidence.page_index import RUN, Box, Find, PageIndex, fold_text, sort_by_line
 from pipeline.evidence.places import Place, PlacedValue, choose_places, measure_gap, split_label
 from pipeline.evidence.similar import find_similar
 from pipeline.evidence.text_layer import PageWords
@@ -126,28 +126,24 @@ class DocumentIndex:
     """The words of a document, page by page, in up to two orders of reading; those that a reader cannot see apart."""
 
     def __init__(self, pages: Iterable[PageWords]) -> None:
-        self.words = list(pages)
+        self.words, self.by_line = list(pages), dict[int, PageIndex]()
 
-    def index_pages(self, hidden: bool, by_line: bool = False) -> list[PageIndex]:
+    def index_pages(self, hidden: bool) -> list[PageIndex]:
         """Return the indexes of the pages that have such words."""
-        found = []
-        for page in self.words:
-            order: list[int] = np.flatnonzero((page.marks > WordMark.OVERLAY) == hidden).tolist()
-            if order and by_line:
-                order = [order[index] for index in sort_by_line(page.boxes[order])]
-            if order:
-                found.append(PageIndex(page, order))
-        return found
+        orders = [(page, np.flatnonzero((page.marks > WordMark.OVERLAY) == hidden).tolist()) for page in self.words]
+        return [PageIndex(page, order) for page, order in orders if order]
 
     @cached_property
     def pages(self) -> list[PageIndex]:
         """What a reader sees, in the order of the text layer."""
         return self.index_pages(hidden=False)
 
-    @cached_property
-    def pages_by_line(self) -> list[PageIndex]:
-        """What a reader sees, line by line."""
-        return self.index_pages(hidden=False, by_line=True)
+    def read_by_line(self, page: PageIndex) -> PageIndex:
+        """Return a page in the order of its lines, in which a text may stand that the text layer divides; it costs as much as the page."""
+        if page.page_no not in self.by_line:
+            words = next(one for one in self.words if one.page_no == page.page_no)
+            self.by_line[page.page_no] = PageIndex(words, [page.order[at] for at in sort_by_line(page.boxes)])
+        return self.by_line[page.page_no]
 
     @cached_property
     def hidden_pages(self) -> list[PageIndex]:
@@ -231,7 +227,9 @@ def find_places(scalar: Scalar, index: DocumentIndex, pages: Sequence[PageIndex]
     for search in choose_searches(scalar, index):
         found = list(islice((place for page in pages for place in search(page)), MAX_PLACES))
         if not found and pages is index.pages and search.__name__ == "search_text":
-            found = list(islice((place for page in index.pages_by_line for place in search(page)), MAX_PLACES))
+            runs = RUN.findall(fold_text(str(scalar.value)))
+            lines = (index.read_by_line(page) for page in pages if all(run in page.text for run in runs))
+            found = list(islice((place for page in lines for place in search(page)), MAX_PLACES))
         if found:
             return drop_overlaps(found)
     return find_pieces(str(scalar.value), pages)
@@ -260,13 +258,15 @@ def choose_searches(scalar: Scalar, index: DocumentIndex) -> list[Search]:
         return [make_number_search([describe_number(value)[0]], dump_json(value), is_negative=value < 0)]
     text = str(value).strip()
     formats = {schema.get("format") for schema in scalar.schemas}
-    days = parse_days(text, index.day_first) if formats & DAY_FORMATS or not formats - {None} else []
+    date = parse_date(text) if formats & DAY_FORMATS or not formats - {None} else None
+    day_first = index.day_first if date else None  # for which all dates of the document are read
+    days = date.list_days(day_first) if date else []
     if formats & DAY_FORMATS and days:
-        return [make_day_search(days, text, index.day_first)]
+        return [make_day_search(days, text, day_first)]
     if "time" in formats and (time := ISO_TIME.match(text)):
         return [make_text_search(text), *map(make_form_search, list_times(time))]
     keys, is_negative = parse_number_text(text)
-    searches = [make_text_search(text, days, index.day_first, is_literal=bool(keys))]
+    searches = [make_text_search(text, days, day_first, is_literal=bool(keys))]
     searches.append(make_number_search(keys, text, is_negative) if keys else make_loose_search(text))
     searches += [make_form_search(sign) for sign in CURRENCY_SIGNS.get(text, ())]
     return searches + list_printed_forms(scalar)
@@ -337,7 +337,7 @@ def make_number_search(keys: Sequence[str], text: str, is_negative: bool) -> Sea
         return number.sign != "" if is_negative else number.sign != "-"
 
     def search_number(page: PageIndex) -> Iterator[Place]:
-        for number in [number for key in dict.fromkeys(keys) for number in page.numbers.get(key, ()) if has_sign(number)]:
+        for number in [number for key in dict.fromkeys(keys) for number in page.numbers.find(key) if has_sign(number)]:
             find = Find(number.start, number.end)
             yield Place(page, find, page.get_printed(find) == text.lstrip("-"))
 
@@ -354,14 +354,14 @@ def list_times(time: re.Match[str]) -> list[str]:
     return [*forms, short, *([f"{hour}:{minute}"] if hour < 10 else []), f"{twelve} {half}", f"{twelve}{half}"]
 
 
-def parse_days(text: str, day_first: bool | None) -> list[Day]:
-    """Return the days that a text names, if it is a date and nothing else; a time of day may follow one of ISO 8601."""
+def parse_date(text: str) -> PrintedDate | None:
+    """Return what a text is as a date, if it is one and nothing else; a time of day may follow one of ISO 8601."""
     if re.match(r"\d{4}-\d\d-\d\d(?:[Tt ]\d\d:\d\d|$)", text):
         text = text[:10]
     if len(text) > MAX_DATE or not any(map(str.isdigit, text)):
-        return []
+        return None
     folded = fold_text(text)
-    return next((date.list_days(day_first) for date in scan_dates(folded) if date.end - date.start == len(folded)), [])
+    return next((date for date in scan_dates(folded) if date.end - date.start == len(folded)), None)
 
 
 def strip_marks(text: str) -> str:
