@@ -63,10 +63,10 @@ class PageIndex:
         separators = np.where(find_near_words(self.boxes), " ", "\n").tolist()
         lengths = list(map(len, folded))
         self.starts = [0, *accumulate(length + 1 for length in lengths[:-1])]
-        self.text = interleave(folded, separators)
+        self.text = interleave_words(folded, separators)
         self.is_even = lengths == list(map(len, self.words))
         """Whether folding changed no word's length, so that characters of the text are those of the words."""
-        self.raw = interleave(self.words, separators) if self.is_even else ""
+        self.raw = interleave_words(self.words, separators) if self.is_even else ""
         self.found_words: dict[str, list[int]] = {}
 
     @cached_property
@@ -214,7 +214,7 @@ def classify_letters() -> NDArray[np.uint8]:
     return np.array([*(DIGIT if one.isdigit() and RUN.match(one) else int(RUN.match(one) is not None) for one in letters), 0], np.uint8)
 
 
-def interleave(words: Sequence[str], separators: Sequence[str]) -> str:
+def interleave_words(words: Sequence[str], separators: Sequence[str]) -> str:
     """Return words with a separator after each but the last."""
     parts = [""] * (2 * len(words) - 1)
     parts[::2], parts[1::2] = words, separators
