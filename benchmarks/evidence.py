@@ -8,8 +8,8 @@ with another digit or letter. "Printed" is decided without the matcher, by plain
 value. "Same place": the altered value is witnessed where the true one stands, which is a defect of the matcher; "elsewhere": it is
 printed at another place. Bounds: 98 % of the printed values with a box whose words are the value; altered at the same place 0.2 %,
 anywhere 1 % for texts and amounts; 2 ms of CPU a page beyond reading its words. `--ocr` reads images instead, receipts whose days come
-first: true totals and dates 95 %, altered ones 2 %. `--pixels` reads the first page of each PDF by OCR, too, and prints how its text layer does
-and which true values or pages raise the alert that it differs from the pixels: none should.
+first: true totals and dates 95 %, altered ones 2 %. `--pixels` reads the first page of each PDF by OCR, too, and prints how its text
+layer does, and which true values or pages raise the alert that it differs from the pixels: none should.
 """
 
 from __future__ import annotations
@@ -59,7 +59,13 @@ def main() -> None:
     parser.add_argument("--pixels", action="store_true", help="compare the text layers of first pages with what OCR reads there")
     options = parser.parse_args()
     if options.pixels:
-        return print_layers(options.folders)
+        print_layers(options.folders)
+    else:
+        print_matching(options)
+
+
+def print_matching(options: argparse.Namespace) -> None:
+    """Print how well and how fast true values and altered ones are told apart, and the alerts about hidden text."""
     chance, counts, documents, pages, spent_s = random.Random(SEED), Counter[tuple[str, str]](), 0, 0, 0.0
     for file in sorted(found for folder in options.folders for found in folder.glob("*.jpg" if options.ocr else "*.pdf")):
         labels = file.with_suffix(".json")
@@ -91,7 +97,7 @@ def print_alerts(folders: list[Path]) -> None:
 
 
 def print_layers(folders: list[Path]) -> None:
-    """Print how the layers of first pages do, and the alerts that OCR of their pixels raises, on labelled PDFs for their true values, too."""
+    """Print how the layers of first pages do, and the alerts that OCR of their pixels raises, on labelled PDFs also for their true values."""
     judged, alerts, spent_s = Counter[str](), Counter[str](), 0.0
     for file in sorted(file for folder in folders for file in folder.rglob("*.pdf")):
         try:
