@@ -8,7 +8,8 @@ with another digit or letter. "Printed" is decided without the matcher, by plain
 value. "Same place": the altered value is witnessed where the true one stands, which is a defect of the matcher; "elsewhere": it is
 printed at another place. Bounds: 98 % of the printed values with a box whose words are the value; altered at the same place 0.2 %,
 anywhere 1 % for texts and amounts; 2 ms of CPU a page beyond reading its words. `--ocr` reads images instead, receipts whose days come
-first: true totals and dates 95 %, altered ones 2 %.
+first: true totals and dates 95 %, altered ones 2 %. `--pixels` reads the first page of each PDF by OCR, too, and prints how its text
+layer does, and which true values or pages raise the alert that it differs from the pixels: none should.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from typing import Any
 from pipeline.budget import PixelBudget, RenderSettings
 from pipeline.errors import DocumentError
 from pipeline.evidence.alerts import list_alerts
+from pipeline.evidence.layers import judge_layer, order_witnesses
 from pipeline.evidence.match import Evidence, Match, match_values
 from pipeline.evidence.ocr import read_words_by_ocr
-from pipeline.evidence.text_layer import PageWords, pack_words, unpack_words
+from pipeline.evidence.text_layer import PageWords, collect_page_words, pack_words, unpack_words
+from pipeline.records import PageLayer
 from pipeline.render.document import open_document
 from pipeline.schema import parse_json
 
@@ -53,7 +56,16 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--misses", action="store_true", help="print the printed values that were not found")
     parser.add_argument("--ocr", action="store_true", help="read images (*.jpg) by OCR instead of the text layers of PDFs")
+    parser.add_argument("--pixels", action="store_true", help="compare the text layers of first pages with what OCR reads there")
     options = parser.parse_args()
+    if options.pixels:
+        print_layers(options.folders)
+    else:
+        print_matching(options)
+
+
+def print_matching(options: argparse.Namespace) -> None:
+    """Print how well and how fast true values and altered ones are told apart, and the alerts about hidden text."""
     chance, counts, documents, pages, spent_s = random.Random(SEED), Counter[tuple[str, str]](), 0, 0, 0.0
     for file in sorted(found for folder in options.folders for found in folder.glob("*.jpg" if options.ocr else "*.pdf")):
         labels = file.with_suffix(".json")
@@ -82,6 +94,30 @@ def print_alerts(folders: list[Path]) -> None:
     print(f"\nalerts about hidden text: {len(alerts)} of {len(files)} PDFs ({len(alerts) / max(1, len(files)):.1%})")
     for name, found in alerts.items():
         print(f"  {name}: {found[0]['reason']}: {found[0]['text'][:100]}")
+
+
+def print_layers(folders: list[Path]) -> None:
+    """Print how the layers of first pages do, and the alerts that OCR of their pixels raises, on labelled PDFs also for their true values."""
+    judged, alerts, spent_s = Counter[str](), Counter[str](), 0.0
+    for file in sorted(file for folder in folders for file in folder.rglob("*.pdf")):
+        try:
+            page = open_document(file.read_bytes(), RenderSettings(text_layer=True)).draw(1)
+        except DocumentError:
+            continue
+        layer = collect_page_words(page)
+        judged[judge := str(judge_layer(layer, page.pixels, page.width_pt, page.height_pt))] += 1
+        if judge != PageLayer.USABLE:
+            print(f"{file.name}: {judge}, {len(layer.texts)} words")
+            continue
+        began_s = time.process_time()
+        words = order_witnesses(layer, read_words_by_ocr(1, page.pixels, page.width_pt, page.height_pt), judge)
+        spent_s += time.process_time() - began_s
+        labels = file.with_suffix(".json")
+        values = parse_json(labels.read_text()) if labels.exists() else {}
+        for alert in list_alerts(words, match_values({}, values, words)):
+            alerts[f"{alert['kind']} {alert['reason']}"] += 1
+            print(f"{file.name}: {alert['kind']}, {alert['reason']}, {alert['path']}: {alert['text'][:60]!r}")
+    print(f"layers: {dict(judged)}; alerts: {dict(alerts)}; OCR {spent_s / max(1, judged['usable']):.1f} s of CPU a page")
 
 
 def read_words_of(file: Path, by_ocr: bool = False) -> list[PageWords]:

@@ -47,9 +47,20 @@ DATE = re.compile(
 )
 """On text in lower case, from a number on."""
 NAMED = re.compile(rf"(?P<n3>{NAME})\.?[\s-]{{0,2}}(?P<d3>\d{{1,2}})(?!\d)(?:st|nd|rd|th)?[\s,/-]{{1,3}}(?P<y3>{YEAR})")
+FORMS = {
+    "c": ("a", "b", "c"), "c7": ("a7", "b7", "c7"), "d1": ("y1", "m1", "d1"), "y2": ("y2", "n2", "d2"), "y3": ("y3", "n3", "d3"),
+    "d4": ("y4", "n4", "d4"), "d5": ("y5", "m5", "d5"), "d6": ("y6", "m6", "d6"),
+}  # fmt: skip
+"""Of each form of a date its last group, and the groups of year, month and day, or of its three numbers."""
 BEFORE = re.compile(r"([^\W\d_]+)\.?[\s-]{0,2}$")
-NUMBER_START = re.compile(r"(?<!\d)(?:\d{8}(?!\d)|\d{1,4}(?=[^\d)%]))")
+NUMBER_START = re.compile(
+    r"""(?<!\d)(?:\d{8}(?!\d)|\d{1,4}(?!\d)
+    (?=[ ]?[./-][ ]?\d{1,2}[ ]?[./-] | [\s,/-]{1,3}['’]?\d | [\s.,/-]{0,2}[^\W\d_] | [ºª]))""",
+    re.VERBOSE,
+)
+"""A number after which a date may go on."""
 MAX_NAME = 15
+NAME_ENDS = frozenset(name[-2:] for name in MONTHS)
 DAYS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 
 
@@ -82,8 +93,9 @@ def scan_dates(text: str) -> Iterator[PrintedDate]:
         if start < end:
             continue
         found = DATE.match(text, start)
-        if found is None and len(number[0]) <= 2 and (name := BEFORE.search(text[max(0, start - MAX_NAME) : start])) and name[1] in MONTHS:
-            found = NAMED.match(text, start - len(name[0]))
+        if found is None and len(number[0]) <= 2 and text[max(0, start - 5) : start].rstrip(" .-\n")[-2:] in NAME_ENDS:
+            name = BEFORE.search(text[max(0, start - MAX_NAME) : start])
+            found = NAMED.match(text, start - len(name[0])) if name and name[1] in MONTHS else None
         printed = read_date(found) if found else None
         if printed and (printed.day_first or printed.month_first):
             yield printed
@@ -92,15 +104,14 @@ def scan_dates(text: str) -> Iterator[PrintedDate]:
 
 def read_date(found: re.Match[str]) -> PrintedDate:
     """Return what a match of `DATE` can be read as."""
-    part = {name: value for name, value in found.groupdict().items() if value}
     start, end = found.span()
-    if "a" in part or "a7" in part:
-        a, b, c = (part[name] for name in (("a", "b", "c") if "a" in part else ("a7", "b7", "c7")))
-        day_first, month_first = make_day(c, b, a), make_day(c, a, b)
-        return PrintedDate(start, end, day_first, None if month_first == day_first else month_first, part.get("mark", " "))
-    number = next(name[1] for name in part if name[0] == "y")
-    month = str(MONTHS[part[f"n{number}"]]) if f"n{number}" in part else part[f"m{number}"]
-    return PrintedDate(start, end, make_day(part[f"y{number}"], month, part[f"d{number}"]), None)
+    form = FORMS[str(found.lastgroup)]
+    one, other, last = found.group(*form)
+    if form[0][0] == "a":
+        day_first, month_first = make_day(last, other, one), make_day(last, one, other)
+        mark = found["mark"] if form[0] == "a" else " "
+        return PrintedDate(start, end, day_first, None if month_first == day_first else month_first, mark)
+    return PrintedDate(start, end, make_day(one, str(MONTHS.get(other, other)), last), None)
 
 
 def make_day(year: str, month: str, day: str) -> Day | None:

@@ -4,42 +4,28 @@ exact            printed as it is written
 normalized       printed in another form: 1.234,50 for 1234.5, 22. Mai 2020 for 2020-05-22, other case, spacing, punctuation
 similar          nearly the same is printed: this places a box and verifies nothing
 hidden           only in text that a reader cannot see
-absent           not in the text layer
+absent           in no word of the pages
 not_applicable   nothing to look for: no words, a boolean, a choice whose printed form the schema does not say
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from enum import StrEnum
-from functools import cached_property
 from itertools import islice
 from typing import Any, TypedDict
 
-import numpy as np
-
-from pipeline.evidence.dates import Day, decide_order, scan_dates
-from pipeline.evidence.numbers import PrintedNumber, describe_number, parse_number_text
-from pipeline.evidence.page_index import Box, Find, PageIndex, fold_text, sort_by_line
+from pipeline.evidence.page_index import RUN, Box, Find, PageIndex, fold_text
 from pipeline.evidence.places import Place, PlacedValue, choose_places, measure_gap, split_label
+from pipeline.evidence.searches import DocumentIndex, Scalar, choose_searches
 from pipeline.evidence.similar import find_similar
 from pipeline.evidence.text_layer import PageWords
 from pipeline.records import WordMark
-from pipeline.schema import LOCAL_DATE_TIME, Schema, dump_json, join_path, walk_in_place
+from pipeline.schema import Schema, dump_json, join_path, walk_in_place
 from pipeline.schema.validate import is_blank
 
-CURRENCY_SIGNS = {
-    "AUD": ("a$", "$"), "BRL": ("r$",), "CAD": ("c$", "ca$", "$"), "CHF": ("sfr",), "CNY": ("¥", "元"), "CZK": ("kč",), "DKK": ("kr",),
-    "EUR": ("€",), "GBP": ("£",), "HKD": ("hk$", "$"), "ILS": ("₪",), "INR": ("₹", "rs"), "JPY": ("¥", "円"), "KRW": ("₩", "원"),
-    "MXN": ("$",), "MYR": ("rm",), "NOK": ("kr",), "NZD": ("nz$", "$"), "PHP": ("₱",), "PLN": ("zł",), "RUB": ("₽",), "SEK": ("kr",),
-    "SGD": ("s$", "$"), "THB": ("฿",), "TRY": ("₺",), "UAH": ("₴",), "USD": ("us$", "$"), "VND": ("₫",), "ZAR": ("r",),
-}  # fmt: skip
-"""What documents print for a currency of ISO 4217, in lower case."""
-DAY_FORMATS = {"date", "date-time", LOCAL_DATE_TIME}
-ISO_TIME = re.compile(r"T?(?P<hour>\d\d):(?P<minute>\d\d)(?P<seconds>:\d\d)?")
 PIECES = re.compile(r"\s*[,;\n]+\s*")
 PIECE_DISTANCE_PT = 80.0
 """How far apart the pieces of a text, such as the lines of an address, may be."""
@@ -48,8 +34,6 @@ MAX_PLACES = 500
 """Most places of a value that are counted."""
 MAX_SIMILAR_PAGES = 100
 """Pages of a document on which a text is looked for that is not printed as it is: a fifth of a millisecond each."""
-MAX_DATE = 40
-"""Most characters of a text that is a date and nothing else."""
 
 
 class Match(StrEnum):
@@ -122,56 +106,6 @@ class EvidenceRow(TypedDict):
     distance: int | None
 
 
-class DocumentIndex:
-    """The words of a document, page by page, in up to two orders of reading; those that a reader cannot see apart."""
-
-    def __init__(self, pages: Iterable[PageWords]) -> None:
-        self.words = list(pages)
-
-    def index_pages(self, hidden: bool, by_line: bool = False) -> list[PageIndex]:
-        """Return the indexes of the pages that have such words."""
-        found = []
-        for page in self.words:
-            order: list[int] = np.flatnonzero((page.marks > WordMark.OVERLAY) == hidden).tolist()
-            if order and by_line:
-                order = [order[index] for index in sort_by_line(page.boxes[order])]
-            if order:
-                found.append(PageIndex(page, order))
-        return found
-
-    @cached_property
-    def pages(self) -> list[PageIndex]:
-        """What a reader sees, in the order of the text layer."""
-        return self.index_pages(hidden=False)
-
-    @cached_property
-    def pages_by_line(self) -> list[PageIndex]:
-        """What a reader sees, line by line."""
-        return self.index_pages(hidden=False, by_line=True)
-
-    @cached_property
-    def hidden_pages(self) -> list[PageIndex]:
-        """What a reader does not see."""
-        return self.index_pages(hidden=True)
-
-    @cached_property
-    def day_first(self) -> bool | None:
-        """Whether the day comes before the month in the document's dates; None if they do not tell."""
-        return decide_order(date for page in self.pages for date in page.dates)
-
-
-@dataclass(frozen=True, eq=False)
-class Scalar:
-    """A scalar of a record, and the schemas that apply to it."""
-
-    path: str
-    value: Any
-    schemas: Sequence[Schema]
-    group: str
-    item: str
-    name: str
-
-
 def match_values(schema: Schema, value: Any, pages: Iterable[PageWords]) -> list[Evidence]:
     """Return the evidence for each value of a record, in the record's order; none for nulls and empty texts.
 
@@ -231,7 +165,9 @@ def find_places(scalar: Scalar, index: DocumentIndex, pages: Sequence[PageIndex]
     for search in choose_searches(scalar, index):
         found = list(islice((place for page in pages for place in search(page)), MAX_PLACES))
         if not found and pages is index.pages and search.__name__ == "search_text":
-            found = list(islice((place for page in index.pages_by_line for place in search(page)), MAX_PLACES))
+            runs = RUN.findall(fold_text(str(scalar.value)))
+            lines = (index.read_by_line(page) for page in pages if all(run in page.text for run in runs))
+            found = list(islice((place for page in lines for place in search(page)), MAX_PLACES))
         if found:
             return drop_overlaps(found)
     return find_pieces(str(scalar.value), pages)
@@ -246,129 +182,6 @@ def drop_overlaps(places: Sequence[Place]) -> list[Place]:
             here.append(place)
     unique = {id(place) for some in kept.values() for place in some}
     return [place for place in places if id(place) in unique]
-
-
-Search = Callable[[PageIndex], Iterator[Place]]
-
-
-def choose_searches(scalar: Scalar, index: DocumentIndex) -> list[Search]:
-    """Return what to look for on a page, what is nearest to the value as it is written first."""
-    value = scalar.value
-    if isinstance(value, bool):
-        return list_printed_forms(scalar)
-    if isinstance(value, int | float | Decimal):
-        return [make_number_search([describe_number(value)[0]], dump_json(value), is_negative=value < 0)]
-    text = str(value).strip()
-    formats = {schema.get("format") for schema in scalar.schemas}
-    days = parse_days(text, index.day_first) if formats & DAY_FORMATS or not formats - {None} else []
-    if formats & DAY_FORMATS and days:
-        return [make_day_search(days, text, index.day_first)]
-    if "time" in formats and (time := ISO_TIME.match(text)):
-        return [make_text_search(text), *map(make_form_search, list_times(time))]
-    keys, is_negative = parse_number_text(text)
-    searches = [make_text_search(text, days, index.day_first, is_literal=bool(keys))]
-    searches.append(make_number_search(keys, text, is_negative) if keys else make_loose_search(text))
-    searches += [make_form_search(sign) for sign in CURRENCY_SIGNS.get(text, ())]
-    return searches + list_printed_forms(scalar)
-
-
-def list_printed_forms(scalar: Scalar) -> list[Search]:
-    """Return what to look for by the titles that a schema gives its constants: `oneOf: [{const: true, title: PAID}, …]`."""
-    titles = [
-        schema["title"] for schema in scalar.schemas if schema.get("const") == scalar.value and "const" in schema and "title" in schema
-    ]
-    return [make_form_search(str(title)) for title in titles]
-
-
-def make_text_search(text: str, days: Sequence[Day] = (), day_first: bool | None = None, is_literal: bool = False) -> Search:
-    """Return a search for a text, and for days that it names, in whatever form; `is_literal` wants the text as it is written."""
-    core = strip_marks(text)
-
-    def search_text(page: PageIndex) -> Iterator[Place]:
-        for find in page.find_text(text):
-            whole = page.extend_find(find, text)
-            is_exact = page.get_printed(whole) in (core, text)
-            if is_exact or not is_literal:
-                yield Place(page, whole, is_exact)
-        for day in days:
-            for find in page.find_day(day, day_first):
-                yield Place(page, find, page.get_printed(find) == core)
-
-    return search_text
-
-
-def make_form_search(form: str) -> Search:
-    """Return a search for another form of a value."""
-
-    def search_form(page: PageIndex) -> Iterator[Place]:
-        return (Place(page, find, False) for find in page.find_text(form))
-
-    return search_form
-
-
-def make_loose_search(text: str) -> Search:
-    """Return a search for a text in which numbers may be divided otherwise: DE89370400440532013000 for DE89 3704 0044 …"""
-
-    def search_loose(page: PageIndex) -> Iterator[Place]:
-        return (Place(page, find, False) for find in page.find_text(text, is_loose=True))
-
-    return search_loose
-
-
-def make_day_search(days: Sequence[Day], text: str, day_first: bool | None) -> Search:
-    """Return a search for a day, and for the time of day where there is one: of another time the day alone is no match."""
-    time = ISO_TIME.search(text, 10)
-    forms = list_times(time) if time and (time["hour"], time["minute"]) != ("00", "00") else []
-
-    def search_day(page: PageIndex) -> Iterator[Place]:
-        if forms and not any(page.find_text(form) for form in forms):
-            return
-        for day in days:
-            for find in page.find_day(day, day_first):
-                yield Place(page, find, page.get_printed(find) == text)
-
-    return search_day
-
-
-def make_number_search(keys: Sequence[str], text: str, is_negative: bool) -> Search:
-    """Return a search for a number in whatever form, with its sign."""
-
-    def has_sign(number: PrintedNumber) -> bool:
-        return number.sign != "" if is_negative else number.sign != "-"
-
-    def search_number(page: PageIndex) -> Iterator[Place]:
-        for number in [number for key in dict.fromkeys(keys) for number in page.numbers.get(key, ()) if has_sign(number)]:
-            find = Find(number.start, number.end)
-            yield Place(page, find, page.get_printed(find) == text.lstrip("-"))
-
-    return search_number
-
-
-def list_times(time: re.Match[str]) -> list[str]:
-    """Return how a time of day may be printed: 14:05:00, 14:05, 2:05 pm."""
-    hour, minute = int(time["hour"]), time["minute"]
-    short = f"{time['hour']}:{minute}"
-    forms = [f"{short}{time['seconds']}"] if time["seconds"] else []
-    twelve = f"{(hour - 1) % 12 + 1}:{minute}"
-    half = "am" if hour < 12 else "pm"
-    return [*forms, short, *([f"{hour}:{minute}"] if hour < 10 else []), f"{twelve} {half}", f"{twelve}{half}"]
-
-
-def parse_days(text: str, day_first: bool | None) -> list[Day]:
-    """Return the days that a text names, if it is a date and nothing else; a time of day may follow one of ISO 8601."""
-    if re.match(r"\d{4}-\d\d-\d\d(?:[Tt ]\d\d:\d\d|$)", text):
-        text = text[:10]
-    if len(text) > MAX_DATE or not any(map(str.isdigit, text)):
-        return []
-    folded = fold_text(text)
-    return next((date.list_days(day_first) for date in scan_dates(folded) if date.end - date.start == len(folded)), [])
-
-
-def strip_marks(text: str) -> str:
-    """Return a text without the marks before its first letter or digit and after its last one, its white space as single spaces."""
-    inside = " ".join(text.split())
-    found = re.search(r"[^\W_].*[^\W_]|[^\W_]", inside)
-    return found[0] if found else inside
 
 
 def find_pieces(text: str, pages: Sequence[PageIndex]) -> list[Place]:

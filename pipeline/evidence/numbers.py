@@ -8,23 +8,23 @@ A value is compared by its canonical text: no sign, no leading zeros, no zeros a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
 DIGITS = r"\d+(?:[.,'’]\d+)*"
-NUMBER = re.compile(
-    rf"""(?<![^\W_])                       # not inside a word, …
-    (?P<prefix>[^\W\d_]{{1,4}}\.?)?        # … but after a currency: EUR12, Rs.12
-    (?P<number>{DIGITS})
-    (?!\d)(?=(?P<after>[ ]?%|-(?!\w)|[-/:]\d)?)""",
-    re.VERBOSE,
-)
+NUMBER = re.compile(DIGITS)
+BEFORE_NUMBER = re.compile(r"(?:^|[\W_])(?P<currency>[^\W\d_]{1,4}\.?)?$")
+"""What may stand before a number: not a word, but a currency does: EUR12, Rs.12."""
+BEFORE, SIGN_CHARACTERS = 6, 4
+"""Characters that are looked at before a number, and before a number with its currency for a sign."""
+AFTER_NUMBER = re.compile(r"[ ]?%|-(?!\w)|[-/:]\d")
 SPACED = re.compile(r"(?<![\d.,])\d{1,3}(?:[ \u00a0\u202f]\d{3})+(?:[.,]\d+)?(?![\d.,]*\d)")
 """Groups of three digits with spaces between them."""
 MINUS = r"\-\u2010\u2011\u2012\u2013\u2212"
 SIGN_BEFORE = re.compile(rf"(?:^|[^\w])(?P<sign>[{MINUS}(])[^\w\s{MINUS}]?$")
 YEAR_DIGITS = 4
+SPACES = re.compile("[ \u00a0\u202f]")
+NO_MARKS = dict.fromkeys(map(ord, ".,'’ \u00a0\u202f"))
 PARTS = re.compile(r"(\d+)([.,'’])?")
 CURRENCIES = "aud brl cad chf cny czk dkk eur gbp hkd huf inr jpy mxn myr nok nzd pln ron sek sgd thb try usd zar".split()
 CURRENCY = rf"(?:[$€£¥₹₩₺₽฿₫₱₪₴]|us\$|rm|rs\.?|kr\.?|zł|kč|{'|'.join(CURRENCIES)})"
@@ -48,26 +48,46 @@ class PrintedNumber:
     """`-` where a minus stands before or after it, `(` in brackets, which may mean the same, else ``."""
 
 
-def scan_numbers(text: str) -> Iterator[PrintedNumber]:
-    """Yield the numbers in a text, in order; then those whose digits are in groups with spaces between them.
+class NumberIndex:
+    """The numbers of a text, all by their digits; what one can be read as, and what stands around it, is looked at when it is wanted."""
 
-    Numbers that marks join to others are left out, the parts of a date, a time or an invoice's number, but not the years of 1968-1973.
-    """
-    for found in NUMBER.finditer(text):
-        start, end = found.span("number")
-        keys = list_readings(found["number"])
-        if not keys:
-            continue
-        after, before = found["after"] or "", text[max(0, found.start() - 4) : found.start()]
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.spans: dict[str, list[tuple[int, int]]] = {}
+        for pattern in (NUMBER, SPACED):
+            for found in pattern.finditer(text):
+                self.spans.setdefault(strip_digits(found[0]), []).append(found.span())
+
+    def find(self, key: str) -> list[PrintedNumber]:
+        """Return the numbers that can be read as a value in canonical form, in order; then those whose digits are in groups."""
+        found = (self.read_number(start, end) for start, end in self.spans.get(strip_digits(key), ()))
+        return [number for number in found if number and key in number.keys]
+
+    def read_number(self, start: int, end: int) -> PrintedNumber | None:
+        """Return what digits of the text are as a number.
+
+        None for those that marks join to others, the parts of a date, a time or an invoice's number, but not for the years of 1968-1973.
+        """
+        digits, before = self.text[start:end], self.text[max(0, start - BEFORE) : start]
+        if SPACES.search(digits):
+            return PrintedNumber(start, end, tuple(list_readings("".join(digits.split()))), find_sign(before[-SIGN_CHARACTERS:]))
+        keys = list_readings(digits)
+        if not keys or not (edge := BEFORE_NUMBER.search(before)):
+            return None
+        after = found[0] if (found := AFTER_NUMBER.match(self.text, end)) else ""
         if after.endswith("%"):
             keys += [shift_percent(key) for key in keys]
-        marks = "/:" if len(found["number"]) == YEAR_DIGITS else "-/:"
+        marks = "/:" if len(digits) == YEAR_DIGITS else "-/:"
+        begin = start - len(edge["currency"] or "")
+        before = self.text[max(0, begin - SIGN_CHARACTERS) : begin]
         if (after[:1] in marks and after[-1:].isdigit()) or is_part(before, marks):
-            continue
-        yield PrintedNumber(start, end, tuple(keys), "-" if after == "-" else find_sign(before))
-    for found in SPACED.finditer(text):
-        sign = find_sign(text[max(0, found.start() - 4) : found.start()])
-        yield PrintedNumber(*found.span(), tuple(list_readings("".join(found[0].split()))), sign)
+            return None
+        return PrintedNumber(start, end, tuple(keys), "-" if after == "-" else find_sign(before))
+
+
+def strip_digits(number: str) -> str:
+    """Return the digits of a number without zeros at its ends, which are the same in all of its forms: 12345 for 1.234,50 and 0.12345."""
+    return number.translate(NO_MARKS).strip("0")
 
 
 def is_part(before: str, marks: str) -> bool:

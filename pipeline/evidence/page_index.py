@@ -15,20 +15,24 @@ from __future__ import annotations
 import re
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.evidence.dates import Day, PrintedDate, scan_dates
-from pipeline.evidence.numbers import YEAR_DIGITS, PrintedNumber, scan_numbers
+from pipeline.evidence.numbers import YEAR_DIGITS, NumberIndex
 from pipeline.evidence.text_layer import PageWords
 
 RUN = re.compile(r"[^\W_]+")
 NEAR = 1.2
 """Words of one line at most so many heights apart are read together: 1 234,50 is a number, and not two cells of a table."""
+MAX_CODE = 0x30000
+"""Characters from here on, of historic scripts and private use, are no letters."""
+DIGIT = 2
 MIN_LOOSE = 8
 """Letters and digits that a text must have to be found also where its numbers run together: DE89370400440532013000."""
 MAX_FINDS = 200
@@ -56,12 +60,14 @@ class PageIndex:
         self.boxes = page.boxes[self.order]
         self.marks = page.marks[self.order]
         folded = fold_words(self.words)
-        separators = [" " if is_near else "\n" for is_near in find_near_words(self.boxes)]
-        self.starts = [0, *accumulate(len(word) + 1 for word in folded[:-1])]
-        self.text = "".join(part for pair in zip(folded, [*separators, ""], strict=True) for part in pair)
-        self.is_even = all(len(word) == len(other) for word, other in zip(self.words, folded, strict=True))
+        separators = np.where(find_near_words(self.boxes), " ", "\n").tolist()
+        lengths = list(map(len, folded))
+        self.starts = [0, *accumulate(length + 1 for length in lengths[:-1])]
+        self.text = interleave_words(folded, separators)
+        self.is_even = lengths == list(map(len, self.words))
         """Whether folding changed no word's length, so that characters of the text are those of the words."""
-        self.raw = "".join(part for pair in zip(self.words, [*separators, ""], strict=True) for part in pair) if self.is_even else ""
+        self.raw = interleave_words(self.words, separators) if self.is_even else ""
+        self.found_words: dict[str, list[int]] = {}
 
     @cached_property
     def letters(self) -> LetterIndex:
@@ -73,12 +79,8 @@ class PageIndex:
         return LetterIndex(self.text, "")
 
     @cached_property
-    def numbers(self) -> dict[str, list[PrintedNumber]]:
-        found: dict[str, list[PrintedNumber]] = {}
-        for number in scan_numbers(self.text):
-            for key in number.keys:
-                found.setdefault(key, []).append(number)
-        return found
+    def numbers(self) -> NumberIndex:
+        return NumberIndex(self.text)
 
     @cached_property
     def dates(self) -> list[PrintedDate]:
@@ -152,7 +154,7 @@ class PageIndex:
 
     @cached_property
     def box_tuples(self) -> list[Box]:
-        return [(x0, y0, x1, y1) for x0, y0, x1, y1 in self.boxes.tolist()]
+        return list(map(tuple, self.boxes.tolist()))
 
     @cached_property
     def lines(self) -> list[int]:
@@ -164,14 +166,17 @@ class PageIndex:
         """Return where a line begins."""
         return min(box[1] for box, other in zip(self.box_tuples, self.lines, strict=True) if other == line)
 
-    def find_words(self, run: str) -> Iterator[int]:
-        """Yield the words in which a run of letters or digits stands, in lower case."""
-        at = self.text.find(run)
+    def find_words(self, run: str) -> list[int]:
+        """Return the words in which a run of letters or digits stands, in lower case; a label is looked for at each place of its value."""
+        if run in self.found_words:
+            return self.found_words[run]
+        found, at = self.found_words.setdefault(run, []), self.text.find(run)
         while at >= 0:
             end = at + len(run)
             if not self.text[max(0, at - 1) : at].isalnum() and not self.text[end : end + 1].isalnum():
-                yield bisect_right(self.starts, at) - 1
+                found.append(bisect_right(self.starts, at) - 1)
             at = self.text.find(run, end)
+        return found
 
 
 class LetterIndex:
@@ -179,15 +184,17 @@ class LetterIndex:
 
     def __init__(self, text: str, mark: str) -> None:
         """`mark` is put between two digits of different runs."""
-        spans = [found.span() for found in RUN.finditer(text)]
-        runs = [text[start:end] for start, end in spans]
-        marks = [mark if one[-1].isdigit() and other[0].isdigit() else "" for one, other in pairwise(runs)]
-        marks += [""] * (len(runs) - len(marks))
-        self.letters = "".join(part for pair in zip(runs, marks, strict=True) for part in pair)
-        lengths = [len(run) + len(mark) for run, mark in zip(runs, marks, strict=True)]
-        offsets = [0, *accumulate(lengths)]
-        self.starts = {offset: start for offset, (start, _) in zip(offsets, spans, strict=False)}
-        self.ends = {offset + len(run): end for offset, run, (_, end) in zip(offsets, runs, spans, strict=False)}
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+        kinds = classify_letters()[np.minimum(codes, MAX_CODE)]
+        edges = np.flatnonzero(np.diff(kinds > 0, prepend=False, append=False))
+        starts, ends = edges[::2], edges[1::2]
+        lengths, kept = np.cumsum(ends - starts), codes[kinds > 0]
+        is_between = (kinds[ends[:-1] - 1] == DIGIT) & (kinds[starts[1:]] == DIGIT) if mark else np.zeros(max(0, len(starts) - 1), np.bool_)
+        shifts = np.concatenate([[0], np.cumsum(is_between)])[: len(starts)]
+        self.letters = np.insert(kept, lengths[:-1][is_between], ord(mark or " ")).tobytes().decode("utf-32-le", "surrogatepass")
+        begins = lengths - (ends - starts) + shifts
+        self.starts = dict(zip(begins.tolist(), starts.tolist(), strict=True))
+        self.ends = dict(zip((lengths + shifts).tolist(), ends.tolist(), strict=True))
 
     def find(self, wanted: str) -> list[Find]:
         """Return where these letters and digits stand as whole runs."""
@@ -198,6 +205,20 @@ class LetterIndex:
                 found.append(Find(self.starts[at], self.ends[at + len(wanted)]))
             at = self.letters.find(wanted, at + 1)
         return found
+
+
+@lru_cache(maxsize=1)
+def classify_letters() -> NDArray[np.uint8]:
+    """Return for each character whether it is part of a run: 1 for letters, `DIGIT`, 0 for others and for all from `MAX_CODE` on."""
+    letters = map(chr, range(MAX_CODE))
+    return np.array([*(DIGIT if one.isdigit() and RUN.match(one) else int(RUN.match(one) is not None) for one in letters), 0], np.uint8)
+
+
+def interleave_words(words: Sequence[str], separators: Sequence[str]) -> str:
+    """Return words with a separator after each but the last."""
+    parts = [""] * (2 * len(words) - 1)
+    parts[::2], parts[1::2] = words, separators
+    return "".join(parts)
 
 
 def is_joined(beside: str, marks: str) -> bool:
@@ -218,16 +239,16 @@ def fold_text(text: str) -> str:
 
 def fold_words(words: list[str]) -> list[str]:
     """Return words without these differences."""
-    text = "\n".join(words)
-    return text.lower().split("\n") if text.isascii() else [fold_text(word) for word in words]
+    return fold_text("\n".join(words)).split("\n")
 
 
-def find_near_words(boxes: np.ndarray) -> Iterator[bool]:
-    """Yield for each word but the last whether the next one follows it closely on its line."""
+def find_near_words(boxes: np.ndarray) -> NDArray[np.bool_]:
+    """Return for each word but the last whether the next one follows it closely on its line."""
     height = boxes[:-1, 3] - boxes[:-1, 1]
     same_line = np.abs(boxes[1:, 1] + boxes[1:, 3] - boxes[:-1, 1] - boxes[:-1, 3]) < height
     gap = boxes[1:, 0] - boxes[:-1, 2]
-    yield from (same_line & (gap < NEAR * height) & (gap > -height)).tolist()
+    near: NDArray[np.bool_] = same_line & (gap < NEAR * height) & (gap > -height)
+    return near
 
 
 def number_lines(boxes: np.ndarray) -> np.ndarray:

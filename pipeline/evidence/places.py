@@ -7,7 +7,7 @@ other values is taken; of other values, the one that fits its label and stands n
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -87,7 +87,8 @@ def choose_places(values: Sequence[PlacedValue]) -> None:
             choose_by_label(value, groups[value.item or value.group], root)
         if value.chosen:
             value.label_fit = measure_label(value.chosen, value.labels) if len(value.places) > 1 else value.label_fit
-            value.distance_pt = find_nearest(value.chosen, [other for other in groups[value.item or value.group] if other is not value])
+            beside = list_boxes(other for other in groups[value.item or value.group] if other is not value)
+            value.distance_pt = find_nearest(value.chosen, beside)
 
 
 def choose_lines(items: Mapping[str, list[PlacedValue]]) -> None:
@@ -121,7 +122,7 @@ def find_cell(places: Sequence[Place], line: tuple[int, int]) -> Place | None:
 
 def choose_by_label(value: PlacedValue, group: Sequence[PlacedValue], root: Sequence[PlacedValue]) -> None:
     """Choose the place that fits the value's label and stands near the places of the values beside it."""
-    beside = [other for other in group if other.chosen] or [other for other in root if other.chosen and len(other.places) == 1]
+    beside = list_boxes(group) or list_boxes(other for other in root if len(other.places) == 1)
 
     def rate_place(place: Place) -> tuple[float, float]:
         distance = find_nearest(place, beside)
@@ -131,10 +132,18 @@ def choose_by_label(value: PlacedValue, group: Sequence[PlacedValue], root: Sequ
     value.chosen = max(value.places[:MAX_COMPARED], key=rate_place)
 
 
-def find_nearest(place: Place, others: Sequence[PlacedValue]) -> float | None:
-    """Return the distance in pt between a place and the nearest chosen place of other values on its page; None if there is none."""
-    boxes = [other.chosen.box for other in others if other.chosen and other.chosen.page.page_no == place.page.page_no]
-    return min((measure_gap(place.box, box) for box in boxes), default=None)
+def list_boxes(values: Iterable[PlacedValue]) -> dict[int, list[Box]]:
+    """Return the boxes of the chosen places of values, by page."""
+    boxes: dict[int, list[Box]] = {}
+    for value in values:
+        if value.chosen:
+            boxes.setdefault(value.chosen.page.page_no, []).append(value.chosen.box)
+    return boxes
+
+
+def find_nearest(place: Place, others: Mapping[int, Sequence[Box]]) -> float | None:
+    """Return the distance in pt between a place and the nearest box of others on its page; None if there is none."""
+    return min((measure_gap(place.box, box) for box in others.get(place.page.page_no, ())), default=None)
 
 
 def measure_gap(one: Box, other: Box) -> float:
