@@ -79,7 +79,7 @@ def pack_page(page: Page) -> tuple[Header, memoryview, bytes]:
     boxes = np.array([word[1:5] for word in page.words], BOXES)
     scalars = {name: getattr(page, name) for name in ("page_no", "dpi", "width_pt", "height_pt", "warnings", "renderer")}
     words = {"words": [word.text for word in page.words], "marks": [word.mark for word in page.words]}
-    return {**scalars, "shape": page.pixels.shape, **words}, memoryview(page.pixels).cast("B"), boxes.tobytes()
+    return {**scalars, "shape": page.pixels.shape, **words}, page.pixels.data.cast("B"), boxes.tobytes()
 
 
 def compute_page_bytes(cell_px: int) -> int:
