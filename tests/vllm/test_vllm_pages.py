@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import Qwen2VLImageProcessor
@@ -59,8 +58,8 @@ def test_the_input_is_that_of_vllms_own_processor(family: str, tmp_path: Path) -
     encoded = Encoder(processor, image_token, torch.device("cpu")).encode(prompt.build_messages("Read.", pages))
     cutter = PageCutter(image_token, int(processor.image_processor.patch_size), int(processor.image_processor.merge_size))
     renderer = renderer_from_config(config)
-    given = {"prompt_token_ids": encoded.unexpanded_ids, "multi_modal_data": {"image": [np.array(page) for page in pages]}}
-    parsed = parse_model_prompt(config.model_config, {**given, "multi_modal_uuids": {"image": ["a", "b"]}})
+    seen = {"multi_modal_data": {"image": pages}, "multi_modal_uuids": {"image": ["a", "b"]}}
+    parsed = parse_model_prompt(config.model_config, {"prompt_token_ids": encoded.unexpanded_ids, **seen})
     [theirs], ours = renderer.render_cmpl([parsed], renderer.default_cmpl_tok_params), cutter.build_input(encoded, ["a", "b"])
     assert describe(ours) == describe(theirs)
     assert cutter.build_input(encoded, [])["mm_hashes"] == {"image": [hashlib.sha256(page).hexdigest() for page in pages]}
