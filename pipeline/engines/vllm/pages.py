@@ -61,7 +61,7 @@ class PageCutter:
 def cut_patches(page: Pixels, patch_px: int, merge: int) -> NDArray[np.uint8]:
     """Return a page's patches, (patches, 3 * FRAMES * patch_px * patch_px), those of one visual token in a row.
 
-    A patch has the rows of its red values, twice, then green and blue. Rows of a patch are moved whole: 2 ms of CPU for 1,280 visual tokens.
+    A patch has the rows of its red values, twice, then green and blue. Its rows are moved whole: 2 ms of CPU for 1,280 visual tokens.
     """
     height_px, width_px, _ = page.shape
     rows, columns = height_px // (merge * patch_px), width_px // (merge * patch_px)
