@@ -2,6 +2,9 @@
 server that answers at once. Prints a table; needs no GPU and no weights. Linux only.
 
     python benchmarks/endpoint.py [--documents 400] [--pages 5] [--rounds 3]
+    python benchmarks/endpoint.py --real FOLDER [--documents 296]      real pages, one request a page
+
+With `--real` the documents are single pages of the PDFs in a folder and its folders, of each its first six; without, they are made.
 
 The server is a process of its own on loopback, whose CPU time is nobody's: a valid record of one token an event, with
 log-probabilities for whoever asks for them, as `pipeline.run` does. The plain client is what one writes in an afternoon: PyMuPDF at
@@ -10,7 +13,8 @@ text. `pipeline.run` draws in its sandbox, checks every answer, and writes ledge
 
 Both take turns, each time in fresh processes. CPU time is that of all processes of a run: what the kernel says of those that
 were waited for, orphans too, for they come to this process; or what /proc showed of them last, where that is more. A run over the
-first document alone is what starting costs, Ray's processes above all.
+first document alone is what starting costs, Ray's processes above all. `parts.py` measures the parts of our way in one process; what a run
+takes beyond them, starting left out, is Ray's and that of the parts side by side.
 """
 
 from __future__ import annotations
@@ -38,6 +42,8 @@ from typing import Any
 
 SAMPLE_S = 0.2
 CONCURRENCY = 16
+PAGE_MS, REAL_S, REAL_CPU_S = 45.0, 15.0, 25.0
+"""Bounds: CPU a page of a long run; time and CPU time of a run over 296 real pages on two cores."""
 PR_SET_CHILD_SUBREAPER = 36
 TICKS = os.sysconf("SC_CLK_TCK")
 SCHEMA = Path(__file__).parents[1] / "schemas" / "invoice.json"
@@ -60,10 +66,11 @@ class Spent:
 
 
 def main() -> int:
-    """Print the table; return 1 when the plain client uses less CPU for a page."""
+    """Print the tables; return 1 when the plain client uses less CPU for a page, or a bound is exceeded."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
-    parser.add_argument("--documents", type=int, default=400)
+    parser.add_argument("--documents", type=int, help="400, or 296 real ones")
     parser.add_argument("--pages", type=int, default=5)
+    parser.add_argument("--real", type=Path, help="a folder with PDFs")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=("ours", "plain", "server"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -76,35 +83,47 @@ def main() -> int:
     elif chosen.only == "plain":
         asyncio.run(plain(chosen.folder, chosen.address, chosen.documents))
     else:
-        return compare(chosen.documents, chosen.pages, chosen.rounds)
+        return compare(chosen.documents, chosen.pages, chosen.rounds, chosen.real)
     return 0
 
 
-def compare(documents: int, pages: int, rounds: int) -> int:
-    """Run both in turns and print what they took."""
+def compare(documents: int | None, pages: int, rounds: int, real: Path | None) -> int:
+    """Run both in turns and print what they took, and what the parts of ours take."""
+    import parts  # not by the plain client, whose start is measured
+
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     with tempfile.TemporaryDirectory() as name, subprocess.Popen([*me("server")], stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
             address, folder = server.stdout.readline().strip(), Path(name)
-            write_documents(folder / "in", documents, pages)
+            documents, pages = documents or (296 if real else 400), 1 if real else pages
+            documents = write_pages(folder / "in", documents, real) if real else write_documents(folder / "in", documents, pages)
             taken: dict[tuple[str, int], list[Spent]] = {}
             for who, count in [(who, count) for _ in range(rounds) for count in (1, documents) for who in ("ours", "plain")]:
                 command = me(who, "--folder", name, "--address", address, "--documents", str(count), "--pages", str(pages))
                 spent = metered(command, {server.pid})
                 print(f"    {who}, {count} documents: {spent.wall_s:.1f} s, {spent.cpu_s:.1f} s of CPU", flush=True)
                 taken.setdefault((who, count), []).append(spent)
+            parts_ms = parts.measure_parts(folder / "in", address, documents * pages, pages, rounds)
         finally:
             server.kill()
-    return table(taken, documents, pages)
+    then_ms, is_worse = table(taken, documents, pages)
+    parts.print_parts(parts_ms, then_ms)
+    whole = median(taken["ours", documents])
+    bounds = [("CPU ms a page, starting left out", then_ms, PAGE_MS)]
+    if real:
+        bounds += [("seconds, starting included", whole.wall_s, REAL_S), ("seconds of CPU, starting included", whole.cpu_s, REAL_CPU_S)]
+    for what, found, bound in bounds:
+        print(f"{what}: {found:.1f}, bound {bound:g}: {'within' if found <= bound else 'EXCEEDED'}")
+    return int(is_worse or any(found > bound for _, found, bound in bounds))
 
 
 def me(role: str, *arguments: str) -> list[str]:
     return [sys.executable, __file__, "--only", role, *arguments]
 
 
-def table(taken: dict[tuple[str, int], list[Spent]], documents: int, pages: int) -> int:
-    """Print medians; return 1 when the plain client uses less CPU for a page, starting left out of both."""
+def table(taken: dict[tuple[str, int], list[Spent]], documents: int, pages: int) -> tuple[float, bool]:
+    """Print medians; return our CPU ms for a page and whether the plain client uses less, starting left out of both."""
     print(f"{documents} documents of {pages} pages, medians of {len(taken['ours', 1])} runs each")
     print(f"{'':22}{'documents/s':>12}{'CPU ms/page':>13}{'start s':>9}{'start CPU s':>13}{'then documents/s':>18}{'then CPU ms/page':>18}")
     start_s, then_ms = dict[str, float](), dict[str, float]()
@@ -119,7 +138,7 @@ def table(taken: dict[tuple[str, int], list[Spent]], documents: int, pages: int)
     if then_ms["ours"] < then_ms["plain"]:
         even = (start_s["ours"] - start_s["plain"]) / (then_ms["plain"] - then_ms["ours"]) * 1000
         print(f"with it, less than the plain client's from {even:,.0f} pages on")
-    return int(then_ms["ours"] > then_ms["plain"])
+    return then_ms["ours"], then_ms["ours"] > then_ms["plain"]
 
 
 def median(runs: list[Spent]) -> Spent:
@@ -244,8 +263,8 @@ def data_urls(file: Path) -> list[str]:
 # ---- What both are given ----------------------------------------------------------------------------------------------
 
 
-def write_documents(folder: Path, count: int, pages: int) -> None:
-    """Write PDFs of dense A4 pages; every other document has a coloured letterhead."""
+def write_documents(folder: Path, count: int, pages: int) -> int:
+    """Write PDFs of dense A4 pages, every other one with a coloured letterhead; return how many."""
     import pymupdf
 
     folder.mkdir()
@@ -260,6 +279,24 @@ def write_documents(folder: Path, count: int, pages: int) -> None:
                 ]
                 page.insert_text((50, 90), [f"Invoice {number}, page {page_no} of {pages}", *lines], fontsize=10)
             document.save(folder / f"{number:05}.pdf")
+    return count
+
+
+def write_pages(folder: Path, most: int, real: Path) -> int:
+    """Write the first pages of real PDFs as documents of their own; return how many. One that cannot be opened is left out."""
+    import pymupdf
+    from parts import PAGES_PER_FILE
+
+    folder.mkdir()
+    count = 0
+    for file in sorted(real.rglob("*.pdf")):
+        with suppress(RuntimeError, ValueError), pymupdf.open(file) as whole:
+            for page_no in range(min(PAGES_PER_FILE, len(whole), most - count)):
+                with pymupdf.open() as single:
+                    single.insert_pdf(whole, from_page=page_no, to_page=page_no)
+                    single.save(folder / f"{count:05}.pdf")
+                count += 1
+    return count
 
 
 async def serve() -> None:

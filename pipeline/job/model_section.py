@@ -119,8 +119,8 @@ class ModelSection(Section):
     mm_processor_cache_gb: float | None = Field(
         None,
         ge=0,
-        description="GiB of host memory in which `vllm` keeps preprocessed pages, once in each of two processes. Only a re-ask uses them. "
-        "Default: 1, or 0 where `extract.re_asks` is 0 and no rule asks again; vLLM's own is 4.",
+        description="GiB of host memory in which vLLM keeps preprocessed pages. Default: 0, because pages come to it preprocessed, and a "
+        "re-ask costs 2 ms of CPU a page again; vLLM's own is 4.",
     )
     limit_mm_per_prompt: dict[str, int] | None = Field(
         None,
@@ -262,6 +262,7 @@ FIXED_ARGUMENTS = {
     "load_format": "only safetensors are read",
     "structured_outputs_config": "records depend on it",
     "logprobs_mode": "the ledger depends on it",
+    "mm_device_do_normalize": "pages are sent to vLLM as bytes",
     "hf_token": "job.yaml shows it; set the environment variable HF_TOKEN",
 }
 """Arguments of vLLM's engine that no job may set, and why."""

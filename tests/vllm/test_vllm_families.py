@@ -35,7 +35,7 @@ def load(folder: Path, family: str, **given: Any) -> Engine:
     cell = FAMILIES[family] ** 2
     arguments = {
         "dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 2**28, "max_num_seqs": 8, "max_num_batched_tokens": 2048,
-        "limit_mm_per_prompt": {"image": 2, "video": 0}, "mm_processor_cache_gb": 0.25,
+        "limit_mm_per_prompt": {"image": 2, "video": 0},
         "mm_processor_kwargs": {"size": {"shortest_edge": cell, "longest_edge": 64 * cell}},
     }  # fmt: skip
     return VLLMEngine(str(folder), arguments, threads=1, max_request_tokens=4096, **given)

@@ -124,7 +124,7 @@ def build_conversation(request: Request, structure: Structure) -> Sequence[Messa
 
 
 def build_turn(message: Message, mark: str) -> dict[str, Any]:
-    """Return a message as JSON, with `mark` in place of each image; one without images as plain text, which some servers want.
+    """Return a message as JSON, with `mark` in place of each image; one without images as plain text: some servers' templates want that.
 
     Control tokens that a page or an answer spells are replaced by a space: the server would take them for real ones.
     """

@@ -1,11 +1,11 @@
 """Engine `vllm`: requests with page images come in, completions with a log-probability for each token go out.
 vLLM answers them in child processes of its own; a request that cannot be answered raises DocumentError.
 
-vLLM receives token ids and page images. The ids are those of the checkpoint's template with one placeholder for each image, encoded
-as for the engine `transformers`, so no text can become a control token and both engines count the same tokens. vLLM's image processor
-gets the budget's bounds, within which it does not resize; a prompt that comes out with other tokens is refused.
+vLLM receives token ids and the patches of page images (`pages.py`). The ids are those of the checkpoint's template, encoded as for the
+engine `transformers`, so no text can become a control token and both engines count the same tokens. Pages outside of the budget's bounds,
+for which vLLM has planned its memory, are refused.
 
-    Message("user", (page of 56 x 84 px, "Return …"))  ->  [… <|image_pad|> …] + the page  ->  vLLM  ->  [… 6 x <|image_pad|> …]
+    Message("user", (page of 56 x 84 px, "Return …"))  ->  [… 6 x <|image_pad|> …] + 24 patches  ->  vLLM
 
 vLLM masks the logits by the grammar before it computes log-probabilities, with any `logprobs_mode`: under a schema they are relative to
 the tokens that the grammar allows.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from functools import lru_cache
 from itertools import count
@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from pipeline.engines import checkpoint, checkpoint_files
 from pipeline.engines.completion import (
@@ -39,8 +38,9 @@ from pipeline.engines.encoding import EncodedPrompt, Encoder
 from pipeline.engines.event_loop import EventLoopThread
 from pipeline.engines.vllm import launch
 from pipeline.engines.vllm.launch import read_reason_since
+from pipeline.engines.vllm.pages import PageCutter
 from pipeline.errors import DocumentError, EngineDead, JobError, PipelineError, RunError
-from pipeline.records import Completion, FinishReason, Request
+from pipeline.records import Completion, FinishReason, Pixels, Request
 from pipeline.schema.grammar import ANY_TEXT, KEPT_GRAMMARS, Vocabulary, compile_schema
 
 
@@ -59,6 +59,7 @@ class VLLMEngine:
         Raises JobError for a checkpoint or an argument that cannot be used, RunError when vLLM does not start.
         """
         self.model, self.max_request_tokens, self._logprobs = model, max_request_tokens, logprobs
+        self._page_areas = (arguments.get("mm_processor_kwargs") or {}).get("size")
         folder = checkpoint.locate_checkpoint(model, revision)
         checkpoint_files.check_checkpoint_files(folder, any_quantization=True)
         config = checkpoint.load_config(folder, rope_scaling)
@@ -98,6 +99,7 @@ class VLLMEngine:
         """Set the encoder, made of the checkpoint's chat template and tokenizer; return the tokenizer."""
         processor = checkpoint.load_processor(folder)
         self._encoder = Encoder(processor, image_token, torch.device("cpu"))
+        self._cutter = PageCutter(image_token, int(processor.image_processor.patch_size), int(processor.image_processor.merge_size))
         checkpoint.check_chat_template(self._encoder, folder)
         return processor.tokenizer
 
@@ -106,8 +108,7 @@ class VLLMEngine:
     async def _complete(self, request: Request) -> Completion:
         """Return the answer to one request. An error becomes this request's DocumentError, or EngineDead if vLLM's processes died."""
         try:
-            prompt = await asyncio.to_thread(self._prepare, request)
-            return await self._generate(request, prompt)
+            return await self._generate(request, *await asyncio.to_thread(self._prepare, request))
         except PipelineError:
             raise
         except Exception as error:  # any: vLLM's exceptions have no common class, and change between versions
@@ -116,26 +117,24 @@ class VLLMEngine:
                 raise EngineDead(f"vLLM cannot go on: {reason}") from error
             raise convert_request_error(error.__cause__ if isinstance(error.__cause__, Exception) else error) from None
 
-    def _prepare(self, request: Request) -> EncodedPrompt:
-        """Return a request's prompt. Raises DocumentError for one that cannot be answered."""
+    def _prepare(self, request: Request) -> tuple[EncodedPrompt, dict[str, Any]]:
+        """Return a request's prompt, and as vLLM's engine takes it. Raises DocumentError for one that cannot be answered."""
         prompt = self._encoder.encode(request.messages)
         check_token_length(len(prompt.ids), request.sampling.max_tokens, self.max_model_len, self.max_request_tokens)
-        return prompt
+        if not prompt.images:
+            return prompt, {"prompt_token_ids": prompt.ids}
+        if self._page_areas:
+            check_page_areas(prompt.images, self._page_areas)
+        return prompt, self._cutter.build_input(prompt, request.page_ids)
 
-    async def _generate(self, request: Request, prompt: EncodedPrompt) -> Completion:
-        """Stream vLLM's answer and return it. Raises DocumentError for a changed prompt and for an answer that loops."""
-        vllm_prompt: dict[str, Any] = {"prompt_token_ids": prompt.unexpanded_ids}
-        if prompt.images:
-            vllm_prompt["multi_modal_data"] = {"image": [Image.fromarray(page) for page in prompt.images]}
-            if len(request.page_ids) == len(prompt.images):  # else vLLM computes a hash of the pixels
-                vllm_prompt["multi_modal_uuids"] = {"image": list(request.page_ids)}
+    async def _generate(self, request: Request, prompt: EncodedPrompt, given: dict[str, Any]) -> Completion:
+        """Stream vLLM's answer and return it. Raises DocumentError for an answer that loops."""
         tokens, logprobs, reason = list[int](), list[float](), None
         sampling, number = build_sampling_params(request, self._logprobs), str(next(self._request_ids))
-        outputs = self._llm.generate(vllm_prompt, sampling, number, lora_request=make_lora_request(self._lora))
+        outputs = self._llm.generate(given, sampling, number, lora_request=make_lora_request(self._lora))
         async with aclosing(outputs):
             async for output in outputs:
-                if not tokens:
-                    check_prompt_tokens(prompt, output.prompt_token_ids)
+                given.pop("mm_kwargs", None)  # the patches: vLLM's generator holds its arguments to the end
                 self._clock.note_token()
                 [added], before = output.outputs, len(tokens)
                 tokens += added.token_ids
@@ -203,8 +202,9 @@ def build_structured_outputs(schema: str) -> dict[str, Any]:
     return {"json": json.dumps(grammar["json_schema"])}
 
 
-def check_prompt_tokens(prompt: EncodedPrompt, found: list[int]) -> None:
-    """Raise DocumentError when vLLM has changed the prompt: resized pages have other numbers of visual tokens."""
-    if found != prompt.ids:
-        expected = [f"{image.shape[1]}x{image.shape[0]}" for image in prompt.images]
-        raise DocumentError("pixels", f"vLLM changed the prompt from {len(prompt.ids)} to {len(found)} tokens; its pages are {expected} px")
+def check_page_areas(pages: Sequence[Pixels], allowed: Mapping[str, int]) -> None:
+    """Raise DocumentError for pages that vLLM's image processor would resize: an area outside of its bounds."""
+    found = [f"{page.shape[1]}x{page.shape[0]}" for page in pages]
+    low, high = allowed["shortest_edge"], allowed["longest_edge"]
+    if not all(low <= page.shape[0] * page.shape[1] <= high for page in pages):
+        raise DocumentError("pixels", f"vLLM is set up for pages of {low:,} to {high:,} pixels; its pages are {found} px")

@@ -117,7 +117,7 @@ def build_engine_arguments(folder: Path, config: Any, stretched: bool, lora: Pat
         arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": find_lora_rank(lora)}
     structure = StructuredOutputsConfig(backend="guidance", disable_any_whitespace=True)
     fixed = {"model": str(folder), "load_format": "safetensors", "logprobs_mode": "raw_logprobs", "structured_outputs_config": structure}
-    return AsyncEngineArgs(**arguments, **fixed)
+    return AsyncEngineArgs(**arguments, **fixed, mm_device_do_normalize=True)  # pages are sent as bytes
 
 
 def convert_yarn(config: Any) -> dict[str, Any]:

@@ -43,16 +43,12 @@ def make_job(workspace: Workspace, *settings: str) -> Job:
 def test_limits_follow_from_gpu_and_pages(
     workspace: Workspace, memory: int | None, settings: tuple[str, ...], step: int | None, sequences: int
 ) -> None:
-    assert compute_limits(make_job(workspace, *settings), memory, SEVEN) == VLLMLimits(step, sequences, 1.0)
+    assert compute_limits(make_job(workspace, *settings), memory, SEVEN) == VLLMLimits(step, sequences, 0.0)
 
 
 def test_what_the_job_says_stays(workspace: Workspace) -> None:
     said = ("model.max_num_seqs=7", "model.max_num_batched_tokens=999", "model.mm_processor_cache_gb=0.5")
     assert compute_limits(make_job(workspace, *said), H100, SEVEN) == VLLMLimits(999, 7, 0.5)
-
-
-def test_without_re_asks_no_page_is_kept(workspace: Workspace) -> None:
-    assert compute_limits(make_job(workspace, "extract.re_asks=0"), H100, SEVEN).mm_processor_cache_gb == 0
 
 
 def test_a_model_whose_numbers_are_not_known_has_the_default(workspace: Workspace) -> None:
@@ -71,7 +67,7 @@ def test_a_resolved_job_carries_its_limits_to_vllm(workspace: Workspace, monkeyp
     resolved = engines.resolve_engine(job, 2.0)
     wanted: dict[str, Any] = {
         "max_num_seqs": 24,
-        "mm_processor_cache_gb": 1.0,
+        "mm_processor_cache_gb": 0.0,
         "max_num_batched_tokens": 3000,
     }
     assert wanted.items() <= launch.collect_arguments(resolved).items()
@@ -82,5 +78,5 @@ def test_check_describes_them(workspace: Workspace, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(limits, "read_gpu_memory", lambda: (H100,))
     monkeypatch.setattr(limits, "read_model_file", lambda *_, **__: SEVEN)
     found = limits.describe_engine(make_job(workspace))
-    assert found["vllm"] == {"max_num_batched_tokens": 8192, "max_num_seqs": 184, "mm_processor_cache_gb": 1.0}
+    assert found["vllm"] == {"max_num_batched_tokens": 8192, "max_num_seqs": 184, "mm_processor_cache_gb": 0.0}
     assert found["misfit"] is None

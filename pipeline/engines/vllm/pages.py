@@ -1,0 +1,73 @@
+"""Pages for vLLM: an encoded prompt in, the input of vLLM's engine out, as its own image processor would make it.
+
+    ids with one placeholder, a page of 56 x 84 px  ->  ids with 6, 24 patches of 1,176 bytes, where they stand, the page's name
+
+vLLM's processor takes 10 ms of CPU for a page of 1,280 visual tokens, because it goes through PIL, checks for sizes that pages here never
+have, and moves single bytes. The patches are the same bytes (`tests/vllm/test_vllm_pages.py`): vLLM normalises them in the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.engines.encoding import EncodedPrompt
+from pipeline.records import Pixels
+
+FRAMES = 2
+"""Qwen-VL's vision tower reads two frames of a film at once, and a page as two equal ones."""
+
+
+@dataclass(frozen=True)
+class PageCutter:
+    """What a checkpoint says of its images."""
+
+    image_token: int
+    patch_px: int
+    merge: int
+    """Patches of a visual token in a row, and in a column."""
+
+    def build_input(self, prompt: EncodedPrompt, page_ids: Sequence[str]) -> dict[str, Any]:
+        """Return a prompt with images as vLLM's engine takes it after its processor.
+
+        `page_ids` tell the images of all requests apart; without them the pixels' digests do.
+        """
+        from vllm.inputs import mm_input
+        from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
+
+        names = list(page_ids) if len(page_ids) == len(prompt.images) else [hashlib.sha256(page.data).hexdigest() for page in prompt.images]
+        grids = torch.tensor([[1, page.shape[0] // self.patch_px, page.shape[1] // self.patch_px] for page in prompt.images])
+        patches = torch.from_numpy(np.concatenate([cut_patches(page, self.patch_px, self.merge) for page in prompt.images]))
+        sizes = grids.prod(1)
+        fields = {
+            "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", sizes),
+            "image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+        }
+        items = MultiModalKwargsItems.from_hf_inputs({"pixel_values": patches, "image_grid_thw": grids}, fields)
+        lengths, places, before = (sizes // self.merge**2).tolist(), list[Any](), 0
+        for at, length in zip(np.flatnonzero(np.array(prompt.unexpanded_ids) == self.image_token).tolist(), lengths, strict=True):
+            places.append(PlaceholderRange(offset=at + before, length=length))
+            before += length - 1
+        made: dict[str, Any] = mm_input(prompt.ids, items, {"image": names}, {"image": places})
+        return made
+
+
+def cut_patches(page: Pixels, patch_px: int, merge: int) -> NDArray[np.uint8]:
+    """Return a page's patches, (patches, 3 * FRAMES * patch_px * patch_px), those of one visual token in a row.
+
+    A patch has the rows of its red values, twice, then green and blue. Its rows are moved whole: 2 ms of CPU for 1,280 visual tokens.
+    """
+    height_px, width_px, _ = page.shape
+    rows, columns = height_px // (merge * patch_px), width_px // (merge * patch_px)
+    lines = np.ascontiguousarray(page.transpose(2, 0, 1)).view(f"V{patch_px}").reshape(3, rows, merge, patch_px, columns, merge)
+    patches = np.empty((rows, columns, merge, merge, 3, FRAMES, patch_px), f"V{patch_px}")
+    patches[..., 0, :] = lines.transpose(1, 4, 2, 5, 0, 3)
+    frames = patches.view(f"V{patch_px * patch_px}")
+    frames[..., 1, :] = frames[..., 0, :]
+    return patches.view(np.uint8).reshape(rows * columns * merge * merge, -1)
