@@ -8,7 +8,8 @@ Three tables, each figure beside its bound; 1 is returned when one is broken.
    nothing, all else is as in a run. Several GPUs share one engine actor, so that they fit on a small machine.
 2. The calls that a cluster of so many GPUs makes, made of the real registry and taken by a driver's part of them: claims of its renderers,
    shards of its engines, looks at the list of engines, news. Few clients make them, as fast as the machine allows; what counts is the CPU.
-3. An engine of 64 places whose answers take 2 s or, one in twenty, 40 s: how much of its places is in use until the last request has come.
+3. An engine of 64 places whose answers take 2 s or, one in twenty, 40 s: how much of its places is in use from the time
+   when it was full until the last request has a place.
 """
 
 from __future__ import annotations
@@ -311,9 +312,11 @@ class MixedEngine(SimulatedEngine):
 
     def change(self, used: int) -> None:
         now_s = time.monotonic()
-        self.used_s += self.used * (now_s - self.since_s)
+        if self.first_s:
+            self.used_s += self.used * (now_s - self.since_s)
+        elif self.used + used == PLACES:
+            self.first_s = now_s
         self.used, self.since_s = self.used + used, now_s
-        self.first_s = self.first_s or now_s
 
     async def complete(self, request: Request) -> Completion:
         async with self.places:
@@ -330,7 +333,7 @@ class MixedActor(ask_pass.EngineActor):
 
 
 def measure_mix(documents: int) -> float:
-    """Return how much of an engine's places is in use, from the first request to the last. The first documents are not tried alone."""
+    """Return how much of an engine's places is in use once it was full, until the last request has one. No documents are tried alone."""
     listing = make_listing(documents)
     flow.list_documents = lambda *_: listing  # type: ignore[assignment]
     ask_pass.EngineActor, ask_pass.RenderActor = MixedActor, SimulatedRenderer  # type: ignore[misc]

@@ -264,7 +264,7 @@ class Run:
 
         reservations = self.prepared.reservations or self.connect()
         self.gcs_address = cluster.read_gcs_address()
-        setup = Setup(self.prepared.job, self.prepared.render, reservations, self.notice_loaded, self.judge_trial)
+        setup = Setup(self.prepared.job, self.prepared.render, reservations, self.notice_loaded, self.has_passed_trial, self.judge_trial)
         return AskPass(setup, self.output)
 
     def connect(self) -> Reservations:
@@ -288,6 +288,10 @@ class Run:
                 self.tracker.add(receipt)
                 breaker.add(receipt)
                 self.canary.add(receipt)
+
+    def has_passed_trial(self, documents: int) -> bool:
+        """Say whether enough of the first documents of a new output are good, whatever comes of the others."""
+        return self.canary.has_passed(documents)
 
     def judge_trial(self) -> None:
         """Raise RunError where the first documents of a new output have failed or are invalid."""

@@ -70,6 +70,8 @@ class Setup:
     reservations: Reservations
     on_loaded: Callable[[], None]
     """Called when the first engine has loaded its model."""
+    has_passed_trial: Callable[[int], bool]
+    """Says whether enough of so many first documents of a new output are good, whatever comes of those that are not answered."""
     judge_trial: Callable[[], None]
     """Called when the first documents of a new output are answered; raises RunError where the others shall not be asked."""
 
@@ -98,8 +100,8 @@ class AskPass:
         """Yield the receipt of every request of these documents that is not done, as they are written, and one without a key for each
         document that was identified and needs no request.
 
-        With `trial`, so many documents are asked and judged before the others. Raises RunError when the engine does not load or died more
-        than `ray.max_restarts` times, ClusterShrunk when too many machines have gone, and what `judge_trial` raises.
+        With `trial`, so many documents are asked before the others, until they can be judged. Raises RunError when the engine does not
+        load or died more than `ray.max_restarts` times, ClusterShrunk when too many machines have gone, and what `judge_trial` raises.
         """
         run: DatasetRun | None = None
         try:
@@ -110,7 +112,7 @@ class AskPass:
             while not run.has_ended(period_s):
                 yield from self.take_news()
                 period_s = min(NEWS_PERIOD_MAX_S, 1.05 * period_s)
-                if trial and run.documents_done >= trial:
+                if trial and (run.documents_done >= trial or self.setup.has_passed_trial(trial)):
                     self.pool.flush()
                     yield from self.take_news()
                     self.setup.judge_trial()
