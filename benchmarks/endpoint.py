@@ -14,7 +14,8 @@ text. `pipeline.run` draws in its sandbox, checks every answer, and writes ledge
 Both take turns, each time in fresh processes. CPU time is that of all processes of a run: what the kernel says of those that
 were waited for, orphans too, for they come to this process; or what /proc showed of them last, where that is more. A run over the
 first document alone is what starting costs, Ray's processes above all. `parts.py` measures the parts of our way in one process; what a run
-takes beyond them, starting left out, is Ray's and that of the parts side by side.
+takes beyond them, starting left out, is Ray's and that of the parts side by side. Each run of ours also says what its
+own process, the driver, took.
 """
 
 from __future__ import annotations
@@ -196,15 +197,28 @@ def alive(others: set[int]) -> dict[int, float]:
 def ours(folder: Path, address: str, documents: int, pages: int) -> None:
     """Run the pipeline over the first so many documents, into a folder of its own."""
     from pipeline import Job, run
+    from pipeline.report import Phase, Progress
 
     job = folder / "job.yaml"
     job.write_text(
         f"name: ceiling\nsource: {{paths: [in]}}\npages: {{per_request: {pages}}}\nextract: {{schema: {SCHEMA}}}\noutput: {{path: out}}\n"
         f"model: {{engine: openai, name: stub, base_url: '{address}', server: other, structure: json_schema, concurrency: {CONCURRENCY}}}\n"
     )
+    asking_s: list[float] = []
+
+    def note(now: Progress) -> None:
+        if now.phase == Phase.ASKING:
+            asking_s[1:] = [time.process_time()]
+
     with tempfile.TemporaryDirectory(dir=folder) as output:
-        report = run(Job.load(job, output=output), limit=documents)
+        report = run(Job.load(job, output=output), limit=documents, on_progress=note)
     assert report.statuses == {"extracted": documents}, report.as_dict()
+    driver_s, asking = time.process_time(), asking_s[-1] - asking_s[0]
+    each = [1000 * used_s / report.requests_asked for used_s in (driver_s, asking)]
+    print(
+        f"    driver: {driver_s:.2f} s of CPU, {each[0]:.2f} ms a request; while it asked {asking:.2f} s, {each[1]:.2f} ms a request",
+        flush=True,
+    )
 
 
 async def plain(folder: Path, address: str, documents: int) -> None:

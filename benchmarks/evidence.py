@@ -97,7 +97,7 @@ def print_alerts(folders: list[Path]) -> None:
 
 
 def print_layers(folders: list[Path]) -> None:
-    """Print how the layers of first pages do, and the alerts that OCR of their pixels raises, on labelled PDFs also for their true values."""
+    """Print how the layers of first pages do, and the alerts that OCR of their pixels raises; on labelled PDFs for true values, too."""
     judged, alerts, spent_s = Counter[str](), Counter[str](), 0.0
     for file in sorted(file for folder in folders for file in folder.rglob("*.pdf")):
         try:

@@ -299,16 +299,25 @@ class Canary:
         self.max_ratio = max_ratio
         self.outcomes: dict[str, str | None] = {}
         """What is wrong with each document that reached a model; None where nothing is."""
+        self.pages_left: dict[str, int] = {}
+        """Pages of each of them whose requests have not come yet."""
 
     def add(self, row: ReceiptRow) -> None:
         """Count a request. Files that cannot be read, and those that the demonstration model refuses, did not reach a model."""
         if row["key"] is None or is_demo_refusal(row):
             return
+        pages = row["last_page"] - row["first_page"] + 1
+        self.pages_left[row["source"]] = self.pages_left.get(row["source"], row["page_count"] or 0) - pages
         failure = row.get("failure")
         if failure is None:
             self.outcomes.setdefault(row["source"])
         elif failure["stage"] not in (Stage.SOURCE, Stage.RENDER):
             self.outcomes[row["source"]] = describe_failure(row)
+
+    def has_passed(self, documents: int) -> bool:
+        """Say whether so many of these documents are good that it does not matter what comes of the others."""
+        good = sum(wrong is None and self.pages_left[source] <= 0 for source, wrong in self.outcomes.items())
+        return documents - good <= self.max_ratio * documents
 
     def check(self, output: str) -> None:
         """Raise RunError when more of the documents failed or are invalid than allowed."""

@@ -20,7 +20,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.errors import JobError, RunError
-from pipeline.job.sections import check_cluster_address
 from pipeline.scratch import PRIVATE_UMASK, open_scratch_folder
 from pipeline.sources import LISTING_THREAD
 
@@ -107,6 +106,8 @@ def may_have_gpus(address: str | None) -> bool:
 
 def read_ray_address() -> str:
     """Return the address in RAY_ADDRESS, by default `local`. Raises JobError for one that cannot be joined."""
+    from pipeline.job.sections import check_cluster_address  # not for the registry's process, which needs little of this
+
     address = os.environ.get("RAY_ADDRESS") or LOCAL
     try:
         check_cluster_address(address)

@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from pipeline.errors import RunError
-from pipeline.flow.quarantine import EngineId
 from pipeline.output import Output
 from pipeline.output.ledger import name_rows, write_rows
 from pipeline.records import LedgerRow, ReceiptRow
+from pipeline.registry import pack_receipts
+from pipeline.registry.deaths import EngineId
 
 FIRST_S, LONGEST_S, GROWTH = 0.5, 5.0, 1.3
 """Seconds between two shards: few at first, so that a run of minutes is seen to go on, and then so many that a kill costs little."""
@@ -86,7 +87,8 @@ class AnswerWriter:
         if doubtful:
             there = await asyncio.to_thread(self.output.requests.list_names, "")
             refused |= {key for key, shard in doubtful.items() if shard in there}
-        granted = [pair for key, pairs in taken.items() if key not in refused for pair in pairs]
+        granted = {key: pairs for key, pairs in taken.items() if key not in refused}
         if granted:
-            await asyncio.to_thread(write_rows, self.output, [row for row, _ in granted], name)
-        await self.registry.end_shard.remote(self.engine, name if granted else None, [receipt for _, receipt in granted], self.count_load())
+            await asyncio.to_thread(write_rows, self.output, [row for pairs in granted.values() for row, _ in pairs], name)
+        receipts = pack_receipts([receipt for pairs in granted.values() for _, receipt in pairs])
+        await self.registry.end_shard.remote(self.engine, name if granted else None, list(granted), receipts, self.count_load())

@@ -32,13 +32,13 @@ from pipeline.events import emit_event
 from pipeline.flow.capacity import Reservations
 from pipeline.flow.engine_actor import STOPPED, EngineActor
 from pipeline.flow.engine_pool import EnginePool
-from pipeline.flow.registry import News, RequestRegistry
 from pipeline.flow.render_actor import TRIAL_COLUMN, RenderActor, SendLimits
 from pipeline.flow.watchdog import DatasetRun, StallWatchdog
 from pipeline.job import Job
 from pipeline.output import Output
 from pipeline.output.ledger import LedgerState, write_rows
 from pipeline.records import ReceiptRow
+from pipeline.registry import News, RequestRegistry, unpack_receipts
 from pipeline.stages.render import RenderPlan
 
 EXECUTION_ERRORS = (RayError, getattr(ray.data.exceptions, "ExecutionTimeoutError", RayError))
@@ -53,7 +53,8 @@ MAX_BLOCK_DOCUMENTS = 64
 BLOCKS_PER_RENDERER = 4
 """Of what is left to hand out: blocks get smaller towards the end, so that renderers end together."""
 BLOCKS_IN_HAND = 8
-"""Blocks that a renderer has: while requests of some are answered, it draws the next. Its window of bytes bounds what is under way."""
+"""Blocks that a renderer has: while requests of some are answered, it draws the next. Its window of bytes bounds what is under way; a long
+answer holds no place (`render_actor.BlocksInHand`)."""
 WINDOW_BYTES = 256 * 2**20
 """Pixels that a renderer has under way at most, about 85 pages …"""
 WINDOW_SHARE = 0.5
@@ -71,6 +72,8 @@ class Setup:
     """Called with the news, several times a second; raises what shall end the run."""
     on_loaded: Callable[[], None]
     """Called when the first engine has loaded its model."""
+    has_passed_trial: Callable[[int], bool]
+    """Says whether enough of so many first documents of a new output are good, whatever comes of those that are not answered."""
     judge_trial: Callable[[], None]
     """Called when the first documents of a new output are answered; raises RunError where the others shall not be asked."""
 
@@ -99,19 +102,19 @@ class AskPass:
         """Yield the receipt of every request of these documents that is not done, as they are written, and one without a key for each
         document that was identified and needs no request.
 
-        With `trial`, so many documents are asked and judged before the others. Raises RunError when the engine does not load or died more
-        than `ray.max_restarts` times, ClusterShrunk when too many machines have gone, and what `judge_trial` raises.
+        With `trial`, so many documents are asked before the others, until they can be judged. Raises RunError when the engine does not
+        load or died more than `ray.max_restarts` times, ClusterShrunk when too many machines have gone, and what `judge_trial` raises.
         """
         run: DatasetRun | None = None
         try:
-            ray.get(self.registry.begin_round.remote(state, not trial))
+            ray.get(self.registry.begin_round.remote(state.done, state.attempts, not trial))
             self.watchdog.reset()
             run = DatasetRun(self.build_dataset(documents, trial))
             period_s = NEWS_PERIOD_S
             while not run.has_ended(period_s):
                 yield from self.take_news()
                 period_s = min(NEWS_PERIOD_MAX_S, 1.05 * period_s)
-                if trial and run.documents_done >= trial:
+                if trial and (run.documents_done >= trial or self.setup.has_passed_trial(trial)):
                     self.pool.flush()
                     yield from self.take_news()
                     self.setup.judge_trial()
@@ -140,7 +143,8 @@ class AskPass:
             emit_event("shard_written", shard=shard, requests=requests)
         if news.receipts or news.identified:
             self.watchdog.reset()
-        yield from news.receipts
+        for receipts in news.receipts:
+            yield from unpack_receipts(receipts)
         identified: list[Any] = [{**document, "key": None} for document in news.identified]
         yield from identified
         self.identified += identified
@@ -179,7 +183,7 @@ class AskPass:
         """Return how much each renderer has under way."""
         stores = ray.cluster_resources().get("object_store_memory", 0.0)
         share = int(WINDOW_SHARE * stores / self.setup.reservations.expected_renderers)
-        return SendLimits(min(WINDOW_BYTES, share), compute_requests_per_engine(self.setup.job))
+        return SendLimits(min(WINDOW_BYTES, share), compute_requests_per_engine(self.setup.job), BLOCKS_IN_HAND)
 
     def close(self) -> None:
         """End the actors; Ray goes on."""

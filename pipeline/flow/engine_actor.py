@@ -16,11 +16,12 @@ from pipeline import engines
 from pipeline.errors import EngineDead, PipelineError, RunError
 from pipeline.flow.answer_writer import AnswerWriter
 from pipeline.flow.metrics import EngineMetrics
-from pipeline.flow.quarantine import EngineId, Quarantine
-from pipeline.flow.registry import EngineEntry
+from pipeline.flow.quarantine import Quarantine
 from pipeline.job import Job
 from pipeline.output import Output
 from pipeline.records import LedgerRow, RequestRow
+from pipeline.registry import EngineEntry
+from pipeline.registry.deaths import EngineId
 from pipeline.stages.ask import AskStage
 
 STOPPED = "the run stopped: {}; run the same command again to resume it"

@@ -11,8 +11,8 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from pipeline.flow.capacity import Reservations
-from pipeline.flow.registry import News
 from pipeline.job import Job
+from pipeline.registry import News
 
 CALLS_AT_ONCE = 4096
 """Calls that an engine actor takes: more than any engine answers together."""

@@ -2,6 +2,8 @@
 
 One document is drawn at a time, in a thread; as many requests are under way as fit into a window of bytes. So a slow document or a long
 answer holds back no other, and pages that no engine has room for are not drawn yet.
+
+    block of documents -> drawn, claimed -> sent to an engine -> answered -> the block goes back to Ray Data
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,21 +22,18 @@ from ray.exceptions import RayActorError, RayError
 
 from pipeline import cluster
 from pipeline.errors import RunError
+from pipeline.flow.claims import ClaimBatcher
 from pipeline.flow.engine_actor import STOPPED, exit_without_destructors
+from pipeline.flow.engine_router import EngineRouter
 from pipeline.flow.metrics import RenderMetrics
-from pipeline.flow.quarantine import EngineId
-from pipeline.flow.registry import EngineEntry
 from pipeline.records import SourceRow
-from pipeline.stages.render import RenderPlan, RenderStage
+from pipeline.registry.deaths import EngineId
+from pipeline.stages.render import DrawnRequest, RenderPlan, RenderStage
 
 POLL_S = 0.2
 """How often a renderer asks whether the trial is over, or how an engine died."""
 DEATH_KNOWN_S = 30.0
 """How long it waits to know."""
-REFRESH_S = 0.5
-"""How often a renderer that waits for an engine asks which there are."""
-REFRESH_IDLE_S = 5.0
-"""The same, while it does not wait."""
 RENDERED_SCHEMA = pa.schema([("documents", pa.int64())])
 TRIAL_COLUMN = "is_trial"
 """Column of the documents that are asked before all others."""
@@ -48,6 +46,8 @@ class SendLimits:
     window_bytes: int
     """Of pixels; one request at least."""
     requests_per_engine: int
+    blocks: int
+    """Blocks of documents that it has in hand."""
 
 
 class ByteWindow:
@@ -69,62 +69,62 @@ class ByteWindow:
             self.condition.notify_all()
 
 
-class EngineRouter:
-    """Chooses for each request the engine with the fewest requests, on this machine if two have as few.
+class Block:
+    """Documents that a renderer was given together."""
 
-    What it knows of an engine's requests is what the engine said with its last answer and what was sent since.
+    def __init__(self, is_trial: bool) -> None:
+        self.is_trial, self.is_drawn, self.is_returned, self.unanswered = is_trial, False, False, 0
+
+
+class BlocksInHand:
+    """The blocks that a renderer has not returned.
+
+    One is returned when all its requests are answered. Where every block in hand waits for long answers and none is left to draw, the one
+    that waits for the fewest is returned before: the others wait for its requests, too, so that the last block of a renderer is returned
+    when nothing is under way. What is lost if the renderer dies then is asked in the next round.
     """
 
-    def __init__(self, registry: Any, node: str, requests_per_engine: int) -> None:
-        self.registry, self.node, self.most = registry, node, requests_per_engine
-        self.entries: dict[EngineId, EngineEntry] = {}
-        self.loads: dict[EngineId, int] = {}
-        self.sent: dict[EngineId, int] = {}
-        """Requests of this renderer that an engine has."""
-        self.dead: set[EngineId] = set()
-        self.changed, self.refreshing = asyncio.Condition(), asyncio.Lock()
-        self.refreshed_s = float("-inf")
+    def __init__(self, most: int) -> None:
+        self.most, self.blocks, self.condition = most, list[Block](), asyncio.Condition()
+        self.passed_on = 0
+        """Requests under way of blocks that have been returned."""
+        self.error: BaseException | None = None
 
-    async def choose_engine(self) -> EngineEntry:
-        """Return an engine that has room, and count a request for it; wait until there is one."""
-        while True:
-            if time.monotonic() > self.refreshed_s + REFRESH_IDLE_S:
-                await self.refresh(is_full=False)
-            free = [engine for engine, load in self.loads.items() if load < self.most]
-            if free:
-                chosen = min(free, key=lambda engine: (self.loads[engine], self.entries[engine].node != self.node))
-                self.loads[chosen] += 1
-                self.sent[chosen] = self.sent.get(chosen, 0) + 1
-                return self.entries[chosen]
-            async with self.changed:
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self.changed.wait(), REFRESH_S)
-            if time.monotonic() > self.refreshed_s + REFRESH_S:
-                await self.refresh(is_full=bool(self.loads))
+    def may_return(self, block: Block) -> bool:
+        """Say whether a drawn block may be returned now."""
+        if self.error:
+            return True
+        if not block.unanswered:
+            return len(self.blocks) > 1 or not self.passed_on
+        if block.is_trial or len(self.blocks) < self.most or not all(one.is_drawn for one in self.blocks):
+            return False
+        return block is min((one for one in self.blocks if not one.is_trial), key=lambda one: one.unanswered)
 
-    async def refresh(self, is_full: bool) -> None:
-        """Ask which engines there are; one call at a time."""
-        asked_s = time.monotonic()
-        async with self.refreshing:
-            if self.refreshed_s >= asked_s:
-                return
-            found = {entry.id: entry for entry in await self.registry.list_engines.remote(is_full) if entry.id not in self.dead}
-            self.loads = {engine: self.loads[engine] if self.sent.get(engine) else entry.load for engine, entry in found.items()}
-            self.entries, self.refreshed_s = found, time.monotonic()
+    async def await_return(self, block: Block) -> None:
+        """Wait until a block may be returned. Raises what ended a request without an answer."""
+        async with self.condition:
+            block.is_drawn = True
+            self.condition.notify_all()
+            await self.condition.wait_for(lambda: self.may_return(block))
+            self.drop_block(block)
+            self.condition.notify_all()
+        if self.error:
+            raise self.error
 
-    async def note_answer(self, engine: EngineId, load: int) -> None:
-        """Take what an engine says of its requests."""
-        async with self.changed:
-            if engine in self.loads:
-                self.loads[engine] = load
-                self.sent[engine] -= 1
-            self.changed.notify_all()
+    def drop_block(self, block: Block) -> None:
+        """Take a block out of hand."""
+        self.blocks.remove(block)
+        block.is_returned = True
+        self.passed_on += block.unanswered
 
-    def drop_engine(self, engine: EngineId) -> None:
-        """Forget an engine whose process has died."""
-        self.dead.add(engine)
-        self.loads.pop(engine, None)
-        self.sent.pop(engine, None)
+    async def end_request(self, block: Block, error: BaseException | None) -> None:
+        """Count a request that has been answered, or has ended by an error."""
+        async with self.condition:
+            self.error = self.error or error
+            block.unanswered -= 1
+            self.passed_on -= block.is_returned
+            if self.error or not block.unanswered or not self.passed_on:
+                self.condition.notify_all()
 
 
 class RenderActor:
@@ -138,32 +138,62 @@ class RenderActor:
         self.stage = RenderStage(plan, self.claim_requests)
         self.drawing = ThreadPoolExecutor(1, "draw")
         self.router = EngineRouter(self.registry, ray.get_runtime_context().get_node_id(), limits.requests_per_engine)
-        self.window, self.is_open = ByteWindow(limits.window_bytes), False
+        self.window, self.claims, self.blocks = ByteWindow(limits.window_bytes), ClaimBatcher(self.registry), BlocksInHand(limits.blocks)
+        self.is_open, self.opening = False, asyncio.Lock()
+        self.loop: asyncio.AbstractEventLoop | None = None
 
-    def claim_requests(self, document: SourceRow, keys: list[str]) -> dict[str, int]:
-        """Return the requests that a document shall ask."""
-        wanted: dict[str, int] = ray.get(self.registry.claim.remote(document, keys))
-        return wanted
+    def claim_requests(self, document: SourceRow, keys: list[str]) -> Future[dict[str, int]]:
+        """Return the requests that a document shall ask, once they are known. Called in the thread that draws."""
+        return asyncio.run_coroutine_threadsafe(self.claims.claim(document, keys), cast(asyncio.AbstractEventLoop, self.loop))
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
+        self.loop = asyncio.get_running_loop()
+        block = Block(is_trial=batch[TRIAL_COLUMN][0].as_py())
+        if not block.is_trial:
+            await self.await_trial()
         documents = batch.drop_columns([TRIAL_COLUMN]).to_pylist()
-        while not batch[TRIAL_COLUMN][0].as_py() and not self.is_open:
-            self.is_open = await self.registry.is_open.remote()
-            await asyncio.sleep(0 if self.is_open else POLL_S)
-        loop = asyncio.get_running_loop()
-        sent: list[Future[None]] = await loop.run_in_executor(self.drawing, self.draw_documents, documents, loop)
-        await asyncio.gather(*map(asyncio.wrap_future, sent))
+        self.blocks.blocks.append(block)
+        try:
+            await self.loop.run_in_executor(self.drawing, self.draw_documents, documents, block)
+        except BaseException:
+            self.blocks.drop_block(block)
+            raise
+        await self.blocks.await_return(block)
         yield pa.table([[len(documents)]], schema=RENDERED_SCHEMA)
 
-    def draw_documents(self, documents: list[SourceRow], loop: asyncio.AbstractEventLoop) -> list[Future[None]]:
-        """Draw documents, and send each request as soon as the window has room for it; return what was sent."""
-        sent = []
-        for row in self.stage.render_documents(documents):
-            self.metrics.add(row)
-            size_bytes = sum(pixels.nbytes for pixels in row.get("pixels") or [])
+    async def await_trial(self) -> None:
+        """Wait until the first documents have proven good, or there is no such trial."""
+        async with self.opening:
+            while not self.is_open:
+                self.is_open = await self.registry.is_open.remote()
+                await asyncio.sleep(0 if self.is_open else POLL_S)
+
+    def draw_documents(self, documents: list[SourceRow], block: Block) -> None:
+        """Draw the documents of a block, and send each request as soon as the window has room for it."""
+        for drawn in self.stage.render_documents(documents):
+            self.metrics.add(drawn.row)
+            size_bytes = sum(pixels.nbytes for pixels in drawn.row.get("pixels") or [])
             self.window.acquire(size_bytes)
-            sent.append(asyncio.run_coroutine_threadsafe(self.send_request(ray.put(row), str(row["key"]), size_bytes), loop))
-        return sent
+            asyncio.run_coroutine_threadsafe(self.ask_request(drawn, size_bytes, block), cast(asyncio.AbstractEventLoop, self.loop))
+
+    async def ask_request(self, drawn: DrawnRequest, size_bytes: int, block: Block) -> None:
+        """Have a request answered if it is wanted. Counts it for its block before anything else, and so before the block is drawn."""
+        block.unanswered += 1
+        failure: BaseException | None = None
+        try:
+            attempt = (await asyncio.wrap_future(drawn.claimed)).get(str(drawn.row["key"]))
+            if attempt:
+                drawn.row["attempt"] = attempt
+                row = await asyncio.to_thread(ray.put, drawn.row)
+                drawn.row.pop("pixels", None)  # they are in the object store
+                await self.send_request(row, str(drawn.row["key"]))
+        except (RayError, RunError) as error:
+            await self.registry.end_run.remote(str(cluster.convert_worker_error(error, STOPPED)))
+        except BaseException as error:
+            failure = error
+        finally:
+            self.window.release(size_bytes)
+            await self.blocks.end_request(block, failure)
 
     async def judge_death(self, engine: EngineId, key: str) -> tuple[bool, str]:
         """Return whether the death of an engine counts for a request that it had, and why it died.
@@ -177,21 +207,16 @@ class RenderActor:
             await asyncio.sleep(POLL_S)
         return False, ""
 
-    async def send_request(self, row: Any, key: str, size_bytes: int) -> None:
+    async def send_request(self, row: Any, key: str) -> None:
         """Send a request, a reference to its row, until an engine has answered it."""
         deaths, reason = 0, ""
-        try:
-            while True:
-                engine = await self.router.choose_engine()
-                try:
-                    load = await engine.handle.answer.remote(row, deaths, reason)
-                    await self.router.note_answer(engine.id, load)
-                    return
-                except RayActorError:
-                    self.router.drop_engine(engine.id)
-                    counts, why = await self.judge_death(engine.id, key)
-                    deaths, reason = (deaths + 1, why) if counts else (deaths, reason)
-        except (RayError, RunError) as error:
-            await self.registry.end_run.remote(str(cluster.convert_worker_error(error, STOPPED)))
-        finally:
-            self.window.release(size_bytes)
+        while True:
+            engine = await self.router.choose_engine()
+            try:
+                load = await engine.handle.answer.remote(row, deaths, reason)
+                self.router.note_answer(engine.id, load)
+                return
+            except RayActorError:
+                self.router.drop_engine(engine.id)
+                counts, why = await self.judge_death(engine.id, key)
+                deaths, reason = (deaths + 1, why) if counts else (deaths, reason)

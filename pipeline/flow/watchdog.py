@@ -28,9 +28,9 @@ GONE_S = 900.0
 CHECK_PERIOD_S = 5.0
 NO_ANSWER_S = 1800.0
 """How long a run goes on without an answer: longer than a model takes to load, or a document of thousands of pages to be read."""
-START_S, STEP_PAUSE_S = 5.0, 0.3
-"""Some seconds after its start, an execution pauses between its steps: one costs a millisecond of CPU, and a block of documents lasts
-seconds."""
+START_S, PAUSE_SHARE, LONGEST_PAUSE_S = 5.0, 0.05, 1.0
+"""Some seconds after its start, an execution pauses between its steps, for this share of the time that it has run: a step costs a
+millisecond of CPU or two, and a renderer has blocks of documents for seconds."""
 STOP_S = 5.0
 """How long a Dataset may take to stop."""
 
@@ -123,7 +123,8 @@ class ExecutionStep:
         self.started_s = time.monotonic()
 
     def on_execution_step(self, executor: object) -> None:
-        pause_s = STEP_PAUSE_S if time.monotonic() > self.started_s + START_S else 0.0
+        elapsed_s = time.monotonic() - self.started_s
+        pause_s = min(LONGEST_PAUSE_S, PAUSE_SHARE * elapsed_s) if elapsed_s > START_S else 0.0
         if ExecutionStep.stopped.wait(pause_s):
             raise RunError("the run was stopped")
 

@@ -215,8 +215,8 @@ class LimitsSection(Section):
     canary: int = Field(
         20,
         ge=0,
-        description="Documents that a run on a new output asks first, where there are more. 0 asks all at once. While these are answered, "
-        "the others wait.",
+        description="Documents that a run on a new output asks first, where there are more. 0 asks all at once. The others wait until so "
+        "many of these are good that the run goes on whatever comes of the rest, or all are answered.",
     )
     canary_failures: float = Field(
         0.8,

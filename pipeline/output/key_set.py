@@ -10,13 +10,16 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 BYTES = 16
-HEX_KEY = re.compile(r"[0-9a-f]{32}")
+HEX_KEY, HEX_KEYS = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]+")
 Keys = NDArray[np.bytes_]
 """(keys,): 16 bytes each."""
 MERGED_AT = 100_000
@@ -50,13 +53,14 @@ class KeySet:
             found |= np.fromiter((pack_key(key) in self.added for key in keys), np.bool_, len(keys))
         return found
 
-    def add(self, key: str) -> None:
-        """Add a key."""
-        if key not in self:
-            self.added.add(pack_key(key))
-            if len(self.added) >= MERGED_AT:
-                self.sorted = sort_unique(np.concatenate([self.sorted, np.array(list(self.added), f"S{BYTES}")]))
-                self.added = set()
+    def update(self, keys: Sequence[str]) -> None:
+        """Add keys."""
+        is_there = find_packed(pack_keys(keys), self.sorted).tolist()
+        self.added.update(pack_key(key) for key, there in zip(keys, is_there, strict=True) if not there)
+        if len(self.added) >= MERGED_AT:
+            added = np.sort(np.array(list(self.added), f"S{BYTES}"))
+            self.sorted = np.insert(self.sorted, np.searchsorted(self.sorted, added), added)  # a copy, where sorting all took seconds
+            self.added = set()
 
 
 def sort_unique(keys: Keys) -> Keys:
@@ -80,9 +84,16 @@ def pack_key(key: str) -> bytes:
     return bytes.fromhex(key) if HEX_KEY.fullmatch(key) else hashlib.blake2b(key.encode(), digest_size=BYTES).digest()
 
 
-def pack_keys(keys: Sequence[str] | pa.Array) -> Keys:
+def pack_keys(keys: Sequence[str]) -> Keys:
     """Return what `pack_key` returns for each key; fast where all of them have 32 hex digits."""
-    column = keys if isinstance(keys, pa.Array) else pa.array(keys, pa.string())
+    text = "".join(keys)
+    if HEX_KEYS.fullmatch(text) and all(len(key) == 2 * BYTES for key in keys):
+        return np.frombuffer(bytes.fromhex(text), f"S{BYTES}")
+    return np.array([pack_key(key) for key in keys], f"S{BYTES}")
+
+
+def pack_column(column: pa.Array) -> Keys:
+    """Return what `pack_key` returns for each key of a column of the ledger; without a Python object for each."""
     if not len(column):
         return np.empty(0, f"S{BYTES}")
     offsets = np.frombuffer(column.buffers()[1], np.int32)[column.offset : column.offset + len(column) + 1]
@@ -90,7 +101,7 @@ def pack_keys(keys: Sequence[str] | pa.Array) -> Keys:
         values = DIGIT_VALUES[np.frombuffer(column.buffers()[2], np.uint8)[offsets[0] : offsets[-1]]]
         if (values < 16).all():
             return np.frombuffer((values[0::2] << 4 | values[1::2]).tobytes(), f"S{BYTES}")
-    return np.array([pack_key(str(key)) for key in column.to_pylist()], f"S{BYTES}")
+    return pack_keys([str(key) for key in column.to_pylist()])
 
 
 def make_digit_values() -> NDArray[np.uint8]:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from pipeline.errors import DamagedShard, JobError
 from pipeline.output import Output
-from pipeline.output.key_set import Keys, KeySet, find_packed, pack_keys
+from pipeline.output.key_set import Keys, KeySet, find_packed, pack_column
 from pipeline.output.partitions import parse_partition
 from pipeline.output.shards import Selection, encode_shard, name_shard, read_each_shard, read_shards
 from pipeline.output.sources import SOURCE_SCHEMA, write_sources
@@ -142,7 +142,7 @@ def build_ledger_state(outcomes: Iterable[pa.Table], retry: RetryFilter | None =
     """
     keys, kept = list[Keys](), list[pa.Table]()
     for table in outcomes:
-        keys += [pack_keys(chunk) for chunk in table["key"].chunks]
+        keys += [pack_column(chunk) for chunk in table["key"].chunks]
         kept += [table] if retry else []
     again = count_retried_attempts(pa.concat_tables(kept), retry) if retry and kept else {}
     done = np.concatenate(keys) if keys else None
@@ -169,7 +169,7 @@ def read_ledger_state(output: Output, retry: RetryFilter | None = None) -> Ledge
         return build_ledger_state([read_shards(output.requests, OUTCOME_COLUMNS, LEDGER_SCHEMA)], retry)
 
     def reduce(table: pa.Table) -> Keys:
-        return np.concatenate([pack_keys(chunk) for chunk in table["key"].chunks] or [pack_keys([])])
+        return np.concatenate([pack_column(chunk) for chunk in table["key"].chunks] or [pack_column(pa.array([], pa.string()))])
 
     found = read_each_shard(output.requests, ["key"], LEDGER_SCHEMA, convert=reduce)
     for damage in found:

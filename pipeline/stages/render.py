@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 from pipeline.budget import RenderSettings
 from pipeline.errors import DocumentError, JobError, RunError
@@ -26,9 +26,20 @@ from pipeline.stages.requests import compute_document_keys, make_failed_row
 DEMO_REFUSAL = "the demonstration model reads only its own samples; a GPU, model.engine: openai or model.without_gpu: cpu reads this"
 READ_AHEAD = 2
 """Documents that are read while another is drawn: a download takes as long as drawing a few pages."""
-ClaimRequests = Callable[[SourceRow, list[str]], dict[str, int]]
+DRAWN_UNCLAIMED = 4
+"""Requests of a document that are drawn, at most, while it is not known yet whether they are wanted: so the claims of many documents go
+together, and the rare document that is not wanted costs some pages."""
+ClaimRequests = Callable[[SourceRow, list[str]], "Future[dict[str, int]]"]
 """(document, keys) -> the keys that this document shall ask, each with the number of its attempt, from 1: not those that are done, nor
 those that another file with the same bytes has claimed."""
+
+
+class DrawnRequest(NamedTuple):
+    """A request with its page images. It is asked if the claim of its document has its key."""
+
+    row: RequestRow
+    """Without its attempt."""
+    claimed: Future[dict[str, int]]
 
 
 @dataclass(frozen=True)
@@ -99,7 +110,7 @@ class RenderStage:
     def sandbox(self) -> Sandbox:
         return Sandbox(self.plan.read_settings())
 
-    def render_documents(self, documents: Iterable[SourceRow]) -> Iterator[RequestRow]:
+    def render_documents(self, documents: Iterable[SourceRow]) -> Iterator[DrawnRequest]:
         """Yield the requests of documents, in their order; the next documents are read while one is drawn.
 
         At most `READ_AHEAD` documents of `limits.max_file_mib` are held in memory beside the one that is drawn.
@@ -121,8 +132,8 @@ class RenderStage:
         listed = Document(document["source"], document["size_bytes"], document["version"], document.get("full_url"))
         return read_document(listed, self.plan.root, self.plan.settings.max_file_bytes, self.plan.policy)
 
-    def render_document(self, document: SourceRow, reading: Future[bytes]) -> Iterator[RequestRow]:
-        """Yield the requests that a document shall ask, with their page images, one at a time."""
+    def render_document(self, document: SourceRow, reading: Future[bytes]) -> Iterator[DrawnRequest]:
+        """Yield the requests of a document, with their page images, one at a time: those that it shall ask as far as that is known."""
         row: SourceRow = {**document, "doc_id": None, "page_count": 0}
         failure: LedgerRow | None = None
         try:
@@ -134,12 +145,16 @@ class RenderStage:
         except Exception as error:  # any: what a document's bytes make a library raise has no common class
             failure = make_failed_row(Stage.RENDER if row["doc_id"] else Stage.SOURCE, error)
         keys = compute_document_keys(row, self.plan.per_request, self.plan.fingerprint)
-        for key, attempt in self.claim(row, list(keys)).items():
-            first_page, last_page = keys[key]
-            request: RequestRow = {"key": key, "attempt": attempt, "first_page": first_page, "last_page": last_page}
+        claimed = self.claim(row, list(keys))
+        if len(keys) > DRAWN_UNCLAIMED:
+            claimed.result()
+        for key, (first_page, last_page) in keys.items():
+            if claimed.done() and key not in claimed.result():
+                continue
+            request: RequestRow = {"key": key, "first_page": first_page, "last_page": last_page}
             drawn = failure or self.draw_request(first_page, last_page)
             columns: dict[str, object] = {**row, **request, **drawn}
-            yield cast(RequestRow, columns)
+            yield DrawnRequest(cast(RequestRow, columns), claimed)
 
     def draw_request(self, first_page: int, last_page: int) -> RequestRow:
         """Return the page images of one request; it fails if no page can be drawn, and else goes on without those that cannot."""

@@ -20,7 +20,7 @@ from pipeline.output import Output
 from pipeline.render.sandbox import Sandbox
 from pipeline.stages.render import RenderPlan, RenderStage
 from tests.support.ledger import LedgerWriter
-from tests.support.stages import Row, claim_all
+from tests.support.stages import Row, claim_all, render_rows
 from tests.support.workspace import Workspace, draw_slip, make_listing_row
 
 PACKAGE = Path(__file__).parents[2] / "pipeline"
@@ -97,7 +97,7 @@ def rendered(job: Job) -> list[Row]:
     files = sorted((job.file.parent / "in").iterdir())
     stage = RenderStage(RenderPlan.of_job(job), claim_all)
     try:
-        rows = list(stage.render_documents(make_listing_row(file, job.file.parent) for file in files))
+        rows = list(render_rows(stage, (make_listing_row(file, job.file.parent) for file in files)))
     finally:
         stage.close()
     assert SECRET not in repr(stage)

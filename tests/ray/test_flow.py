@@ -149,6 +149,33 @@ class HungActor(InkActor):
         return HungEngine()
 
 
+class LongAnswersEngine(InkEngine):
+    """Answers documents of two pages when it has answered all those of one page, as if the former's answers were that long."""
+
+    SHORT = 30
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.short, self.is_over = 0, asyncio.Event()
+
+    async def complete(self, request: Request) -> Completion:
+        if sum(not isinstance(part, str) for part in request.messages[1].parts) == 2:
+            try:
+                await asyncio.wait_for(self.is_over.wait(), PATIENCE_S / 2)
+            except TimeoutError:
+                raise DocumentError("engine", f"only {self.short} short answers were asked for") from None
+        else:
+            self.short += 1
+            if self.short == self.SHORT:
+                self.is_over.set()
+        return await super().complete(request)
+
+
+class LongAnswersActor(InkActor):
+    def load(self, job: Job, threads: int) -> Engine:
+        return LongAnswersEngine()
+
+
 class SilentEngine(InkEngine):
     """Never answers."""
 
@@ -613,6 +640,18 @@ def test_a_page_that_cannot_be_drawn_costs_that_page(workspace: Workspace) -> No
     assert (whole["_partial"], whole["_page_failures"]) == (False, [])
     assert read_status(Output(job.output))["partial"] == 1
     assert flow.settle(workspace.job("pages.per_request=3", "limits.partial=fail")).statuses == {"extracted": 1, "failed": 1}
+
+
+# --- long answers
+
+
+def test_long_answers_keep_no_short_one_from_being_asked_for(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One renderer has eight blocks in hand, and each of the first eight has documents whose answers are the last of all."""
+    for number in range(2 * LongAnswersEngine.SHORT):
+        workspace.put(f"{number:02}.pdf", draw_slip(*range(number, number + 1 + number % 2)))
+    monkeypatch.setattr(ask_pass, "EngineActor", LongAnswersActor)
+    report = flow.run(workspace.job("pages.per_request=2", "model.batch_size=16", "limits.canary=0", "ray.renderers=1"))
+    assert (report.failures, report.statuses) == ({}, {"extracted": 2 * LongAnswersEngine.SHORT})
 
 
 # --- the first documents of a run

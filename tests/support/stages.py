@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from pipeline.budget import RenderSettings
 from pipeline.job import Job
 from pipeline.records import SourceRow
 from pipeline.sources.http import PUBLIC_ONLY
-from pipeline.stages.render import RenderPlan
+from pipeline.stages.render import RenderPlan, RenderStage
 from pipeline.stages.settle import RecordPlan, SettleStage
 
 Row = dict[str, Any]
@@ -27,6 +29,19 @@ def make_render_plan(settings: RenderSettings, root: Path, per_request: int) -> 
     return RenderPlan(settings, PUBLIC_ONLY, root, per_request, "f" * 16, "slips")
 
 
-def claim_all(document: SourceRow, keys: list[str]) -> dict[str, int]:
+def grant(wanted: dict[str, int]) -> Future[dict[str, int]]:
+    """Return a claim that has been answered."""
+    claimed: Future[dict[str, int]] = Future()
+    claimed.set_result(wanted)
+    return claimed
+
+
+def claim_all(document: SourceRow, keys: list[str]) -> Future[dict[str, int]]:
     """Claim every request of a document."""
-    return dict.fromkeys(keys, 1)
+    return grant(dict.fromkeys(keys, 1))
+
+
+def render_rows(stage: RenderStage, documents: Iterable[SourceRow]) -> Iterator[Row]:
+    """Yield the requests of documents as engines get them."""
+    for row, claimed in stage.render_documents(documents):
+        yield {**row, "attempt": claimed.result()[str(row["key"])]}

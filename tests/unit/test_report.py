@@ -283,6 +283,24 @@ def test_a_document_with_one_bad_request_is_bad_once() -> None:
     judge(0.5, *reversed(parts), row("b.pdf"))
 
 
+@pytest.mark.parametrize(("good", "bad", "passed"), [(4, 0, True), (4, 16, True), (3, 0, False), (3, 17, False), (0, 20, False)])
+def test_first_documents_have_passed_when_the_others_cannot_change_that(good: int, bad: int, passed: bool) -> None:
+    canary = Canary(0.8)
+    for number in range(good + bad):
+        canary.add(row(f"{number}.pdf") if number < good else row(f"{number}.pdf", **failed("validate", "invalid", "invalid")))
+    assert canary.has_passed(20) == passed
+    if passed:
+        canary.check("out")
+
+
+def test_a_document_is_good_when_all_its_requests_are() -> None:
+    canary = Canary(0.0)
+    canary.add(row("a.pdf", (1, 2), 4))
+    assert not canary.has_passed(1)
+    canary.add(row("a.pdf", (3, 4), 4))
+    assert canary.has_passed(1)
+
+
 # --- the end of a phase
 
 

@@ -50,7 +50,7 @@ from pipeline.report import Progress
 from pipeline.schema import prompt
 from pipeline.stages.ask import AskStage
 from pipeline.stages.render import RenderPlan, RenderStage
-from tests.support.stages import claim_all
+from tests.support.stages import claim_all, render_rows
 from tests.support.workspace import Workspace, make_listing_row
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's imports cause many, none of them by this package
@@ -334,7 +334,7 @@ def test_it_reads_as_well_as_the_transformers_engine(engine: Engine, tmp_path: P
 def read_with_engine(job: Job, engine: Engine, folder: Path, drawn: Sequence[samples.DrawnDocument]) -> list[evaluate.Verdict]:
     """Return the verdicts on these documents, read by an engine without Ray."""
     render = RenderStage(replace(RenderPlan.of_job(job), root=folder, per_request=4), claim_all)
-    rows = list(render.render_documents(make_listing_row(folder / one.name, folder) for one in drawn))
+    rows = list(render_rows(render, (make_listing_row(folder / one.name, folder) for one in drawn)))
     render.close()
     stage = AskStage(job, engine)
 

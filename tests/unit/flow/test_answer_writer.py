@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from pipeline.errors import RunError
 from pipeline.flow import answer_writer
 from pipeline.flow.answer_writer import AnswerWriter
-from pipeline.flow.quarantine import EngineId
-from pipeline.flow.registry import RequestRegistry
 from pipeline.output import Output
 from pipeline.output.key_set import KeySet
-from pipeline.output.ledger import LEDGER_SCHEMA, LedgerState
+from pipeline.output.ledger import LEDGER_SCHEMA
 from pipeline.output.shards import read_shards
 from pipeline.output.sources import read_sources
+from pipeline.registry import RequestRegistry, unpack_receipts
+from pipeline.registry.deaths import EngineId
 from tests.support.ray_actors import LocalActor
 
 ENGINE = EngineId("a", 1)
@@ -36,7 +36,7 @@ class Desk:
 
     def work(self, work: Callable[[AnswerWriter], Awaitable[Any]]) -> Any:
         async def begin() -> Any:
-            self.registry.begin_round(LedgerState(KeySet.of(["done"]), {}), True)
+            self.registry.begin_round(KeySet.of(["done"]), {}, True)
             self.registry.begin_process(ENGINE, "here", False)
             return await work(AnswerWriter(self.output, LocalActor(self.registry), ENGINE, lambda: 3))
 
@@ -117,11 +117,12 @@ def test_a_shard_has_receipts_and_completes_the_list_of_sources(desk: Desk) -> N
         return desk.registry.take_news()
 
     news = desk.work(work)
-    assert [(one["key"], one["pages_shown"], one["actor"], one["busy_s"]) for one in news.receipts] == [
+    (receipts,) = map(unpack_receipts, news.receipts)
+    assert [(one["key"], one["pages_shown"], one["actor"], one["busy_s"]) for one in receipts] == [
         ("k1", 0, "a 1", 1.0),
         ("k2", 0, "a 1", 1.0),
     ]
-    assert "answer" not in news.receipts[0]
+    assert "answer" not in receipts[0]
     assert [rows for _, rows in news.shards] == [2]
     assert read_sources(desk.output)["page_count"].to_pylist() == [2, 2]
 

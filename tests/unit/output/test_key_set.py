@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.output import key_set
-from pipeline.output.key_set import KeySet, pack_keys
+from pipeline.output.key_set import KeySet, pack_column, pack_keys
 
 
 def make_keys(count: int) -> list[str]:
@@ -19,8 +19,8 @@ def test_a_set_has_what_was_put_into_it(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(key_set, "MERGED_AT", 7)
     keys = make_keys(60)
     found = KeySet.of(keys[:20] * 2)
-    for key in keys[10:40]:
-        found.add(key)
+    for first in range(10, 40, 5):
+        found.update(keys[first : first + 5])
     assert len(found) == 40
     assert found.find(keys).tolist() == [True] * 40 + [False] * 20
     assert all(key in found for key in keys[:40])
@@ -46,5 +46,5 @@ def test_any_text_is_a_key() -> None:
 
 def test_a_slice_of_a_column_is_packed_as_its_own_keys() -> None:
     keys = make_keys(10)
-    assert pack_keys(pa.array(keys).slice(3, 4)).tolist() == pack_keys(keys[3:7]).tolist()
+    assert pack_column(pa.array(keys).slice(3, 4)).tolist() == pack_keys(keys[3:7]).tolist()
     assert len(pack_keys(keys).tobytes()) == 160

@@ -23,7 +23,7 @@ from pipeline.stages.render import RenderPlan, RenderStage, make_render_settings
 from pipeline.stages.requests import compute_document_keys, compute_request_key, split_pages
 from tests.support.engines import CUT, INVALID, VALID, Reply, ScriptedEngine, list_texts, make_completion
 from tests.support.pdfs import make_page_pdf
-from tests.support.stages import Row, claim_all, make_render_plan
+from tests.support.stages import Row, claim_all, grant, make_render_plan, render_rows
 from tests.support.workspace import Workspace, draw_slip, make_listing_row
 
 SIZE = {"page_no": 1, "width_px": 28, "height_px": 28, "dpi": 200.0, "visual_tokens": 1, "warnings": []}
@@ -84,14 +84,14 @@ def one(rows: Iterator[Row]) -> Row:
 
 
 def test_a_document_becomes_requests_of_pages(workspace: Workspace, stage: RenderStage) -> None:
-    rows = list(stage.render_documents([make_listing_row(workspace.put("a.pdf", draw_slip(1, 2, 3)), workspace.folder)]))
+    rows = list(render_rows(stage, [make_listing_row(workspace.put("a.pdf", draw_slip(1, 2, 3)), workspace.folder)]))
     assert [(row["first_page"], row["last_page"], len(row["pixels"])) for row in rows] == [(1, 2, 2), (3, 3, 1)]
     assert [page["page_no"] for row in rows for page in row["pages"]] == [1, 2, 3]
     assert {(row["doc_id"], row["page_count"]) for row in rows} == {(hashlib.sha256(draw_slip(1, 2, 3)).hexdigest(), 3)}
 
 
 def test_pixels_are_images(workspace: Workspace, stage: RenderStage) -> None:
-    row = one(stage.render_documents([make_listing_row(workspace.put("a.pdf", draw_slip(1)), workspace.folder)]))
+    row = one(render_rows(stage, [make_listing_row(workspace.put("a.pdf", draw_slip(1)), workspace.folder)]))
     (image,) = row["pixels"]
     assert (image.shape, image.dtype) == ((448, 448, 3), np.uint8)
     assert row["pages"][0]["visual_tokens"] == 256
@@ -101,7 +101,7 @@ def test_pixels_are_images(workspace: Workspace, stage: RenderStage) -> None:
     ("data", "kind"), [(b"", "empty"), (b"Dear Sir or Madam", "unrecognised"), (b"%PDF-1.7 and nothing else", "broken")]
 )
 def test_a_document_that_does_not_open_is_one_row(workspace: Workspace, stage: RenderStage, data: bytes, kind: str) -> None:
-    row = one(stage.render_documents([make_listing_row(workspace.put("a.pdf", data), workspace.folder)]))
+    row = one(render_rows(stage, [make_listing_row(workspace.put("a.pdf", data), workspace.folder)]))
     assert (row["failure"]["stage"], row["failure"]["kind"], row["status"]) == ("render", kind, "failed")
     assert (row["doc_id"], row["page_count"], row["first_page"]) == (hashlib.sha256(data).hexdigest(), 0, 0)
     assert row["key"]
@@ -110,12 +110,12 @@ def test_a_document_that_does_not_open_is_one_row(workspace: Workspace, stage: R
 def test_a_file_that_vanished_is_one_row_without_identity(workspace: Workspace, stage: RenderStage) -> None:
     document = make_listing_row(workspace.put("a.pdf"), workspace.folder)
     (workspace.inputs / "a.pdf").unlink()
-    row = one(stage.render_documents([document]))
+    row = one(render_rows(stage, [document]))
     assert (row["failure"]["stage"], row["failure"]["kind"], row["doc_id"]) == ("source", "vanished", None)
 
 
 def test_a_file_that_was_not_there_when_listed_says_so(workspace: Workspace, stage: RenderStage) -> None:
-    row = one(stage.render_documents([{"source": "in/gone.pdf", "size_bytes": -1, "version": "vanished"}]))
+    row = one(render_rows(stage, [{"source": "in/gone.pdf", "size_bytes": -1, "version": "vanished"}]))
     assert row["failure"]["message"] == "in/gone.pdf cannot be read: there is no such file"
 
 
@@ -128,7 +128,7 @@ def test_a_page_that_cannot_be_drawn_costs_itself_alone(workspace: Workspace, st
         return drawn(first_page, last_page)
 
     monkeypatch.setattr(stage.sandbox, "draw_pages", torn)
-    rows = list(stage.render_documents([make_listing_row(workspace.put("a.pdf", draw_slip(1, 2, 3, 4, 5)), workspace.folder)]))
+    rows = list(render_rows(stage, [make_listing_row(workspace.put("a.pdf", draw_slip(1, 2, 3, 4, 5)), workspace.folder)]))
     lost = {"page": 3, "kind": "timeout", "message": "page 3 took more than 60 s and was given up"}
     assert [row.get("failure") for row in rows] == [None, None, None]
     assert [row["page_failures"] for row in rows] == [[], [lost], []]
@@ -140,7 +140,7 @@ def test_a_request_whose_pages_all_fail_is_not_asked(workspace: Workspace, stage
         raise DocumentError("broken", f"page {first_page} cannot be drawn")
 
     monkeypatch.setattr(stage.sandbox, "draw_pages", torn)
-    row = one(stage.render_documents([make_listing_row(workspace.put("a.pdf", draw_slip(1, 2)), workspace.folder)]))
+    row = one(render_rows(stage, [make_listing_row(workspace.put("a.pdf", draw_slip(1, 2)), workspace.folder)]))
     assert (row["status"], row["failure"]["message"], "pixels" in row) == ("failed", "page 1 cannot be drawn", False)
     assert [failure["page"] for failure in row["page_failures"]] == [1, 2]
 
@@ -156,7 +156,7 @@ def test_documents_are_read_while_another_is_drawn(workspace: Workspace, stage: 
         return read(document)
 
     monkeypatch.setattr(stage, "read_bytes", note_and_read)
-    rows = stage.render_documents(documents)
+    rows = render_rows(stage, documents)
     assert next(rows)["source"] == "in/0.pdf"
     assert third_is_read.wait(60)
     assert sorted(is_read) == ["in/0.pdf", "in/1.pdf", "in/2.pdf"]
@@ -166,7 +166,7 @@ def test_documents_are_read_while_another_is_drawn(workspace: Workspace, stage: 
 def test_a_document_that_cannot_be_read_fails_in_its_place(workspace: Workspace, stage: RenderStage) -> None:
     documents = [make_listing_row(workspace.put(f"{n}.pdf", draw_slip(n)), workspace.folder) for n in range(3)]
     (workspace.inputs / "1.pdf").unlink()
-    rows = list(stage.render_documents(documents))
+    rows = list(render_rows(stage, documents))
     assert [(row["source"], (row.get("failure") or {}).get("kind")) for row in rows] == [
         ("in/0.pdf", None),
         ("in/1.pdf", "vanished"),
@@ -175,16 +175,16 @@ def test_a_document_that_cannot_be_read_fails_in_its_place(workspace: Workspace,
 
 
 def test_only_the_requests_that_are_claimed_are_drawn(workspace: Workspace, stage: RenderStage) -> None:
-    stage.claim = lambda document, keys: {keys[1]: 1}
-    row = one(stage.render_documents([make_listing_row(workspace.put("a.pdf", draw_slip(1, 2, 3)), workspace.folder)]))
+    stage.claim = lambda document, keys: grant({keys[1]: 1})
+    row = one(render_rows(stage, [make_listing_row(workspace.put("a.pdf", draw_slip(1, 2, 3)), workspace.folder)]))
     assert (row["first_page"], row["last_page"]) == (3, 3)
 
 
 def test_a_claim_names_the_identified_document_and_its_keys(workspace: Workspace, stage: RenderStage) -> None:
     claims: list[tuple[Any, list[str]]] = []
-    stage.claim = lambda *claim: claims.append(claim) or {}
+    stage.claim = lambda *claim: claims.append(claim) or grant({})
     document = make_listing_row(workspace.put("a.pdf", draw_slip(1, 2, 3)), workspace.folder)
-    assert list(stage.render_documents([document])) == []
+    assert list(render_rows(stage, [document])) == []
     doc_id = hashlib.sha256(draw_slip(1, 2, 3)).hexdigest()
     keys = [compute_request_key(doc_id, 1, 2, "f" * 16), compute_request_key(doc_id, 3, 3, "f" * 16)]
     assert claims == [({**document, "doc_id": doc_id, "page_count": 3}, keys)]
@@ -202,7 +202,7 @@ def test_a_machine_without_the_password_is_named(workspace: Workspace, monkeypat
     stage = RenderStage(RenderPlan.of_job(workspace.job("source.password_env=SLIP_PASSWORD")), claim_all)
     monkeypatch.delenv("SLIP_PASSWORD")
     with pytest.raises(RunError, match=rf"SLIP_PASSWORD, which is not set on {socket.gethostname()}: set it on every machine"):
-        list(stage.render_documents([make_listing_row(workspace.put("a.pdf"), workspace.folder)]))
+        list(render_rows(stage, [make_listing_row(workspace.put("a.pdf"), workspace.folder)]))
 
 
 def test_a_password_that_is_not_there_is_refused(workspace: Workspace) -> None:
@@ -372,7 +372,7 @@ def test_a_document_that_is_no_sample_is_not_drawn_for_the_stand_in(workspace: W
         listed = make_listing_row(workspace.put(name, data), workspace.folder)
         stage = RenderStage(replace(make_render_plan(sandbox.settings, workspace.folder, 4), only_samples=True), claim_all)
         stage.sandbox = sandbox
-        (rows[name],) = stage.render_documents([cast(Any, listed)])
+        (rows[name],) = render_rows(stage, [cast(Any, listed)])
     assert [row.get("failure") and (row["failure"]["stage"], row["failure"]["kind"]) for row in rows.values()] == [
         None,
         ("generate", "demo"),

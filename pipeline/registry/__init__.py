@@ -1,7 +1,8 @@
 """Registry of a run: which document asks which request, which engines there are, what is written, and the news of it for the driver.
 
-It is an actor on the driver's machine that everything reports to in few, small calls: a claim for each document, two calls for each
-shard of the ledger. Nothing in this file needs Ray, so it can be tested alone.
+It is an actor on the driver's machine that everything reports to in few calls: each has the claims of many documents, or the keys of a
+shard of the ledger. Receipts pass through it unopened. Nothing here needs Ray, so it can be tested alone, and it imports little, because
+its process starts with a run.
 
 A request goes through these states; what is asked again after a death is written once:
 
@@ -12,13 +13,14 @@ A request goes through these states; what is asked again after a death is writte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import pickle
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
-from pipeline.flow.quarantine import DeathRecord, EngineId
-from pipeline.output.ledger import LedgerState
+from pipeline.output.key_set import KeySet
 from pipeline.records import ReceiptRow, SourceRow
+from pipeline.registry.deaths import DeathRecord, EngineId
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,37 @@ class EngineEntry:
     node: str
     handle: Any
     """Ray's handle of the actor."""
-    load: int = 0
-    """Requests that it had when it was last heard of."""
+
+
+@dataclass(frozen=True)
+class EngineList:
+    """The engines of a run, as far as the caller does not know them."""
+
+    number: int
+    """Of this list: it grows with each change."""
+    added: list[EngineEntry]
+    """Engines that the caller's list lacks."""
+    ids: list[EngineId] | None
+    """All engines; None where the caller's list is this one."""
+    loads: list[int]
+    """How many requests each of them had when it was last heard of."""
+
+
+@dataclass
+class Owner:
+    """The document that asks the requests of all files with its bytes."""
+
+    source: str
+    left: set[str]
+    """Keys that are not in the ledger yet."""
 
 
 @dataclass
 class News:
     """What has happened since the driver asked last."""
 
-    receipts: list[ReceiptRow] = field(default_factory=list)
-    """Requests that are in the ledger."""
+    receipts: list[bytes] = field(default_factory=list)
+    """Requests that are in the ledger, as `pack_receipts` packs those of a shard."""
     shards: list[tuple[str, int]] = field(default_factory=list)
     """Shards of the ledger, and how many requests each has."""
     identified: list[SourceRow] = field(default_factory=list)
@@ -58,8 +81,12 @@ class RequestRegistry:
 
     def __init__(self, is_node_alive: Callable[[str | None], bool]) -> None:
         self.is_node_alive = is_node_alive
-        self.state: LedgerState | None = None
-        self.owners: dict[str, str] = {}
+        self.done, self.attempts = KeySet(), cast(Mapping[str, int], {})
+        self.owners: dict[str, Owner] = {}
+        """By doc_id: documents with requests that are not in the ledger yet. A file with the same bytes as one that is through asks
+        nothing, because its requests are done."""
+        self.claimed: dict[str, str] = {}
+        """The doc_ids of these documents by the keys of those requests."""
         self.writing: dict[str, tuple[EngineId, str]] = {}
         self.news = News()
         self.fatal: str | None = None
@@ -69,6 +96,11 @@ class RequestRegistry:
         self.pids: dict[str, int] = {}
         """The newest process of each engine actor."""
         self.engines: dict[str, EngineEntry] = {}
+        self.loads: dict[str, int] = {}
+        """Requests that each engine had when it was last heard of."""
+        self.list_number = 0
+        self.added_at: dict[str, int] = {}
+        """The number of the list in which each engine is for the first time."""
 
     # ---- what renderers call -----------------------------------------------------------------------------------------------------
 
@@ -76,26 +108,39 @@ class RequestRegistry:
         """Say whether the first documents have proven good, or there is no such trial."""
         return self.is_gate_open
 
-    def claim(self, document: SourceRow, keys: list[str]) -> dict[str, int]:
-        """Return the keys that this document shall ask, each with the number of its attempt, from 1.
+    def claim(self, documents: Sequence[tuple[SourceRow, list[str]]]) -> list[dict[str, int]]:
+        """Return for each document, given with the keys of its requests, those that it shall ask, each with the number of its attempt,
+        from 1.
 
         A request that is done is not asked again, and of several files with the same bytes one is asked. A document that shall ask none
         is news.
         """
-        assert self.state is not None
-        source = document["source"]
-        owner = self.owners.setdefault(document["doc_id"] or f"unread {source}", source)
-        is_done = self.state.done.find(keys)
-        attempts = self.state.attempts
-        wanted = {key: attempts.get(key, 0) + 1 for key, done in zip(keys, is_done, strict=True) if not done} if owner == source else {}
-        if not wanted:
-            self.news.identified.append(document)
-        return wanted
+        is_done = iter(self.done.find([key for _, keys in documents for key in keys]).tolist())
+        return [self.claim_undone(document, [key for key in keys if not next(is_done)]) for document, keys in documents]
 
-    def list_engines(self, is_full: bool) -> list[EngineEntry]:
-        """Return the engines; the caller says whether it waits because all that it knows have as many requests as they take."""
+    def claim_undone(self, document: SourceRow, keys: list[str]) -> dict[str, int]:
+        """Return what a document shall ask of these requests, none of which is done."""
+        source = document["source"]
+        doc_id = document["doc_id"] or f"unread {source}"
+        owner = self.owners.get(doc_id)
+        if not keys or (owner and owner.source != source):
+            self.news.identified.append(document)
+            return {}
+        self.owners[doc_id] = Owner(source, set(keys))
+        self.claimed.update(dict.fromkeys(keys, doc_id))
+        return {key: self.attempts.get(key, 0) + 1 for key in keys}
+
+    def list_engines(self, number: int, is_full: bool) -> EngineList:
+        """Return the engines, those in full that the list of this number lacks.
+
+        The caller says whether it waits because all that it knows have as many requests as they take.
+        """
         self.news.is_full |= is_full
-        return list(self.engines.values())
+        loads = [self.loads[actor] for actor in self.engines]
+        if number == self.list_number:
+            return EngineList(number, [], None, loads)
+        added = [entry for actor, entry in self.engines.items() if self.added_at[actor] > number]
+        return EngineList(self.list_number, added, [entry.id for entry in self.engines.values()], loads)
 
     def judge_death(self, engine: EngineId, key: str) -> tuple[bool, str] | None:
         """Return whether the death of an engine counts for a request that it had, and why it died; None while that is not known.
@@ -120,20 +165,26 @@ class RequestRegistry:
         before, self.nodes[engine.actor] = self.nodes.get(engine.actor), node
         last = EngineId(engine.actor, self.pids.get(engine.actor, 0))
         self.pids[engine.actor] = engine.pid
-        self.engines.pop(engine.actor, None)
+        self.drop_engine(engine.actor)
         if is_replacement and self.is_node_alive(before):
             return self.record.count_replacement(last)
         self.record.forget(last)
         return 0, ""
 
+    def drop_engine(self, actor: str) -> None:
+        """Make a list without the engine of an actor."""
+        self.list_number += 1
+        self.engines.pop(actor, None)
+
     def add_engine(self, entry: EngineEntry) -> None:
         """Take an engine that has loaded its model."""
-        self.engines[entry.id.actor] = entry
+        self.drop_engine(entry.id.actor)
+        self.engines[entry.id.actor], self.added_at[entry.id.actor], self.loads[entry.id.actor] = entry, self.list_number, 0
         self.news.loaded[entry.id.actor] = entry.node
 
     def remove_engine(self, actor: str) -> None:
         """Take away an engine that is ended because it has nothing to do: its end is no death."""
-        self.engines.pop(actor, None)
+        self.drop_engine(actor)
         self.nodes.pop(actor, None)
         self.record.forget(EngineId(actor, self.pids.pop(actor, 0)))
 
@@ -147,7 +198,7 @@ class RequestRegistry:
 
     def record_death(self, engine: EngineId, reason: str) -> None:
         """Keep why an engine ends its process."""
-        self.engines.pop(engine.actor, None)
+        self.drop_engine(engine.actor)
         self.record.record_death(engine, reason)
 
     def begin_shard(self, engine: EngineId, shard: str, keys: Sequence[str]) -> tuple[set[str], dict[str, str]]:
@@ -155,8 +206,7 @@ class RequestRegistry:
 
         The former are done, or another engine writes them; the latter were to be written by a process that has died since.
         """
-        assert self.state is not None
-        refused = {key for key, done in zip(keys, self.state.done.find(keys), strict=True) if done}
+        refused = {key for key, done in zip(keys, self.done.find(keys).tolist(), strict=True) if done}
         doubtful: dict[str, str] = {}
         for key in keys:
             writer, name = self.writing.get(key, (engine, shard))
@@ -167,26 +217,32 @@ class RequestRegistry:
         self.writing.update((key, (engine, shard)) for key in keys if key not in refused)
         return refused, doubtful
 
-    def end_shard(self, engine: EngineId, shard: str | None, receipts: list[ReceiptRow], load: int) -> None:
-        """Take what an engine has written, and how many requests it has."""
-        assert self.state is not None
-        for receipt in receipts:
-            key = str(receipt["key"])
-            self.state.done.add(key)
+    def end_shard(self, engine: EngineId, shard: str | None, keys: Sequence[str], receipts: bytes, load: int) -> None:
+        """Take what an engine has written, the keys and their packed receipts, and how many requests it has."""
+        self.loads[engine.actor] = load
+        if not shard:
+            return
+        self.done.update(keys)
+        for key in keys:
             self.writing.pop(key, None)
-        self.news.receipts += receipts
-        if shard:
-            self.news.shards.append((shard, len(receipts)))
-        if receipts:
-            self.record.pardon_again()
-        if found := self.engines.get(engine.actor):
-            self.engines[engine.actor] = EngineEntry(found.id, found.node, found.handle, load)
+            self.release_claim(key)
+        self.news.receipts.append(receipts)
+        self.news.shards.append((shard, len(keys)))
+        self.record.pardon_again()
+
+    def release_claim(self, key: str) -> None:
+        """Forget who asked a request that is done."""
+        doc_id = self.claimed.pop(key, "")
+        if owner := self.owners.get(doc_id):
+            owner.left.discard(key)
+            if not owner.left:
+                del self.owners[doc_id]
 
     # ---- what the driver calls ---------------------------------------------------------------------------------------------------
 
-    def begin_round(self, state: LedgerState, is_open: bool) -> None:
-        """Begin to ask what this state does not have; `is_open` says that no trial of the first documents is made."""
-        self.state, self.owners, self.writing = state, {}, {}
+    def begin_round(self, done: KeySet, attempts: Mapping[str, int], is_open: bool) -> None:
+        """Begin to ask what is not done, or is retried after so many attempts; `is_open`: no trial of the first documents is made."""
+        self.done, self.attempts, self.owners, self.claimed, self.writing = done, attempts, {}, {}, {}
         self.is_gate_open = is_open
 
     def open_gate(self) -> None:
@@ -201,4 +257,14 @@ class RequestRegistry:
 
     def list_idle_engines(self) -> list[EngineEntry]:
         """Return the engines that had no request when they were last heard of."""
-        return [entry for entry in self.engines.values() if not entry.load]
+        return [entry for actor, entry in self.engines.items() if not self.loads.get(actor)]
+
+
+def pack_receipts(receipts: list[ReceiptRow]) -> bytes:
+    """Return receipts as they pass through the registry."""
+    return pickle.dumps(receipts, pickle.HIGHEST_PROTOCOL)
+
+
+def unpack_receipts(packed: bytes) -> list[ReceiptRow]:
+    """Return what was packed by an engine of this run."""
+    return cast(list[ReceiptRow], pickle.loads(packed))
