@@ -151,7 +151,8 @@ class RuleSet:
             fields = tuple(".".join(path) for path in compiled.paths)
             holds = {RuleResult.PASSED: True, RuleResult.BROKEN: False}.get(RuleResult(result["result"]))
             name = compiled.paths[0][0] if compiled.paths else ""
-            if {path[0] for path in compiled.paths} == {name} == {*compiled.program.variables()} and is_list_of_items(row.get(name)):
+            used = {*self.root.fields} & {*compiled.program.variables()}
+            if {path[0] for path in compiled.paths} == {name} == used and is_list_of_items(row.get(name)):
                 for number, item in enumerate(row[name]):
                     alone = {**row, name: [item]}
                     self.context.update({name: convert_for_rule(self.root.fields[name], alone[name])})
