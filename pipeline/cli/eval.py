@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli.console import print_json, print_message
+from pipeline.cli.console import print_json, print_message, print_text
 from pipeline.cli.exit_codes import convert_to_exit_code
 from pipeline.cli.options import DATE_TOLERANCE, JSON, NUMBER_TOLERANCE
 from pipeline.cli.tables import format_interval, format_number, format_percent, print_names, show_table
 from pipeline.errors import JobError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from pipeline.plan.sweep import SweepRow
     from pipeline.score.calibration import HeldOutScores
     from pipeline.score.cells import Tolerance
@@ -131,21 +133,27 @@ def run_sweep(output: str, truth: Path, tolerance: Tolerance, sweeps: tuple[str,
     from pipeline.plan.sweep import plan_sweep, score_step
 
     found = []
-    for step in plan_sweep(output, sweeps):
+    steps = plan_sweep(output, sweeps)
+    with capture_ray_output() as console:  # one for all runs: afterwards nothing but messages can be printed
+        for step in steps:
+            if not as_json:
+                print_text(console, f"sweep: {format_settings(step.settings)}")
+            with (
+                show_progress(console, quiet=as_json) as shown,
+                call_on_signal(partial(shown.stop, "stopping: the answers so far are being written")),
+            ):
+                flow.run(step.job, on_progress=shown.update)
+            found.append(score_step(step, truth, tolerance))
         if not as_json:
-            print_message(f"sweep: {format_settings(step.settings)}")
-        with (
-            capture_ray_output() as console,
-            show_progress(console, quiet=as_json) as shown,
-            call_on_signal(partial(shown.stop, "stopping: the answers so far are being written")),
-        ):
-            flow.run(step.job, on_progress=shown.update)
-        found.append(score_step(step, truth, tolerance))
+            show_sweep(found, console)
     if as_json:
         print_json({"output": output, "truth": str(truth), "runs": found})
-        return
+
+
+def show_sweep(found: list[SweepRow], console: Console) -> None:
+    """Print what each run of a sweep scores and costs."""
     titles = ["set", "documents", "failed", "exact %", "F1 %", "perfect %", "AUROC", "visual tokens", "read", "written", "asking s"]
-    show_table("sweep", titles, [list_sweep_cells(row) for row in found])
+    show_table("sweep", titles, [list_sweep_cells(row) for row in found], console)
 
 
 def format_settings(settings: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ def restore_job(records: RecordTable) -> Job:
     keys = records.job["job"]
     try:
         sections = JobSections.model_validate(keys | {"extract": keys["extract"] | {"rules": records.job.get("rules", [])}})
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise JobError(
             f"{records.place}/job.yaml is not one of this version: {' '.join(str(error).split())[:200]}", records.place
         ) from None
