@@ -191,6 +191,9 @@ class Token:
 
     text: str
     logprob: float
+    margin: float | None = None
+    """By how many nats the likeliest other token that the grammar allowed is less likely, negative if it was the likelier one. None where
+    no other was allowed, and for all tokens where the engine does not know: only `transformers` does."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +256,19 @@ class OcrRow(TypedDict):
     """The program that read the page, with its version."""
 
 
+class PageQuality(TypedDict):
+    """How well a page image shows its print, each from 0 to 1 (`render.quality.measure_quality`)."""
+
+    contrast: float
+    """Brightness of the paper less that of the ink."""
+    sharpness: float
+    """The steepest step from one pixel to the next, as a share of the contrast."""
+    noise: float
+    """The usual step from one pixel to the next."""
+    unevenness: float
+    """Difference of the brightest and the darkest sixteenth of the page: 0 for a scan, more for a photograph."""
+
+
 class PageFacts(TypedDict):
     """A page without its pixels and words."""
 
@@ -264,6 +280,8 @@ class PageFacts(TypedDict):
     warnings: list[str]
     renderer: str | None
     """None: the first renderer, or a ledger that does not say."""
+    quality: PageQuality | None
+    """None: a ledger that does not say."""
 
 
 class PageRow(PageFacts):
@@ -286,6 +304,7 @@ class TokenRow(TypedDict):
 
     text: str
     logprob: float
+    margin: float | None
 
 
 class SourceRow(TypedDict, total=False):

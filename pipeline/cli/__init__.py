@@ -49,7 +49,8 @@ def start_program() -> None:
     """
     os.umask(PRIVATE_UMASK)
     hide_process()  # its environment has keys and passwords; the supervised processes are forked and hidden, too
-    if sys.argv[1:2] not in (["run"], ["settle"]):
+    sweeps = sys.argv[1:2] == ["eval"] and any(word.startswith("--sweep") for word in sys.argv)
+    if sys.argv[1:2] not in (["run"], ["settle"]) and not sweeps:
         main()
         return
     from pipeline.cli.supervisor import run_supervised

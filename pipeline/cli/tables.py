@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 from pipeline.cli.console import make_console, print_message, strip_control_characters
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from pipeline.score.statistics import Interval
 
 MAX_NAMES_SHOWN = 5
 
 
-def show_table(title: str, titles: list[str], rows: list[list[str]]) -> None:
-    """Print rows of text from documents and outputs as a table."""
+def show_table(title: str, titles: list[str], rows: list[list[str]], console: Console | None = None) -> None:
+    """Print rows of text from documents and outputs as a table, by default on stderr."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -22,7 +24,7 @@ def show_table(title: str, titles: list[str], rows: list[list[str]]) -> None:
         table.add_column(escape(name), overflow="fold")
     for row in rows:
         table.add_row(*(escape(strip_control_characters(cell).replace("\n", "\\n")) for cell in row))
-    make_console().print(table)
+    (console or make_console()).print(table)
 
 
 def format_interval(score: Interval) -> str:

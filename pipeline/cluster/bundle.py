@@ -1,4 +1,5 @@
-"""Job bundle: a job as it is sent to a cluster's job server. A job comes in, a folder with `job.yaml` and `schema.json` goes out.
+"""Job bundle: a job as it is sent to a cluster's job server. A job comes in; a folder with `job.yaml`, `schema.json` and, where the job
+has one, `calibration.json` goes out.
 
 This package is sent beside it by Ray (`py_modules`). No document, no model and no password is sent: what the job names must be reachable
 from the cluster, so a path on this machine is refused.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from pipeline.schema import dump_json
 from pipeline.sources.local import make_absolute
 from pipeline.storage.location import has_secret, parse_scheme, redact_url
 
-JOB_FILE, SCHEMA_FILE = "job.yaml", "schema.json"
+JOB_FILE, SCHEMA_FILE, CALIBRATION_FILE = "job.yaml", "schema.json", "calibration.json"
 
 
 def write_bundle(job: Job, folder: Path) -> str:
@@ -25,6 +27,8 @@ def write_bundle(job: Job, folder: Path) -> str:
     text = json.dumps(make_portable(job), indent=2, ensure_ascii=False)  # which is YAML, too
     (folder / JOB_FILE).write_text(text, encoding="utf-8")
     (folder / SCHEMA_FILE).write_text(dump_json(job.schema), encoding="utf-8")
+    if job.sections.extract.calibration:
+        shutil.copyfile(job.resolve_local_path(job.sections.extract.calibration), folder / CALIBRATION_FILE)
     return JOB_FILE
 
 
@@ -35,6 +39,7 @@ def make_portable(job: Job) -> dict[str, Any]:
     """
     keys = job.dump_keys()
     keys["extract"]["schema"] = SCHEMA_FILE
+    keys["extract"]["calibration"] = CALIBRATION_FILE if job.sections.extract.calibration else None
     keys["ray"]["address"] = None
     keys["source"]["paths"] = [make_portable_path(job, "source.paths", path) for path in job.sections.source.paths]
     keys["output"]["path"] = make_portable_path(job, "output.path", str(job.output))

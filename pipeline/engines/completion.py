@@ -80,7 +80,12 @@ class TokenClock:
 
 
 def build_completion(
-    tokens: Sequence[int], logprobs: Sequence[float] | None, reason: FinishReason, prompt_tokens: int, decode_token: Callable[[int], bytes]
+    tokens: Sequence[int],
+    logprobs: Sequence[float] | None,
+    reason: FinishReason,
+    prompt_tokens: int,
+    decode_token: Callable[[int], bytes],
+    margins: Sequence[float | None] | None = None,
 ) -> Completion:
     """Return the completion made of these tokens, which lack the end token. A character spread over tokens belongs to the last one.
 
@@ -88,7 +93,7 @@ def build_completion(
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     texts = [decoder.decode(decode_token(token)) for token in tokens]
-    scored = () if logprobs is None else tuple(Token(text, logprob) for text, logprob in zip(texts, logprobs, strict=True))
+    scored = () if logprobs is None else tuple(map(Token, texts, logprobs, margins or [None] * len(texts)))
     usage = Usage(prompt_tokens, len(tokens) + (reason is FinishReason.STOP))
     return Completion("".join(texts) + decoder.decode(b"", final=True), reason, usage, scored)
 

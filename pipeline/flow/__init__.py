@@ -51,7 +51,7 @@ from pipeline.report import Canary, CircuitBreaker, OnProgress, Phase, ProgressT
 from pipeline.review.report_page import write_report_page
 from pipeline.sources import PROGRESS_S
 from pipeline.stages.render import RenderPlan
-from pipeline.stages.settle import RecordPlan, SettleStage
+from pipeline.stages.settle import RecordPlan, SettleStage, check_calibrated_model
 from pipeline.version import __version__
 
 if TYPE_CHECKING:
@@ -205,6 +205,7 @@ def connect_run(prepared: PreparedRun, output: Output, tracker: ProgressTracker)
     before = output.read_job()
     given = prepared.given.with_begun_engine(before["job"]["model"]) if before else prepared.given
     resolved = engines.resolve_engine(given, resources.gpus)
+    check_calibrated_model(prepared.records.calibration, resolved)
     note_engine(tracker.report, prepared.given, resolved, None if before else resources.gpus)
     reservations = compute_reservations(resolved, resources)
     check_capacity(resolved, resources, reservations)
@@ -410,7 +411,19 @@ def check_same_job(job: Job, output: Output) -> None:
 def describe_run(job: Job) -> dict[str, Any]:
     """Return the content of `job.yaml`."""
     versions = collect_versions(job.sections.model.engine)
-    return {"job": job.dump_keys(), "fingerprint": job.fingerprint, "asked": job.decisive_keys, "versions": versions}
+    rules = [
+        {"name": rule.name, "expression": rule.expression, "message": rule.message, "fields": list(rule.fields)}
+        | {"if_null": "judge" if rule.judges_null else "skip"}
+        for rule in job.rules
+    ]  # the schema's too, which `asked` leaves out because they do not decide an answer
+    return {
+        "file": str(job.file),
+        "job": job.dump_keys(),
+        "fingerprint": job.fingerprint,
+        "asked": job.decisive_keys,
+        "rules": rules,
+        "versions": versions,
+    }
 
 
 def collect_versions(engine: str) -> dict[str, str]:

@@ -27,7 +27,7 @@ from pipeline.output.shards import encode_shard, name_shard
 from pipeline.output.words import WORD_KEYS, WORDS_SCHEMA, group_words, read_ocr_words, read_word_keys
 from pipeline.records import LedgerRow
 from pipeline.report import Phase, ProgressTracker
-from pipeline.stages.settle import SettleStage
+from pipeline.stages.settle import SettleStage, check_calibrated_model
 from pipeline.storage.store import map_concurrently
 from pipeline.version import __version__
 
@@ -141,6 +141,7 @@ def settle_output(documents: pa.Table, stage: SettleStage, output: Output, track
     A shard holds the documents of one range of doc_ids, so that its task reads a range of a sorted ledger; one whose documents and
     requests are as they were stays. Raises DamagedShard where the ledger cannot be read, RunError where settling fails.
     """
+    check_calibrated_model(stage.plan.calibration, job)
     tracker.enter_phase(Phase.SETTLING, documents.num_rows)
     documents = documents.combine_chunks()  # `take` would do so again for each range
     order = pc.sort_indices(documents, sort_keys=[("doc_id", "ascending"), ("source", "ascending")])
@@ -202,7 +203,7 @@ def run_settle_task(documents: pa.Table, task: SettleTask) -> pa.Table:
 def describe_settings(job: Job, stage: SettleStage) -> str:
     """Return all that decides a record beside its documents and their requests."""
     sections = job.sections.model_dump(mode="json", include={"extract", "evidence", "limits", "pages"})
-    versions = [__version__, pa.__version__]
+    versions = [__version__, pa.__version__, stage.plan.calibration.digest if stage.plan.calibration else ""]
     return schema.dump_json([versions, sections, job.schema, str(stage.plan.schema), stage.per_request, stage.fingerprint])
 
 

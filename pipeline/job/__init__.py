@@ -26,7 +26,7 @@ from pipeline.budget import CELL_PX, PixelBudget, check_budget
 from pipeline.errors import JobError
 from pipeline.job.pydantic_model import is_model_name, load_model_schema
 from pipeline.job.sections import JobSections
-from pipeline.job.yaml_file import apply_setting, build_job_error, read_yaml
+from pipeline.job.yaml_file import KeyPositions, apply_setting, build_job_error, read_yaml
 from pipeline.records import Sampling
 from pipeline.schema import prompt
 from pipeline.schema.request_schema import build_request_schema
@@ -62,7 +62,13 @@ class Job:
         `output` replaces `output.path` and is relative to the working directory, not to the job file. Raises JobError.
         """
         path = Path(file).absolute()
-        data, positions = read_yaml(path)
+        return cls.build(path, *read_yaml(path), settings, output)
+
+    @classmethod
+    def build(
+        cls, path: Path, data: dict[str, Any], positions: KeyPositions, settings: Sequence[str] = (), output: str | Path | None = None
+    ) -> Job:
+        """Return the job of these keys, as `load` does; relative paths are those of the job file at `path`. Changes `data`."""
         for setting in settings:
             apply_setting(data, setting, positions)
         try:

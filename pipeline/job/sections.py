@@ -122,6 +122,12 @@ class ExtractSection(Section):
         "it. Results are in `_rules` and change nothing else, unless a rule has `re_ask: true`. Can be changed without asking again: "
         "`pipeline settle` judges anew.",
     )
+    calibration: str | None = Field(
+        None,
+        description="A file that `pipeline eval --calibrate` wrote, relative to the job file: `_confidence` is then a "
+        "[measured probability](evaluation.md#calibration). It must be of the same schema, model and engine. Can be changed without asking "
+        "again: `pipeline settle` rates anew. Costs 0.02 ms per value in settling.",
+    )
     re_asks: int = Field(
         1,
         ge=0,

@@ -86,6 +86,15 @@ def apply_setting(data: dict[str, Any], setting: str, positions: KeyPositions) -
     positions[path] = f"--set {hide_query(redact_url(setting))}"
 
 
+def parse_values(text: str) -> list[Any] | None:
+    """Return the values in a text such as `200,300`, each parsed as YAML; None where it is none."""
+    try:
+        found = yaml.safe_load(f"[{text}]")
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) and found else None
+
+
 def build_job_error(error: ValidationError, model: type[BaseModel], path: Path, positions: KeyPositions) -> JobError:
     """Return a JobError about the first error: one sentence with its position and the number of further errors."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")  # a misspelt key is also a missing one

@@ -54,12 +54,13 @@ PAGE_TYPE = pa.struct(
         ("visual_tokens", pa.int32()),
         ("warnings", pa.list_(pa.string())),
         ("renderer", pa.string()),
+        ("quality", pa.struct([(name, pa.float32()) for name in ("contrast", "sharpness", "noise", "unevenness")])),
         ("text_layer", TEXT_LAYER_TYPE),
     ]
 )
 PAGE_FAILURES_TYPE = pa.list_(pa.struct([("page", pa.int32()), ("kind", pa.string()), ("message", pa.string())]))
 """Pages that could not be drawn, in the ledger and in the records."""
-TOKEN_TYPE = pa.struct([("text", pa.string()), ("logprob", pa.float32())])
+TOKEN_TYPE = pa.struct([("text", pa.string()), ("logprob", pa.float32()), ("margin", pa.float32())])
 LEDGER_SCHEMA = pa.schema(
     [
         ("key", pa.string()),

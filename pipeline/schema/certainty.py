@@ -1,4 +1,4 @@
-"""Certainty of values: takes an answer's JSON text and its tokens, and returns the mean log-probability of each value's tokens.
+"""Certainty of values: takes an answer's JSON text and its tokens, and returns what the log-probabilities say of each value's tokens.
 
     '{"total":19.99}'  and  ('{"', 0.0) ('total', 0.0) ('":', 0.0) ('19', -0.2) ('.99', -0.1) ('}', 0.0)   ->   {"$.total": -0.15}
 
@@ -19,7 +19,7 @@ PUNCTUATION = " \t\n\r,:]}"
 
 
 def score_values(answer: str, tokens: Sequence[TokenRow]) -> dict[str, float]:
-    """Return the mean log-probability (nats) of each value by its path; nothing where the tokens are not those of the answer.
+    """Return the mean log-probability (nats) of each value's own tokens by its path; nothing where the tokens are not those of the answer.
 
     `answer` must be a JSON text that `parse_json` reads.
     """
@@ -28,10 +28,14 @@ def score_values(answer: str, tokens: Sequence[TokenRow]) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """Log-probabilities (nats) of the tokens of a value."""
+    """Log-probabilities (nats) of a value's own tokens: without those to which the grammar allowed no alternative, where that is known."""
 
     total: float
     count: int
+    least: float = 0.0
+    first: float = 0.0
+    margin: float | None = None
+    """The least margin of its tokens (`records.Token`); None where the engine gives none."""
 
     @property
     def mean(self) -> float:
@@ -42,10 +46,10 @@ def score_tokens(answer: str, tokens: Sequence[TokenRow]) -> dict[str, TokenScor
     """Return the scores of each value's tokens by its path; nothing where the tokens are not those of the answer."""
     if "".join(token["text"] for token in tokens) != answer:
         return {}
-    ends, scores = [0], list[float]()
+    ends = [0]
     for token in tokens:
         ends.append(ends[-1] + len(token["text"]))
-        scores.append(token["logprob"])
+    are_known = any(token.get("margin") is not None for token in tokens)
     found: dict[str, TokenScore] = {}
     first = 0
     for path, start, end in find_values(answer):
@@ -54,8 +58,16 @@ def score_tokens(answer: str, tokens: Sequence[TokenRow]) -> dict[str, TokenScor
         last = first
         while ends[last + 1] < end:
             last += 1
-        found[path] = TokenScore(sum(scores[first : last + 1]), last + 1 - first)
+        found[path] = score_own_tokens(tokens[first : last + 1], are_known)
     return found
+
+
+def score_own_tokens(tokens: Sequence[TokenRow], are_known: bool) -> TokenScore:
+    """Return the score of a value's tokens; of all of them if no alternative was allowed to any, or that is not known."""
+    own = [token for token in tokens if token["margin"] is not None] if are_known else []
+    scores = [token["logprob"] for token in own or tokens]
+    margin = min((float(token["margin"] or 0.0) for token in own), default=None)
+    return TokenScore(sum(scores), len(scores), min(scores), scores[0], margin)
 
 
 def find_values(text: str) -> Iterator[tuple[str, int, int]]:

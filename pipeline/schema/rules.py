@@ -144,6 +144,50 @@ class RuleSet:
         fields = [".".join(path) for path in compiled.paths] if told else None
         return {"name": rule.name, "result": str(result), "message": (message or rule.message) if told else None, "fields": fields}
 
+    def list_verdicts(self, results: Sequence[RuleRow], row: Mapping[str, Any]) -> list[RuleVerdict]:
+        """Return what the rules that passed or are broken say of their fields, given their results for this row.
+
+        A rule that concerns the items of one list alone is judged again for each item, which tells the item that breaks it.
+        """
+        found = list[RuleVerdict]()
+        if self.context is None:
+            return found
+        for compiled, result in zip(self.programs, results, strict=True):
+            fields = tuple(".".join(path) for path in compiled.paths)
+            holds = {RuleResult.PASSED: True, RuleResult.BROKEN: False}.get(RuleResult(result["result"]))
+            name = compiled.paths[0][0] if compiled.paths else ""
+            used = {*self.root.fields} & {*compiled.program.variables()}
+            if {path[0] for path in compiled.paths} == {name} == used and is_list_of_items(row.get(name)):
+                for number, item in enumerate(row[name]):
+                    alone = {**row, name: [item]}
+                    self.context.update({name: convert_for_rule(self.root.fields[name], alone[name])})
+                    verdict = self.judge_rule(compiled, alone)["result"]
+                    if verdict in (RuleResult.PASSED, RuleResult.BROKEN):
+                        found.append(RuleVerdict(compiled.rule.name, fields, verdict == RuleResult.PASSED, f"$.{name}[{number}]."))
+            elif holds is not None:
+                found.append(RuleVerdict(compiled.rule.name, fields, holds))
+        return found
+
+
+def is_list_of_items(value: Any) -> bool:
+    """Say whether a value is a list of objects."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+@dataclass(frozen=True)
+class RuleVerdict:
+    """What a rule says of the values that it concerns."""
+
+    rule: str
+    fields: tuple[str, ...]
+    holds: bool
+    item: str = ""
+    """How the paths of these values begin, if it is about one item."""
+
+    def concerns(self, path: str, field: str) -> bool:
+        """Say whether it is about the value at a path, whose field is that path without the numbers of items."""
+        return path.startswith(self.item) and any(field == name or field.startswith(f"{name}.") for name in self.fields)
+
 
 @dataclass(frozen=True)
 class CompiledRule:

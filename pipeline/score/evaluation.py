@@ -20,11 +20,14 @@ from pipeline.score.statistics import (
     compute_auroc,
     compute_brier,
     compute_ece,
+    compute_surest_error,
     compute_wilson,
     list_reviews,
 )
 from pipeline.score.truth import Truth, load_truth
 
+KIND = "_page_kind"
+"""The records' column with the kind of their pages."""
 SUMS = (*map(str, Outcome), "normalized", "similarity", "true", "found")
 """What is summed over the cells of a field in a document: see `count_cells`."""
 
@@ -50,10 +53,10 @@ class FieldScores(TypedDict):
 
 
 class CertaintyScores(TypedDict):
-    """How well the certainty of values tells right from wrong."""
+    """How well the confidence in values tells right from wrong."""
 
     values: int
-    """Cells with a certainty; nulls that the model wrote are among them."""
+    """Cells with a confidence; nulls that the model wrote are among them."""
     errors: int
     """Those of them that are not right."""
     errors_without: int
@@ -62,6 +65,8 @@ class CertaintyScores(TypedDict):
     auroc: float | None
     ece: float | None
     brier: float | None
+    wrong_of_surest: float | None
+    """Share of wrong values among the surest 90 %."""
     review: list[ReviewRow]
 
 
@@ -94,6 +99,8 @@ class EvaluationResult(TypedDict):
     not_in_schema: list[str]
     """Keys of the truth that the schema does not have."""
     scores: GroupScores
+    kinds: dict[str, CertaintyScores]
+    """By kind of page, where the records have it."""
     by: str | None
     groups: dict[str, GroupScores]
 
@@ -112,23 +119,51 @@ class ScoredDocument:
         return not self.has_failed and all(cell.is_exact for cell in self.cells)
 
 
-def evaluate_output(place: str, truth_place: Path, tolerance: Tolerance, by: str | None = None) -> EvaluationResult:
-    """Return the scores of an output against a truth. Raises JobError for a place that cannot be read, and RunError."""
+@dataclass(frozen=True, eq=False)
+class ComparedOutput:
+    """An output and its truth, record by record."""
+
+    records: RecordSet
+    truth: Truth
+    match: TruthMatch
+    comparer: RecordComparer
+    documents: list[ScoredDocument]
+
+    def group_documents(self, values: Sequence[str]) -> dict[str, list[int]]:
+        """Return the places of the documents by a value of their records, sorted by it."""
+        members: dict[str, list[int]] = {}
+        for at, document in enumerate(self.documents):
+            members.setdefault(values[document.index], []).append(at)
+        return {value: members[value] for value in sorted(members)}
+
+
+def compare_output(place: str, truth_place: Path, tolerance: Tolerance) -> ComparedOutput:
+    """Return the comparison of an output's records with a truth. Raises JobError for a place that cannot be read, and RunError."""
     records = RecordSet(place)
-    groups = records.read_column(by) if by else []
     truth = load_truth(truth_place, records.plan, records.per_page)
     match = TruthMatch(records, truth, truth_place)
     comparer = RecordComparer(records.plan.root, tolerance, truth.labelled)
-    documents = compare_records(records, truth, match.pairs, comparer)
-    certainties = records.read_certainties([document.index for document in documents])
+    return ComparedOutput(records, truth, match, comparer, compare_records(records, truth, match.pairs, comparer))
+
+
+def evaluate_output(place: str, truth_place: Path, tolerance: Tolerance, by: str | None = None) -> EvaluationResult:
+    """Return the scores of an output against a truth. Raises JobError for a place that cannot be read, and RunError."""
+    if by:
+        RecordSet(place).read_column(by)  # a wrong name is said before anything is compared
+    compared = compare_output(place, truth_place, tolerance)
+    records, truth, documents = compared.records, compared.truth, compared.documents
+    match, comparer = compared.match, compared.comparer
+    confidences = records.read_confidences([document.index for document in documents])
 
     def score(chosen: Sequence[int]) -> GroupScores:
-        return score_group([documents[at] for at in chosen], [certainties[at] for at in chosen], comparer.fields)
+        return score_group([documents[at] for at in chosen], [confidences[at] for at in chosen], comparer.fields)
 
-    members: dict[str, list[int]] = {}
-    for at, document in enumerate(documents):
-        if by:
-            members.setdefault(groups[document.index], []).append(at)
+    def score_kind(chosen: Sequence[int]) -> CertaintyScores | None:
+        return score_certainty([documents[at].cells for at in chosen], [confidences[at] for at in chosen])
+
+    kinds = compared.group_documents(records.read_column(KIND)) if KIND in records.table.column_names else {}
+    rated = {kind: score_kind(chosen) for kind, chosen in kinds.items() if kind != "null"}
+    members = compared.group_documents(records.read_column(by)) if by else {}
     return {
         "output": place,
         "truth": str(truth_place),
@@ -139,8 +174,9 @@ def evaluate_output(place: str, truth_place: Path, tolerance: Tolerance, by: str
         "not_labelled": [field for field in RecordComparer(records.plan.root, tolerance).fields if field not in truth.labelled],
         "not_in_schema": truth.unknown,
         "scores": score(range(len(documents))),
+        "kinds": {kind: found for kind, found in rated.items() if found},
         "by": by,
-        "groups": {value: score(members[value]) for value in sorted(members)},
+        "groups": {value: score(chosen) for value, chosen in members.items()},
     }
 
 
@@ -154,7 +190,7 @@ def compare_records(records: RecordSet, truth: Truth, pairs: dict[int, int], com
     return documents
 
 
-def score_group(documents: Sequence[ScoredDocument], certainties: Sequence[dict[str, float]], fields: Sequence[str]) -> GroupScores:
+def score_group(documents: Sequence[ScoredDocument], confidences: Sequence[dict[str, float]], fields: Sequence[str]) -> GroupScores:
     """Return the scores of some documents."""
     counts = count_cells([document.cells for document in documents], fields)
     total, *by_field = score_counts(np.concatenate([counts.sum(1, keepdims=True), counts], 1))
@@ -164,7 +200,7 @@ def score_group(documents: Sequence[ScoredDocument], certainties: Sequence[dict[
         "perfect": compute_wilson(sum(document.is_perfect for document in documents), len(documents)),
         "total": total,
         "fields": dict(zip(fields, by_field, strict=True)),
-        "certainty": score_certainty([document.cells for document in documents], certainties),
+        "certainty": score_certainty([document.cells for document in documents], confidences),
     }
 
 
@@ -205,26 +241,26 @@ def score_counts(counts: Floats) -> list[FieldScores]:
     return scores
 
 
-def score_certainty(documents: Sequence[Sequence[Cell]], certainties: Sequence[dict[str, float]]) -> CertaintyScores | None:
-    """Return how well certainty tells right values from wrong ones. The raw confidence is exp(mean log-probability)."""
+def score_certainty(documents: Sequence[Sequence[Cell]], confidences: Sequence[dict[str, float]]) -> CertaintyScores | None:
+    """Return how well the confidence in values, by their paths in each document, tells right values from wrong ones."""
     known: list[tuple[float, bool]] = []
     errors = 0
-    for cells, certainty in zip(documents, certainties, strict=True):
+    for cells, confidence in zip(documents, confidences, strict=True):
         errors += sum(not cell.is_exact for cell in cells)
-        answers = [cell for cell in cells if cell.outcome is not Outcome.UNREAD and cell.path in certainty]
-        known += [(certainty[cell.path], cell.is_exact) for cell in answers]
+        answers = [cell for cell in cells if cell.outcome is not Outcome.UNREAD and cell.path in confidence]
+        known += [(confidence[cell.path], cell.is_exact) for cell in answers]
     if not known:
         return None
     scores, rights = np.array([score for score, _ in known]), np.array([is_right for _, is_right in known])
-    confidences = np.exp(np.minimum(scores, 0.0))
     wrong = int((~rights).sum())
     return {
         "values": len(known),
         "errors": wrong,
         "errors_without": errors - wrong,
-        "documents_without": sum(not certainty for certainty in certainties),
+        "documents_without": sum(not confidence for confidence in confidences),
         "auroc": compute_auroc(scores, rights),
-        "ece": compute_ece(confidences, rights),
-        "brier": compute_brier(confidences, rights),
+        "ece": compute_ece(scores, rights),
+        "brier": compute_brier(scores, rights),
+        "wrong_of_surest": compute_surest_error(scores, rights),
         "review": list_reviews(scores, rights),
     }

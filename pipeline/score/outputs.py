@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import exp
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from pipeline.schema.certainty import score_values
 from pipeline.score.truth import SourceIndex, Truth
 
 CHUNK_ROWS = 1000
+CONFIDENCE = "_confidence"
 RecordKey = tuple[str, int | None]
 """Source and page of a record; the page is None where records are documents."""
 
@@ -48,6 +50,17 @@ class RecordSet:
                 f"the records in {self.place} have no column {name!r} to group by; allowed are {', '.join(allowed)}", self.place, "--by"
             )
         return ["null" if value is None else str(value) for value in self.table[name].to_pylist()]
+
+    def read_confidences(self, indices: Sequence[int]) -> list[dict[str, float]]:
+        """Return the confidence in each value by its path, for each of these records: that of the records, raw or calibrated.
+
+        Where no record has any, as in an older output, it is the exponential of the mean log-probability.
+        """
+        if CONFIDENCE in self.table.column_names and self.table[CONFIDENCE].null_count < self.table.num_rows:
+            rows = self.table[CONFIDENCE].take(pa.array(indices, pa.int64())).to_pylist()
+            return [{one["path"]: one["confidence"] for one in row or ()} for row in rows]
+        known = self.read_certainties(indices)
+        return [{path: exp(min(mean, 0.0)) for path, mean in certainties.items()} for certainties in known]
 
     def read_certainties(self, indices: Sequence[int]) -> list[dict[str, float]]:
         """Return the mean log-probability of each value by its path, for each of these records.

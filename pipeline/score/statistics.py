@@ -13,6 +13,7 @@ Z_95 = 1.959963984540054
 """97.5 % quantile of the normal distribution."""
 RESAMPLES, SEED, CHUNK = 1000, 0, 50
 ECE_BINS = 10
+SUREST = 0.9
 Floats = NDArray[np.float64]
 
 
@@ -119,6 +120,12 @@ def compute_ece(confidences: Floats, rights: NDArray[np.bool_]) -> float | None:
 def compute_brier(confidences: Floats, rights: NDArray[np.bool_]) -> float | None:
     """Return the mean squared difference of confidence and outcome (1 right, 0 wrong). Brier, Monthly Weather Review 78, 1950."""
     return float(np.mean((confidences - rights) ** 2)) if len(confidences) else None
+
+
+def compute_surest_error(confidences: Floats, rights: NDArray[np.bool_]) -> float | None:
+    """Return the share of wrong values among the surest 90 %, of equals the earlier ones; None where there is no value."""
+    kept = np.argsort(-confidences, kind="stable")[: round(SUREST * len(confidences))]
+    return float((~rights[kept]).mean()) if len(kept) else None
 
 
 def list_reviews(scores: Floats, rights: NDArray[np.bool_]) -> list[ReviewRow]:

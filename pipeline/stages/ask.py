@@ -159,7 +159,7 @@ def make_answer_row(completion: Completion, errors: list[str]) -> LedgerRow:
             f"the answer was cut after {completion.usage.completion_tokens} tokens; raise sampling.max_tokens or lower pages.per_request"
         )
         failure, status = {"stage": "generate", "kind": "length", "message": limit}, Status.FAILED
-    tokens = [TokenRow(text=make_storable(token.text), logprob=token.logprob) for token in completion.tokens]
+    tokens = [TokenRow(text=make_storable(token.text), logprob=token.logprob, margin=token.margin) for token in completion.tokens]
     return {
         "answer": make_storable(completion.text),
         "finish_reason": str(completion.finish_reason),

@@ -18,6 +18,7 @@ from pipeline.errors import DocumentError, JobError, RunError
 from pipeline.evidence.text_layer import pack_words
 from pipeline.job import DEMO_MARK, Job
 from pipeline.records import Document, FailureRow, LedgerRow, Page, PageFacts, PageFailureRow, RequestRow, SourceRow, Stage
+from pipeline.render.quality import measure_quality
 from pipeline.render.sandbox import Sandbox
 from pipeline.sources import read_document
 from pipeline.sources.http import DownloadPolicy
@@ -193,4 +194,5 @@ def describe_page(page: Page) -> PageFacts:
         "visual_tokens": page.visual_tokens,
         "warnings": list(page.warnings),
         "renderer": page.renderer or None,
+        "quality": measure_quality(page.pixels),
     }

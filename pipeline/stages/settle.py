@@ -14,7 +14,8 @@ the pages drawn before it: they stay in the ledger.)
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import replace
@@ -25,6 +26,15 @@ import pyarrow as pa
 from pipeline import schema
 from pipeline.errors import JobError
 from pipeline.evidence.alerts import AlertRow, list_alerts
+from pipeline.evidence.calibration import (
+    KEY,
+    Calibration,
+    ValueFacts,
+    compute_schema_digest,
+    decide_page_kind,
+    find_worst_quality,
+    load_calibration,
+)
 from pipeline.evidence.confidence import ConfidenceRow, compute_confidence
 from pipeline.evidence.layers import order_witnesses
 from pipeline.evidence.match import UNWITNESSED, Evidence, EvidenceRow, make_evidence_row, match_values
@@ -44,6 +54,7 @@ from pipeline.output.ledger import (
 from pipeline.output.words import DocumentWords
 from pipeline.records import FailureRow, LedgerRow, PageFailureRow, SourceRow, Stage, Status
 from pipeline.schema.arrow import ArrowPlan
+from pipeline.schema.arrow_values import Column
 from pipeline.schema.certainty import TokenScore, score_tokens
 from pipeline.schema.merge import MergeResult, Part, merge_parts
 from pipeline.schema.rules import RULE_TYPE, RuleRow, RuleSet, check_rules
@@ -90,7 +101,8 @@ PROVENANCE_COLUMNS = {
     ),
     "_confidence": (
         pa.list_(CONFIDENCE_TYPE),
-        "How sure each value is, from 0 to 1, raw ([below](#confidence)); null where the engine gave no log-probabilities.",
+        "How sure each value is, from 0 to 1 ([below](#confidence)): raw, or calibrated with `extract.calibration`; null where the engine "
+        "gave no log-probabilities.",
     ),
     "_least_confidence": (pa.float32(), "The least of these."),
     "_alerts": (
@@ -99,6 +111,10 @@ PROVENANCE_COLUMNS = {
     ),
     "_answer": (pa.string(), "The merged answer as JSON, where it is invalid."),
     "_pages": (pa.int32(), "Pages of the document."),
+    "_page_kind": (
+        pa.string(),
+        "`digital` where every page has a text layer that is drawn; else `photo` where light falls unevenly on a page, or `scan`.",
+    ),
     "_requests": (pa.int32(), "Requests it took."),
     "_renderer": (
         pa.string(),
@@ -153,6 +169,7 @@ class ProvenanceRow(TypedDict, total=False):
     _alerts: list[AlertRow] | None
     _answer: str | None
     _pages: int | None
+    _page_kind: str | None
     _requests: int
     _renderer: str | None
     _visual_tokens: int
@@ -173,6 +190,8 @@ class ScoredRow(LedgerRow, total=False):
     """Of the document."""
 
 
+NUMBERS = re.compile(r"\[\d+\]")
+"""The items in a path."""
 PENDING_ROW: ScoredRow = {
     "status": str(Status.FAILED),
     "attempt": 0,
@@ -191,6 +210,7 @@ class RecordPlan:
         self.rules = RuleSet(job.rules, self.columns.root)
         check_rules(self.rules)
         self.judge = RecordJudge(self.columns, self.validator, self.rules)
+        self.calibration = load_job_calibration(job, self.columns)
         self.provenance = [(name, kind) for name, (kind, _) in PROVENANCE_COLUMNS.items() if name != "_page" or self.per_page]
         self.refuses_disagreements = job.sections.limits.disagreements == "invalid"
         self.uses_text, self.uses_ocr = job.sections.evidence.text == "on", job.sections.evidence.ocr != "off"
@@ -221,20 +241,15 @@ class SettleStage:
     def __init__(self, plan: RecordPlan, per_request: int, fingerprint: str) -> None:
         """`per_request` and `fingerprint` are those under which the ledger was asked."""
         self.plan, self.per_request, self.fingerprint = plan, per_request, fingerprint
+        self.types = classify_fields(plan.columns.root)
+        self.rate: Callable[[Sequence[ValueFacts]], list[float]] = plan.calibration.rate_values if plan.calibration else rate_raw
+        """Facts of the values of one record -> the confidence of each."""
 
     def build_table(
         self, documents: Iterable[SourceRow], requests: Iterable[LedgerRow], words: Mapping[str, DocumentWords] | None = None
     ) -> pa.Table:
         """Return the record rows of these documents, sorted by source and page; `words` is what OCR has read in them."""
-        ledger: dict[str, list[ScoredRow]] = {}
-        for request in requests:
-            key = str(request["key"])
-            if request.get("rule"):
-                pages = (request["first_page"], request["last_page"])
-                key = f"rules of {compute_request_key(str(request['doc_id']), *pages, self.fingerprint)}"
-            ledger.setdefault(key, []).append(score_request(request))
-        read = words or {}
-        rows = [row for document in documents for row in self.settle_document(document, ledger, read.get(document["doc_id"] or "", {}))]
+        rows = list(self.settle_documents(documents, requests, words or {}))
         rows.sort(key=lambda row: (row["_source"], row["_page"] or 0))
         try:
             return pa.Table.from_pylist(rows, self.plan.schema)
@@ -249,6 +264,20 @@ class SettleStage:
             kept = {name: row[name] for name in ("_source", "_doc_id", "_page", "_pages", *self.plan.extras)}
             return {**kept, "_status": str(Status.FAILED), "_failure": make_failed_row(Stage.VALIDATE, error)["failure"]}
         return row
+
+    def settle_documents(
+        self, documents: Iterable[SourceRow], requests: Iterable[LedgerRow], words: Mapping[str, DocumentWords]
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the records of these documents."""
+        ledger: dict[str, list[ScoredRow]] = {}
+        for request in requests:
+            key = str(request["key"])
+            if request.get("rule"):
+                pages = (request["first_page"], request["last_page"])
+                key = f"rules of {compute_request_key(str(request['doc_id']), *pages, self.fingerprint)}"
+            ledger.setdefault(key, []).append(score_request(request))
+        for document in documents:
+            yield from self.settle_document(document, ledger, words.get(document["doc_id"] or "", {}))
 
     def settle_document(self, document: SourceRow, ledger: dict[str, list[ScoredRow]], ocr: DocumentWords) -> Iterator[dict[str, Any]]:
         """Yield a document's records; their columns are those of the plan's schema."""
@@ -346,10 +375,42 @@ class SettleStage:
         elif merged.disagreements and self.plan.refuses_disagreements and not correction:
             about |= make_invalid_columns("disagreement", describe_disagreement(merged), [], schema.dump_json(value))
         evidence = match_values(self.plan.job_schema, value, words) if words else []
-        about |= rate_values(merged, evidence, correction.values if correction else ())
+        about["_rules"] = self.plan.rules.judge_record(columns)
+        facts = self.collect_facts(merged, evidence, about["_rules"], columns, requests, correction.values if correction else ())
+        if facts:
+            rated = list(map(float, self.rate(facts)))
+            about["_confidence"] = [{"path": one.path, "confidence": rating} for one, rating in zip(facts, rated, strict=True)]
+            about["_least_confidence"] = min(rated)
         about |= make_evidence_columns(words, evidence) if words else {}
         about["_corrected"] = list(correction.paths) if correction else []
-        return {**columns, **about, "_rules": self.plan.rules.judge_record(columns)}
+        return {**columns, **about}
+
+    def collect_facts(
+        self,
+        merged: MergeResult,
+        evidence: Sequence[Evidence],
+        rules: Sequence[RuleRow],
+        columns: Mapping[str, Any],
+        requests: Sequence[LedgerRow],
+        corrected: Container[str] = (),
+    ) -> list[ValueFacts]:
+        """Return what is known of each scalar of a record whose tokens are known; `columns` are its Arrow values.
+
+        Nothing is known of the columns that a person has corrected: it would be about another value.
+        """
+        pages = [page for request in requests for page in request.get("pages") or []]
+        kind, quality = decide_page_kind(pages), find_worst_quality(pages)
+        witnessed = {found.path: found for found in evidence}
+        disputed = {disagreement.path for disagreement in merged.disagreements}
+        judged = self.plan.rules.list_verdicts(rules, columns)
+        found = []
+        for path, value in list_scalar_values(merged.value):
+            if (score := merged.find_score(path)) and not (corrected and find_column_name(path) in corrected):
+                field = NUMBERS.sub("", path).removeprefix("$").removeprefix(".")
+                holds = {one.rule: one.holds for one in judged if one.concerns(path, field)}
+                about = (self.types.get(field, "text"), score, witnessed.get(path), path in disputed, holds, kind, quality)
+                found.append(ValueFacts(path, field, value, *about))
+        return found
 
 
 class RecordColumns(TypedDict):
@@ -391,27 +452,51 @@ def make_evidence_columns(words: Sequence[PageWords], evidence: Sequence[Evidenc
     }
 
 
-def rate_values(merged: MergeResult, evidence: Sequence[Evidence], corrected: Container[str]) -> ProvenanceRow:
-    """Return the confidence of each scalar of a record whose tokens are known; no columns where there is none.
-
-    The columns that a person has corrected have none: it would be that of another value.
-    """
-    witnessed = {found.path: found for found in evidence}
-    disputed = {disagreement.path for disagreement in merged.disagreements}
-    rows: list[ConfidenceRow] = []
-    for path in list_scalar_paths(merged.value):
-        if (score := merged.find_score(path)) and not (corrected and find_column_name(path) in corrected):
-            rows.append({"path": path, "confidence": compute_confidence(score.total, witnessed.get(path), path in disputed)})
-    return {"_confidence": rows, "_least_confidence": min(row["confidence"] for row in rows)} if rows else {}
+def load_job_calibration(job: Job, columns: ArrowPlan) -> Calibration | None:
+    """Return the calibration that a job names, or None. Raises JobError for a file that is none, or is of another schema."""
+    name = job.sections.extract.calibration
+    return load_calibration(job.resolve_local_path(name), compute_schema_digest(columns.schema)) if name else None
 
 
-def list_scalar_paths(value: Any, path: str = "$") -> Iterator[str]:
-    """Yield the paths of the scalars in a JSON value, nulls included."""
+def check_calibrated_model(calibration: Calibration | None, job: Job) -> None:
+    """Raise JobError where a calibration was fitted on answers of another model or engine than a resolved job's."""
+    model = job.sections.model
+    if calibration and (calibration.model, calibration.engine) != (model.name, model.engine):
+        raise JobError(
+            f"{job.file}: {KEY} was fitted on answers of {calibration.model} by {calibration.engine}, and this job's are of {model.name} "
+            f"by {model.engine}: fit one on an output of this job (`pipeline eval --calibrate`)",
+            job.file,
+            KEY,
+        )
+
+
+def rate_raw(facts: Sequence[ValueFacts]) -> list[float]:
+    """Return the raw confidence of values."""
+    return [compute_confidence(one.score.total, one.evidence, one.is_disputed) for one in facts]
+
+
+def classify_fields(part: Column, field: str = "") -> dict[str, str]:
+    """Return the type of each scalar field of a schema, `text`, `number`, `date` or `choice`, by its dotted name without items."""
+    found = dict[str, str]()
+    for name, inner in part.fields.items():
+        found |= classify_fields(inner, f"{field}.{name}".strip("."))
+    if part.convert:
+        kinds = {
+            "choice": (pa.types.is_boolean, pa.types.is_dictionary),
+            "number": (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal),
+            "date": (pa.types.is_date, pa.types.is_timestamp),
+        }
+        found[field] = next((kind for kind, tests in kinds.items() if any(test(part.type) for test in tests)), "text")
+    return found
+
+
+def list_scalar_values(value: Any, path: str = "$") -> Iterator[tuple[str, Any]]:
+    """Yield the paths and values of the scalars in a JSON value, nulls included."""
     if isinstance(value, dict | list):
         for step, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from list_scalar_paths(inner, schema.join_path(path, step))
+            yield from list_scalar_values(inner, schema.join_path(path, step))
     else:
-        yield path
+        yield path, value
 
 
 def list_parts(requests: Sequence[ScoredRow]) -> Iterator[Part]:
@@ -474,6 +559,7 @@ def sum_provenance(requests: Sequence[ScoredRow]) -> ProvenanceRow:
         "_rules": [],
         "_asked_again": [row for request in requests for row in request.get("asked_again") or []],
         "_corrected": [],
+        "_page_kind": str(decide_page_kind(pages)) if pages else None,
         "_model": requests[0].get("model"),
         "_engine": requests[0].get("engine"),
     }

@@ -560,3 +560,16 @@ def test_yarn_changes_the_positions_of_the_language_model(folder: Path, shared_e
     engine.close()
     assert engine.max_model_len == 128
     assert [t.logprob for t in plain.tokens] != [t.logprob for t in stretched.tokens]
+
+
+def test_a_token_has_a_margin_where_the_grammar_allowed_another(engine: TransformersEngine) -> None:
+    """`FLAT` forces its punctuation and names; of its values, the likeliest allowed tokens are taken, so that no margin is negative."""
+    (found,) = complete_all(engine, [make_request()])
+    chosen = [token for token in found.tokens if token.margin is not None]
+    assert 0 < len(chosen) < len(found.tokens)
+    assert all(token.margin >= 0 for token in chosen)
+
+
+def test_a_drawn_token_may_be_less_likely_than_another(engine: TransformersEngine) -> None:
+    found = complete_all(engine, [make_request(key, temperature=2.0, seed=key) for key in range(4)])
+    assert any(token.margin is not None and token.margin < 0 for one in found for token in one.tokens)

@@ -280,7 +280,8 @@ class TransformersEngine:
         """Return the completion of a finished row; of a row whose request was cancelled, what it has so far."""
         reason = row.outcome if isinstance(row.outcome, FinishReason) else FinishReason.LENGTH
         scores = row.logprobs if self._logprobs else None
-        return build_completion(row.tokens, scores, reason, len(row.prompt.ids), self._model.vocabulary.decode_token)
+        margins = [row.margins.get(at) for at in range(len(row.tokens))]
+        return build_completion(row.tokens, scores, reason, len(row.prompt.ids), self._model.vocabulary.decode_token, margins)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -42,6 +42,8 @@ class BatchRow:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     """One for each token but the last `unscored`: those were forced, and the next pass computes their log-probabilities."""
+    margins: dict[int, float] = field(default_factory=dict)
+    """Of the tokens that were chosen among several, by their index (`records.Token.margin`)."""
     unscored: int = 0
     pending: list[int] = field(default_factory=list)
     """Tokens that are not in the cache yet."""

@@ -66,19 +66,20 @@ def run_step(model: LoadedModel, batch: Batch, span: range) -> None:
     # 2) The device computes, and its answer is one tensor.
     words = staged.words.to(model.device, non_blocking=True)
     numbers = compute_pass(model, batch.cache, staged, words, images).cpu().numpy()
-    tokens, logprobs = iter(numbers[: len(staged.choosing)].tolist()), numbers[len(staged.choosing) :].view(np.float32).tolist()
-    chosen_logprobs, forced_logprobs = iter(logprobs[: len(staged.choosing)]), iter(logprobs[len(staged.choosing) :])
+    count = len(staged.choosing)
+    tokens, scores = iter(numbers[:count].tolist()), numbers[count:].view(np.float32).tolist()
+    margins, chosen_logprobs, forced_logprobs = iter(scores[:count]), iter(scores[count : 2 * count]), iter(scores[2 * count :])
     # 3) From here on only single rows can fail.
     choosing = set(staged.choosing)
     for at, row in enumerate(rows):
         row.logprobs += [next(forced_logprobs) for _ in range(row.advance(staged.fed[at]))]
         if at in choosing:
             row.point = None
-            append_token(row, next(tokens), next(chosen_logprobs), model.vocabulary)
+            append_token(row, next(tokens), next(chosen_logprobs), next(margins), model.vocabulary)
 
 
 def compute_pass(model: LoadedModel, cache: KeyValueCache, staged: StagedPass, words: Tensor, images: dict[str, Tensor]) -> Tensor:
-    """Return what the device computes from a staged pass, as int32 words: chosen tokens, then all log-probabilities (float32).
+    """Return what the device computes from a staged pass, as int32 words: chosen tokens, their margins, all log-probabilities (float32).
 
     `words` are the staged words on the device. Nothing here waits for the device or copies from or to it, but for the vision tower.
     """
@@ -107,10 +108,13 @@ def compute_pass(model: LoadedModel, cache: KeyValueCache, staged: StagedPass, w
     # 3) Choose the next tokens, and score them and the forced ones.
     allow = unpack_masks(given["masks"], logits.shape[-1])
     new = logits[: len(staged.choosing)]
-    chosen = draw_tokens(new, allow, given, staged) if staged.is_drawing else new.masked_fill(~allow, float("-inf")).argmax(dim=-1)
+    allowed = new.masked_fill(~allow, float("-inf"))
+    chosen = draw_tokens(new, allow, given, staged) if staged.is_drawing else allowed.argmax(dim=-1)
+    at = chosen.unsqueeze(1)
+    margins = (new.gather(1, at) - allowed.scatter(1, at, float("-inf")).amax(dim=-1, keepdim=True)).squeeze(1)  # inf: no other is allowed
     follows = torch.cat([chosen, given["follows"].long()])
     scored = logits.gather(1, follows.unsqueeze(1)).squeeze(1) - logits.logsumexp(dim=-1)
-    return torch.cat([chosen.int(), scored.view(torch.int32)])
+    return torch.cat([chosen.int(), margins.view(torch.int32), scored.view(torch.int32)])
 
 
 def unpack_masks(words: Tensor, size: int) -> Tensor:
@@ -144,7 +148,7 @@ def apply_repetition_penalty(logits: Tensor, used: Tensor, penalty: Tensor) -> T
     return torch.where(used, torch.where(logits > 0, logits / factor, logits * factor), logits)
 
 
-def append_token(row: BatchRow, token: int, logprob: float, vocabulary: Vocabulary) -> None:
+def append_token(row: BatchRow, token: int, logprob: float, margin: float, vocabulary: Vocabulary) -> None:
     """Append a chosen token and the tokens that it forces to a row, or set the row's outcome."""
     before = len(row.tokens)
     if row.constraint.error:
@@ -156,6 +160,8 @@ def append_token(row: BatchRow, token: int, logprob: float, vocabulary: Vocabula
     else:
         try:
             row.constraint.accept_token(token)
+            if np.isfinite(margin):
+                row.margins[len(row.tokens)] = margin
             row.tokens.append(token)
             row.logprobs.append(logprob)
             row.pending = [token]

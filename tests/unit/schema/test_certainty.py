@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.records import TokenRow
 from pipeline.schema import join_path
-from pipeline.schema.certainty import find_values, score_values
+from pipeline.schema.certainty import TokenScore, find_values, score_tokens, score_values
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -34,7 +34,7 @@ def test_every_value_is_found_where_it_stands(value: Any, indent: int | None, as
 
 
 def make_tokens(*tokens: tuple[str, float]) -> list[TokenRow]:
-    return [TokenRow(text=text, logprob=logprob) for text, logprob in tokens]
+    return [TokenRow(text=text, logprob=logprob, margin=None) for text, logprob in tokens]
 
 
 def test_a_value_has_the_mean_of_the_tokens_over_it() -> None:
@@ -48,3 +48,20 @@ def test_a_value_has_the_mean_of_the_tokens_over_it() -> None:
 @pytest.mark.parametrize("tokens", [[], make_tokens(("{}", 0.0), (" ", 0.0))])
 def test_tokens_that_are_not_those_of_the_answer_say_nothing(tokens: list[TokenRow]) -> None:
     assert score_values("{}", tokens) == {}
+
+
+def make_token(text: str, logprob: float, margin: float | None = None) -> TokenRow:
+    return TokenRow(text=text, logprob=logprob, margin=margin)
+
+
+def test_tokens_to_which_there_was_no_alternative_are_left_out() -> None:
+    day = [make_token('"20', -0.5, 0.4), make_token("24-", -3.0), make_token("05", -0.1, 2.0), make_token('"', -0.2, 1.0)]
+    tokens = [make_token('{"d":', -9.0), *day, make_token(',"c":', -9.0), make_token("null", -4.0), make_token("}", 0.0)]
+    scores = score_tokens('{"d":"2024-05","c":null}', tokens)
+    assert scores["$.d"] == TokenScore(pytest.approx(-0.8), 3, -0.5, -0.5, 0.4)  # type: ignore[arg-type]
+    assert scores["$.c"] == TokenScore(-4.0, 1, -4.0, -4.0, None)
+
+
+def test_tokens_of_an_older_ledger_have_no_margin() -> None:
+    older: list[TokenRow] = [{"text": "[1", "logprob": -0.5}, {"text": "2]", "logprob": -0.25}]  # type: ignore[typeddict-item]
+    assert score_tokens("[12]", older) == {"$[0]": TokenScore(-0.75, 2, -0.5, -0.5, None)}

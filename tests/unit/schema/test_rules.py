@@ -16,7 +16,7 @@ from pipeline.demo import documents
 from pipeline.errors import JobError
 from pipeline.schema import dump_json, load_schema, parse_json
 from pipeline.schema.arrow import ArrowPlan
-from pipeline.schema.rules import RecordRule, RuleSet, check_rules, combine_rules, list_schema_rules
+from pipeline.schema.rules import RecordRule, RuleSet, RuleVerdict, check_rules, combine_rules, list_schema_rules
 from tests.support.scored import make_plan, parse
 
 ROOT = Path(__file__).parents[3]
@@ -310,3 +310,23 @@ def test_a_fault_of_another_schema_is_found(name: str, changed: Any, rule: str) 
     rules, plan = load_shipped(name)
     assert find_blamed(rules, plan, RIGHT[name]) == set()
     assert rule in find_blamed(rules, plan, RIGHT[name] | changed)
+
+
+def test_a_rule_about_items_tells_the_item_that_breaks_it() -> None:
+    plan = ArrowPlan(load_schema(ROOT / "schemas" / "invoice.json"))
+    rules = RuleSet(list_schema_rules(load_schema(ROOT / "schemas" / "invoice.json")), plan.root)
+    item = {"description": "Tea", "quantity": 2, "unit_price": 3, "amount": 6}
+    row, _ = plan.build_row(parse({"line_items": [item, {**item, "amount": 7}], "subtotal": 13, "tax_amount": 1, "total": 15}))
+    results = rules.judge_record(row)
+    verdicts = {(one.rule, one.item): one for one in rules.list_verdicts(results, row)}
+    assert {key: one.holds for key, one in verdicts.items() if key[0] in ("line_amounts", "lines_add_up", "total_adds_up")} == {
+        ("line_amounts", "$.line_items[0]."): True,
+        ("line_amounts", "$.line_items[1]."): False,
+        ("lines_add_up", ""): True,
+        ("total_adds_up", ""): False,
+    }
+    broken = verdicts["line_amounts", "$.line_items[1]."]
+    assert broken.concerns("$.line_items[1].amount", "line_items.amount")
+    assert not broken.concerns("$.line_items[0].amount", "line_items.amount")
+    assert not RuleVerdict("r", ("total",), True).concerns("$.total_tax", "total_tax")
+    assert rules.judge_record(row) == results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.errors import JobError
+from pipeline.evidence.calibration import Calibration, compute_schema_digest, dump_calibration
 from pipeline.evidence.match import Match
 from pipeline.evidence.text_layer import PageWords, pack_words
-from pipeline.output.shards import LATER_COLUMNS, encode_shard
+from pipeline.flow.settle_pass import describe_settings
+from pipeline.output import Output
+from pipeline.output.ledger import LEDGER_SCHEMA, read_requests
+from pipeline.output.shards import LATER_COLUMNS, encode_shard, write_shard
 from pipeline.records import Page, Word, WordMark
 from pipeline.stages.requests import compute_document_keys
-from pipeline.stages.settle import PROVENANCE_COLUMNS, SettleStage
+from pipeline.stages.settle import PROVENANCE_COLUMNS, SettleStage, check_calibrated_model
 from tests.support.printed import print_page
 from tests.support.stages import Row, make_settle_stage
 from tests.support.workspace import Workspace
@@ -132,3 +138,56 @@ def test_polars_reads_the_evidence(shard: str) -> None:
     polars = pytest.importorskip("polars")
     rows = polars.read_parquet(shard).select("_source", "_evidence").explode("_evidence").unnest("_evidence")
     assert rows.filter(polars.col("match") != "absent")["page"].to_list() == [1, 1]
+
+
+def make_calibration_file(workspace: Workspace, model: str = "demo") -> Path:
+    """Write a calibration by which a value is as sure as it is witnessed."""
+    found = Calibration(
+        compute_schema_digest(make_settle_stage(workspace.job(), NO_EXTRAS).plan.columns.schema), model, "transformers",
+        ("witnessed",), np.zeros(1), np.ones(1), np.array([2.0]), -1.0, {},
+    )  # fmt: skip
+    (workspace.folder / "c.json").write_text(json.dumps(dump_calibration(found)))
+    return workspace.folder / "c.json"
+
+
+def make_sure_tokens(answer: str) -> list[Row]:
+    return [{"text": letter, "logprob": -0.01, "margin": 3.0} for letter in answer]
+
+
+def test_confidence_is_that_of_the_calibration(workspace: Workspace) -> None:
+    make_calibration_file(workspace)
+    stage = make_settle_stage(workspace.job("extract.calibration=c.json"), NO_EXTRAS)
+    (row,) = settle(stage, print_page("EUR 19,99"), tokens=make_sure_tokens(ANSWER)).to_pylist()
+    witnessed, absent = 1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1))
+    assert {one["path"]: one["confidence"] for one in row["_confidence"]} == pytest.approx(
+        {"$.currency": witnessed, "$.total": witnessed, "$.lines[0].amount": absent}
+    )
+    assert (row["_least_confidence"], row["_page_kind"]) == (pytest.approx(absent), "digital")
+
+
+def test_a_calibration_of_another_model_is_refused(workspace: Workspace) -> None:
+    make_calibration_file(workspace, model="other")
+    job = workspace.job("extract.calibration=c.json")
+    with pytest.raises(JobError, match=r"was fitted on answers of other by transformers, and this job's are of demo by auto"):
+        check_calibrated_model(make_settle_stage(job, NO_EXTRAS).plan.calibration, job)
+
+
+def test_a_calibration_that_has_changed_settles_again(workspace: Workspace) -> None:
+    file = make_calibration_file(workspace)
+    job = workspace.job("extract.calibration=c.json")
+    before = describe_settings(job, make_settle_stage(job, NO_EXTRAS))
+    file.write_text(file.read_text().replace("-1.0", "-2.0"))
+    assert describe_settings(job, make_settle_stage(job, NO_EXTRAS)) != before
+
+
+def test_a_ledger_whose_tokens_have_no_margins_is_read(workspace: Workspace) -> None:
+    """Shards of an older version and of this one, read together."""
+    output = Output(workspace.job().output)
+    output.create()
+    older = pa.list_(pa.struct([("text", pa.string()), ("logprob", pa.float32())]))
+    fields = [pa.field(field.name, older) if field.name == "tokens" else field for field in LEDGER_SCHEMA]
+    row = {"doc_id": "d1", "tokens": make_sure_tokens("[1]")}
+    write_shard(output.requests, pa.Table.from_pylist([{**row, "key": "old"}], pa.schema(fields)), ["old"])
+    write_shard(output.requests, pa.Table.from_pylist([{**row, "key": "new"}], LEDGER_SCHEMA), ["new"])
+    found = {one["key"]: one["tokens"][0] for one in read_requests(output, pa.chunked_array([["d1"]]), with_tokens=True).to_pylist()}
+    assert (found["old"].get("margin"), found["new"]["margin"]) == (None, 3.0)
