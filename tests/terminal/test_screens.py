@@ -27,7 +27,8 @@ FOREIGN = re.compile("traceback|ray(let|::)|colorama|retries", re.IGNORECASE)
 STYLE, HIDE_CURSOR = re.compile(r"\x1b\[[0-9;]*m"), "\x1b[?25l"
 STOPPING = "stopping: the answers so far are being written"
 STOPPED = "stopped; the answers so far are kept: run the same command again to go on"
-PHASES = [phase.value for phase in Phase]
+PHASES = [phase.value for phase in Phase if phase is not Phase.READING]
+"""The scripted run has no OCR."""
 ANSWER_S, END_S = 5.0, 30.0
 """Bounds for a busy machine. On two idle cores a run answers Ctrl-C within 0.1 s and ends within 5 s."""
 
