@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from pipeline.errors import JobError, RunError
 from pipeline.job.sections import check_cluster_address
 from pipeline.scratch import PRIVATE_UMASK, open_scratch_folder
+from pipeline.sources import LISTING_THREAD
 
 LOCAL, AUTO = "local", "auto"
 PACKAGE = Path(__file__).parents[1]
@@ -270,11 +271,14 @@ def is_node_alive(node: str | None) -> bool:
 
 
 def stop_ray(threads: Set[threading.Thread]) -> None:
-    """Stop Ray once all threads but these have ended, or had `THREADS_S` to: stopping it under a running thread can end this process."""
+    """Stop Ray once all threads but these have ended, or had `THREADS_S` to: stopping it under a running thread can end this process.
+
+    Those that list documents call nothing of Ray.
+    """
     import ray
 
     deadline = time.monotonic() + THREADS_S
-    for thread in {thread for thread in threading.enumerate() if thread.name != IDLE_THREAD} - threads:
+    for thread in {thread for thread in threading.enumerate() if not thread.name.startswith((IDLE_THREAD, LISTING_THREAD))} - threads:
         thread.join(max(0.0, deadline - time.monotonic()))
     ray.shutdown()
     reload_ray_token()  # the next Ray of this process has another than one that was started here

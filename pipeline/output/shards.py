@@ -148,6 +148,15 @@ def read_shard_file(content: Any, columns: Sequence[str] | None, row_filter: pc.
     return pq.read_table(content, columns=columns, filters=row_filter, partitioning=None, page_checksum_verification=True)
 
 
+def read_intact(output: Output, damaged: list[str], read: Callable[[], Converted]) -> Converted:
+    """Return what a function reads of an output; for a damaged shard, set that aside, add its old path to `damaged`, and read again."""
+    while True:
+        try:
+            return read()
+        except DamagedShard as damage:
+            damaged.append(set_aside_shard(output, damage))
+
+
 def set_aside_shard(output: Output, damage: DamagedShard) -> str:
     """Rename a damaged shard to `.NAME.damaged` in its folder, where no reader takes it for a shard; return its old path."""
     folder, _, name = damage.file.removeprefix(f"{output.root}/").partition("/")
