@@ -25,6 +25,8 @@ class Stage(StrEnum):
     RENDER = "render"
     GENERATE = "generate"
     VALIDATE = "validate"
+    OCR = "ocr"
+    """Of a page's words alone: it costs no answer."""
     SETTLE = "settle"
 
 
@@ -219,6 +221,36 @@ class TextLayerRow(TypedDict):
     unit_pt: float
     marks: bytes | None
     """One `WordMark` a word; None if all are `PRINTED`."""
+
+
+class PageLayer(StrEnum):
+    """How the text layer of a page does as a witness, and so whether its pixels are read by OCR under `evidence.ocr: scans`."""
+
+    USABLE = "usable"
+    NONE = "none"
+    """No words: a scan, an image."""
+    OCR_SOFTWARE = "ocr_software"
+    """Most words were added to a scan by OCR software."""
+    GARBAGE = "garbage"
+    """Most characters stand for no letter: a font without a table of them."""
+    PICTURES = "pictures"
+    """Most of the page's ink is where no word of the layer stands: a scan with a stamp, text that is drawn as pictures."""
+
+
+class OcrRow(TypedDict):
+    """A row of `words/`: a page that OCR has looked at."""
+
+    doc_id: str
+    page: int
+    status: str
+    """`read`; `not_needed`, because the text layer is usable; `failed`."""
+    layer: str | None
+    """A `PageLayer`; None where the page could not be drawn."""
+    words: TextLayerRow | None
+    """None: none found, or not read."""
+    failure: FailureRow | None
+    reader: str | None
+    """The program that read the page, with its version."""
 
 
 class PageFacts(TypedDict):

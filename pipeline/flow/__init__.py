@@ -3,6 +3,8 @@
     ask      documents -> requests -> engine actors -> rows of the ledger, written as they come
     settle   ledger and listing -> typed records, without a model
 
+Where `evidence.ocr` is not off, pages are read by OCR after that (`ocr_pass`), and what has changed is settled once more.
+
 A run prepares the job once (`prepare_run`), cheap checks before expensive ones, and hands what it found on to both passes. Ray is imported
 and started when there is something to ask, or more to settle than this process does alone.
 
@@ -24,6 +26,7 @@ import pyarrow as pa
 from pipeline import cluster, engines
 from pipeline.errors import DamagedShard, JobError
 from pipeline.events import emit_answer_event, emit_event
+from pipeline.evidence.ocr import check_ocr
 from pipeline.flow.capacity import ClusterShrunk, Reservations, check_capacity, compute_reservations
 from pipeline.flow.connection import connect_for_job
 from pipeline.flow.pending import (
@@ -157,6 +160,7 @@ def prepare_run(job: Job, output: Output, tracker: ProgressTracker, is_whole: bo
     record's; Ray, the model, room for its actors. The listing ends with the block. Raises JobError; RunError when Ray does not start.
     """
     render = RenderPlan.of_job(job)
+    check_ocr(job.sections.evidence.ocr, job.file)
     records = RecordPlan(job)
     recalled = recall_model(job, output)
     if recalled is None:
@@ -236,13 +240,26 @@ class Run:
             documents = self.ask_unanswered(retry)
             job = self.prepared.job
             try:
-                compact_shards(self.output)
                 stage = SettleStage(self.prepared.records, job.pages_per_request, job.fingerprint)
-                settle_output(documents, stage, self.output, self.tracker, job)
-                return
+                for is_read in (False, True):
+                    compact_shards(self.output)
+                    settle_output(documents, stage, self.output, self.tracker, job)
+                    if is_read or not self.read_by_ocr(documents, retry):
+                        return
             except DamagedShard as damage:
                 self.tracker.report.damaged.append(set_aside_shard(self.output, damage))
                 retry = None
+
+    def read_by_ocr(self, documents: pa.Table, retry: RetryFilter | None) -> bool:
+        """Have the pages read by OCR that the job wants; say whether there were any."""
+        job, is_read = self.prepared.job, False
+        if job.sections.evidence.ocr != "off":
+            from pipeline.flow.ocr_pass import OcrPass
+
+            for _ in OcrPass(job, self.output, self.tracker, self.prepared.records.schema, retry).read_pages(documents):
+                self.lease.check()
+                is_read = True
+        return is_read
 
     def ask_unanswered(self, retry: RetryFilter | None) -> pa.Table:
         """Ask every request that the ledger does not have or that is retried, and return the list of sources.

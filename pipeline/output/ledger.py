@@ -118,6 +118,10 @@ class RetryFilter:
             raise JobError(f"retry is {text!r}; allowed are failed, failed:KIND and failed:STAGE/KIND, as in failed:timeout", key="--retry")
         return cls(**found.groupdict())
 
+    def covers_stage(self, stage: Stage) -> bool:
+        """Say whether failures of a stage are meant, of whatever kind."""
+        return self.stage in (None, str(stage)) and self.kind is None
+
     def matches(self, row: LedgerRow) -> bool:
         """Say whether a request failed so, or one of its pages."""
         failure = row["failure"] if row["status"] == Status.FAILED else None

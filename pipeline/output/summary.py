@@ -39,7 +39,7 @@ SUMMARY_SCHEMA = pa.schema(
     ]
 )
 """What is read of the records."""
-REQUEST_COLUMNS = ["status", "first_page", "last_page", "prompt_tokens", "completion_tokens", "model", "engine", "started_at", "elapsed_s"]
+REQUEST_COLUMNS = "status rule first_page last_page prompt_tokens completion_tokens model engine started_at elapsed_s".split()
 EXAMPLES = 3
 CONFIDENCE_BINS = 20
 MAX_PATHS = 500
@@ -153,6 +153,8 @@ class RequestSummary:
     statuses: Counter[str] = field(default_factory=Counter)
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    rule_requests: int = 0
+    """Requests that asked again for what broke a rule."""
     request_s: float = 0.0
     """Time that requests took, together."""
     models: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -164,6 +166,7 @@ class RequestSummary:
         self.models += other.models
         self.prompt_tokens += other.prompt_tokens
         self.completion_tokens += other.completion_tokens
+        self.rule_requests += other.rule_requests
         self.request_s += other.request_s
         self.timeline.merge(other.timeline)
 
@@ -230,6 +233,7 @@ def summarize_requests(table: pa.Table) -> RequestSummary:
         statuses=count_texts(table["status"]),
         prompt_tokens=pc.sum(table["prompt_tokens"]).as_py() or 0,
         completion_tokens=pc.sum(table["completion_tokens"]).as_py() or 0,
+        rule_requests=table.num_rows - table["rule"].null_count,
         request_s=pc.sum(table["elapsed_s"]).as_py() or 0.0,
         models=Counter({(row["model"], row["engine"]): row["count_all"] for row in models if row["model"]}),
         timeline=draw_timeline(table.filter(pc.is_valid(table["started_at"]))),
@@ -237,11 +241,12 @@ def summarize_requests(table: pa.Table) -> RequestSummary:
 
 
 def draw_timeline(table: pa.Table) -> Timeline:
-    """Return when these requests ended. A request that failed has no pages."""
+    """Return when these requests ended. One that failed has no pages, and one about a broken rule none that were not counted before."""
     ended_s = table["started_at"].cast(pa.int64()).to_numpy() / 1e6 + table["elapsed_s"].fill_null(0.0).to_numpy()
     has_failed = pc.equal(table["status"], str(Status.FAILED)).to_numpy().astype(np.int64)
     pages = table["last_page"].to_numpy() - table["first_page"].to_numpy() + 1
-    counts = np.stack([pages * (1 - has_failed), np.ones_like(has_failed), has_failed], axis=1).astype(np.int64)
+    is_whole = pc.is_null(table["rule"]).to_numpy().astype(np.int64)
+    counts = np.stack([pages * is_whole * (1 - has_failed), np.ones_like(has_failed), has_failed], axis=1).astype(np.int64)
     line = Timeline()
     line.merge(Timeline(1, *sum_steps(np.floor(ended_s).astype(np.int64), counts)))
     return line

@@ -243,6 +243,8 @@ def show_cost(found: OutputSummary, report: Report) -> Markup:
         "tokens written a page": f"{requests.completion_tokens / pages:,.0f}",
         "mean time of a request": format_duration_s(requests.request_s / max(1, requests.statuses.total())),
     }
+    if requests.rule_requests:
+        facts["of the requests, about broken rules"] = f"{requests.rule_requests:,}"
     if report.requests_asked:
         facts |= {"last run": format_duration_s(report.elapsed_s), "pages/s, start-up included": f"{report.pages_per_s:.2g}"}
     if report.engine_busy_share is not None:

@@ -10,6 +10,7 @@ from typing import Any, cast
 from pipeline import schema
 from pipeline.engines import Engine
 from pipeline.errors import DocumentError
+from pipeline.evidence.text_layer import unpack_words
 from pipeline.job import Job
 from pipeline.records import Completion, FailureRow, FinishReason, LedgerRow, Pixels, Request, RequestRow, Stage, Status, TokenRow
 from pipeline.schema.arrow import ArrowPlan
@@ -17,7 +18,6 @@ from pipeline.schema.prompt import build_correction, build_messages, build_rule_
 from pipeline.schema.validate import Validator
 from pipeline.stages.re_ask import RuleQuestion, crop_evidence, make_record_judge, make_rule_questions, pick_fields
 from pipeline.stages.requests import compute_rule_key, make_failed_row
-from pipeline.stages.settle import collect_words
 
 
 class AskStage:
@@ -61,7 +61,8 @@ class AskStage:
         started_at, started_s = datetime.now(UTC), time.monotonic()
         spent: LedgerRow = {"asks": 0, "prompt_tokens": 0, "completion_tokens": 0}
         try:
-            crop = crop_evidence(self.job, value, rule, collect_words([row]), pages, pixels)
+            words = [unpack_words(page["page_no"], layer) for page in pages if (layer := page.get("text_layer"))]
+            crop = crop_evidence(self.job, value, rule, words, pages, pixels)
             page_ids = make_page_ids(row)
             page_ids += [f"{row['doc_id']}/{crop.name}"] if crop and page_ids else []
             values = schema.dump_json(pick_fields(value, rule.paths))

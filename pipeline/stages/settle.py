@@ -14,9 +14,10 @@ the pages drawn before it: they stay in the ledger.)
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
+from dataclasses import replace
 from typing import Any, TypedDict, cast
 
 import pyarrow as pa
@@ -25,6 +26,7 @@ from pipeline import schema
 from pipeline.errors import JobError
 from pipeline.evidence.alerts import AlertRow, list_alerts
 from pipeline.evidence.confidence import ConfidenceRow, compute_confidence
+from pipeline.evidence.layers import order_witnesses
 from pipeline.evidence.match import UNWITNESSED, Evidence, EvidenceRow, make_evidence_row, match_values
 from pipeline.evidence.text_layer import PageWords, unpack_words
 from pipeline.job import Job
@@ -39,6 +41,7 @@ from pipeline.output.ledger import (
     PAGE_FAILURES_TYPE,
     select_newest_attempt,
 )
+from pipeline.output.words import DocumentWords
 from pipeline.records import FailureRow, LedgerRow, PageFailureRow, SourceRow, Stage, Status
 from pipeline.schema.arrow import ArrowPlan
 from pipeline.schema.certainty import TokenScore, score_tokens
@@ -79,18 +82,21 @@ PROVENANCE_COLUMNS = {
     "_page_failures": (PAGE_FAILURES_TYPE, "The pages that could not be drawn: page, kind, message."),
     "_evidence": (
         pa.list_(EVIDENCE_TYPE),
-        "How each value is witnessed by the text layer ([below](#evidence)); null where it was not looked for.",
+        "How each value is witnessed by the text layer or by OCR ([below](#evidence)); null where there are no words to look in.",
     ),
     "_unwitnessed": (
         pa.int32(),
-        "How many values no witness shows: `absent`, `hidden`, or only `similar`; null where there was no text layer to look in.",
+        "How many values no witness shows: `absent`, `hidden`, or only `similar`; null where there are no words to look in.",
     ),
     "_confidence": (
         pa.list_(CONFIDENCE_TYPE),
         "How sure each value is, from 0 to 1, raw ([below](#confidence)); null where the engine gave no log-probabilities.",
     ),
     "_least_confidence": (pa.float32(), "The least of these."),
-    "_alerts": (pa.list_(ALERT_TYPE), "Text that a reader cannot see ([below](#alerts)); null where no text layer was read."),
+    "_alerts": (
+        pa.list_(ALERT_TYPE),
+        "Text that a reader cannot see, or that differs from what is drawn ([below](#alerts)); null where there are no words to look in.",
+    ),
     "_answer": (pa.string(), "The merged answer as JSON, where it is invalid."),
     "_pages": (pa.int32(), "Pages of the document."),
     "_requests": (pa.int32(), "Requests it took."),
@@ -157,12 +163,14 @@ class ProvenanceRow(TypedDict, total=False):
 
 
 class ScoredRow(LedgerRow, total=False):
-    """A request with the scores of its values in place of its tokens, of which a document has thousands."""
+    """A request with the scores of its values in place of its tokens, of which a document has thousands, and with what OCR has read."""
 
     scores: dict[str, TokenScore]
     seconds: list[LedgerRow]
     """The requests that asked again for the fields of rules that this one's answer broke."""
     asked_again: list[AskedAgainRow]
+    ocr: DocumentWords
+    """Of the document."""
 
 
 PENDING_ROW: ScoredRow = {
@@ -185,7 +193,7 @@ class RecordPlan:
         self.judge = RecordJudge(self.columns, self.validator, self.rules)
         self.provenance = [(name, kind) for name, (kind, _) in PROVENANCE_COLUMNS.items() if name != "_page" or self.per_page]
         self.refuses_disagreements = job.sections.limits.disagreements == "invalid"
-        self.has_evidence = job.sections.evidence.text == "on"
+        self.uses_text, self.uses_ocr = job.sections.evidence.text == "on", job.sections.evidence.ocr != "off"
         self.refuses_partial = job.sections.limits.partial == "fail"
         self.extras: list[str] = []
         self.output, self.corrections = job.output, dict[Any, Correction]()
@@ -214,8 +222,10 @@ class SettleStage:
         """`per_request` and `fingerprint` are those under which the ledger was asked."""
         self.plan, self.per_request, self.fingerprint = plan, per_request, fingerprint
 
-    def build_table(self, documents: Iterable[SourceRow], requests: Iterable[LedgerRow]) -> pa.Table:
-        """Return the record rows of these documents, sorted by source and page."""
+    def build_table(
+        self, documents: Iterable[SourceRow], requests: Iterable[LedgerRow], words: Mapping[str, DocumentWords] | None = None
+    ) -> pa.Table:
+        """Return the record rows of these documents, sorted by source and page; `words` is what OCR has read in them."""
         ledger: dict[str, list[ScoredRow]] = {}
         for request in requests:
             key = str(request["key"])
@@ -223,7 +233,8 @@ class SettleStage:
                 pages = (request["first_page"], request["last_page"])
                 key = f"rules of {compute_request_key(str(request['doc_id']), *pages, self.fingerprint)}"
             ledger.setdefault(key, []).append(score_request(request))
-        rows = [row for document in documents for row in self.settle_document(document, ledger)]
+        read = words or {}
+        rows = [row for document in documents for row in self.settle_document(document, ledger, read.get(document["doc_id"] or "", {}))]
         rows.sort(key=lambda row: (row["_source"], row["_page"] or 0))
         try:
             return pa.Table.from_pylist(rows, self.plan.schema)
@@ -239,13 +250,13 @@ class SettleStage:
             return {**kept, "_status": str(Status.FAILED), "_failure": make_failed_row(Stage.VALIDATE, error)["failure"]}
         return row
 
-    def settle_document(self, document: SourceRow, ledger: dict[str, list[ScoredRow]]) -> Iterator[dict[str, Any]]:
+    def settle_document(self, document: SourceRow, ledger: dict[str, list[ScoredRow]], ocr: DocumentWords) -> Iterator[dict[str, Any]]:
         """Yield a document's records; their columns are those of the plan's schema."""
         requests: list[ScoredRow] = []
         for key, (first_page, last_page) in compute_document_keys(document, self.per_request, self.fingerprint).items():
             newest = cast(ScoredRow, select_newest_attempt(ledger.get(key, [PENDING_ROW])))
             seconds = [row for row in ledger.get(f"rules of {key}", []) if row["attempt"] == newest["attempt"]]
-            requests.append(self.take_second_answers({**newest, "first_page": first_page, "last_page": last_page}, seconds))
+            requests.append(self.take_second_answers({**newest, "first_page": first_page, "last_page": last_page, "ocr": ocr}, seconds))
         page_count = document["page_count"] or None
         about: ProvenanceRow = {"_source": document["source"], "_doc_id": document["doc_id"], "_pages": page_count}
         extras = {name: cast(dict[str, Any], document)[name] for name in self.plan.extras}
@@ -287,7 +298,7 @@ class SettleStage:
         A corrected record is valid or invalid as it is then, also where requests have failed.
         """
         about = sum_provenance(requests)
-        words = collect_words(requests) if self.plan.has_evidence else []
+        words = self.collect_words(requests)
         if words:
             about["_alerts"] = list_alerts(words, [])
         asked = [request for request in requests if request["status"] != Status.FAILED]
@@ -302,6 +313,21 @@ class SettleStage:
             return {**about, **self.merge_requests(asked, words, correction)}
         except Exception as error:  # any: what an answer makes the parser, the merge or a column raise has no common class
             return {**about, "_status": str(Status.FAILED), "_failure": make_failed_row(Stage.VALIDATE, error)["failure"]}
+
+    def collect_words(self, requests: Sequence[ScoredRow]) -> list[PageWords]:
+        """Return the words of the pages of a record's requests, of the text layer and by OCR, as far as the job uses them."""
+        found = []
+        for request in requests:
+            for page in request.get("pages") or []:
+                number, layer = page["page_no"], page.get("text_layer") if self.plan.uses_text else None
+                read = request["ocr"].get(number) if self.plan.uses_ocr else None
+                by_ocr = read["words"] if read else None
+                found += order_witnesses(
+                    unpack_words(number, layer) if layer else None,
+                    replace(unpack_words(number, by_ocr), is_ocr=True) if by_ocr else None,
+                    read["layer"] if read else None,
+                )
+        return found
 
     def merge_requests(self, requests: Sequence[ScoredRow], words: Sequence[PageWords], correction: Correction | None) -> dict[str, Any]:
         """Return the columns that come from the answers to a record's requests, a correction, and the words of its pages."""
@@ -341,12 +367,6 @@ def list_record_columns(job: Job) -> RecordColumns:
     return {"columns": {field.name: str(field.type) for field in plan.schema}, "notes": list(plan.columns.notes)}
 
 
-def collect_words(requests: Sequence[LedgerRow]) -> list[PageWords]:
-    """Return the words of the pages of a record's requests; nothing of pages without a text layer."""
-    pages = [page for request in requests for page in request.get("pages") or []]
-    return [unpack_words(page["page_no"], layer) for page in pages if (layer := page.get("text_layer"))]
-
-
 def score_request(request: LedgerRow) -> ScoredRow:
     """Return a request with the scores of its values, without its tokens; without scores where its answer is not JSON."""
     tokens, answer, scores = request.get("tokens") or [], request.get("answer") or "", dict[str, TokenScore]()
@@ -354,7 +374,7 @@ def score_request(request: LedgerRow) -> ScoredRow:
         with suppress(ValueError):
             schema.parse_json(answer)
             scores = score_tokens(answer, tokens)
-    return cast(ScoredRow, {**request, "tokens": None, "scores": scores})
+    return cast(ScoredRow, {**request, "tokens": None, "scores": scores, "ocr": {}})
 
 
 def make_part(request: ScoredRow) -> Part:

@@ -119,12 +119,12 @@ def test_sources_are_counted_by_ending() -> None:
 
 
 def test_requests_are_counted_when_they_ended() -> None:
-    rows = [request(0, 1.5, 4), request(1, 0.9), request(9, status="failed")]
+    rows = [request(0, 1.5, 4), request(1, 0.9), request(9, status="failed"), request(9) | {"rule": "sum"}]
     found = summarize_requests(pa.Table.from_pylist(rows, LEDGER_SCHEMA))
-    assert (found.prompt_tokens, found.completion_tokens, found.request_s) == (300, 30, 2.4)
-    assert found.models == {("m", "e"): 3}
+    assert (found.prompt_tokens, found.completion_tokens, found.request_s, found.rule_requests) == (400, 40, 2.4, 1)
+    assert found.models == {("m", "e"): 4}
     steps = found.timeline.steps - int(START.timestamp())
-    assert dict(zip(steps.tolist(), found.timeline.counts.tolist(), strict=True)) == {1: [5, 2, 0], 9: [0, 1, 1]}
+    assert dict(zip(steps.tolist(), found.timeline.counts.tolist(), strict=True)) == {1: [5, 2, 0], 9: [0, 2, 1]}
 
 
 def test_a_long_time_line_has_longer_steps_and_the_same_sums() -> None:

@@ -7,9 +7,13 @@ from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from pipeline.output import Output
+from pipeline.output.shards import write_shard
 from pipeline.output.summary import (
+    SUMMARY_SCHEMA,
     Example,
     FieldCount,
     Findings,
@@ -22,7 +26,9 @@ from pipeline.output.summary import (
 )
 from pipeline.report import Report
 from pipeline.review.markup import Markup, make_element, make_markup, show_controls
-from pipeline.review.report_page import MAX_ROWS, PAUSE_S, build_report_page, draw_steps, split_runs
+from pipeline.review.report_page import MAX_ROWS, PAUSE_S, build_report_page, draw_steps, split_runs, write_report_page
+from pipeline.storage.location import parse_location
+from tests.support.buckets import Bucket
 
 EVIL = "</style></td><script>document.title='owned'</script><img src=x onerror=alert(1)>\" onload=\"x' \u202etxt.exe\x1b[2J\ud800"
 ALLOWED = {
@@ -196,3 +202,13 @@ def test_only_markup_is_not_escaped() -> None:
     assert make_element("p", "a<b", Markup("<br>"), class_='x"y', data_name=None) == '<p class="x&quot;y">a&lt;b<br></p>'
     assert make_markup(["<", [1, Markup("<i>")]]) == "&lt;1<i>"
     assert show_controls("a\tb\nc\u2028") == "a\\tb\nc\\u2028"
+
+
+def test_it_is_written_into_an_object_store(bucket: Bucket) -> None:
+    output = Output(parse_location(bucket.url("report")))
+    output.create()
+    failure = {"stage": "render", "kind": "empty", "message": "the file is empty"}
+    rows = [{"_source": "s3://in/a.pdf", "_status": "failed", "_failure": failure}]
+    write_shard(output.records, pa.Table.from_pylist(rows, SUMMARY_SCHEMA), ["a"])
+    write_report_page(output, make_report())
+    assert "The file has 0 bytes" in bucket.get("report/report.html").decode()
