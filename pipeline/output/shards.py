@@ -143,6 +143,11 @@ def read_shard(
     return table
 
 
+def read_shard_file(content: Any, columns: Sequence[str] | None, row_filter: pc.Expression | None) -> pa.Table:
+    """Return the rows of an opened Parquet file. Raises ArrowException, also for a column that it does not have, and OSError."""
+    return pq.read_table(content, columns=columns, filters=row_filter, partitioning=None, page_checksum_verification=True)
+
+
 def read_intact(output: Output, damaged: list[str], read: Callable[[], Converted]) -> Converted:
     """Return what a function reads of an output; for a damaged shard, set that aside, add its old path to `damaged`, and read again."""
     while True:
@@ -150,11 +155,6 @@ def read_intact(output: Output, damaged: list[str], read: Callable[[], Converted
             return read()
         except DamagedShard as damage:
             damaged.append(set_aside_shard(output, damage))
-
-
-def read_shard_file(content: Any, columns: Sequence[str] | None, row_filter: pc.Expression | None) -> pa.Table:
-    """Return the rows of an opened Parquet file. Raises ArrowException, also for a column that it does not have, and OSError."""
-    return pq.read_table(content, columns=columns, filters=row_filter, partitioning=None, page_checksum_verification=True)
 
 
 def set_aside_shard(output: Output, damage: DamagedShard) -> str:

@@ -12,7 +12,7 @@ import pytest
 from pipeline.errors import DamagedShard, JobError, RunError
 from pipeline.output import Output
 from pipeline.output.compaction import compact_shards
-from pipeline.output.ledger import LEDGER_SCHEMA, OUTCOME_COLUMNS, read_requests
+from pipeline.output.ledger import LEDGER_SCHEMA, read_ledger_state, read_requests
 from pipeline.output.shards import read_intact, read_shards, write_shard
 from pipeline.output.sources import SOURCE_SCHEMA, read_sources, replace_sources, write_sources
 from pipeline.storage.store import FolderStore
@@ -164,18 +164,13 @@ def test_a_byte_that_someone_changed_is_noticed_or_changes_nothing(output: Outpu
     assert found == table
 
 
-def set_aside_damaged(output: Output) -> list[str]:
-    """Read the outcomes in a ledger, and return the paths of the shards that were set aside."""
-    damaged: list[str] = []
-    read_intact(output, damaged, lambda: read_shards(output.requests, OUTCOME_COLUMNS, LEDGER_SCHEMA))
-    return damaged
-
-
 def test_a_damaged_shard_is_set_aside_and_the_rest_is_read(output: Output) -> None:
     good = write_test_shard(output.requests, pa.Table.from_pylist([make_row("k1", status="extracted")], LEDGER_SCHEMA), ["k1"])
     bad = write_test_shard(output.requests, pa.Table.from_pylist([make_row("k2", status="extracted")], LEDGER_SCHEMA), ["k2"])
     bad.write_bytes(b"PAR1")
-    assert set_aside_damaged(output) == [str(bad)]
+    damaged: list[str] = []
+    read_intact(output, damaged, lambda: read_ledger_state(output))
+    assert damaged == [str(bad)]
     assert list_folder(output.requests) == sorted([f".{bad.name}.damaged", good.name])
     assert read_shards(output.requests, ["key"], LEDGER_SCHEMA)["key"].to_pylist() == ["k1"]
 
