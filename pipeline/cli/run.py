@@ -137,7 +137,9 @@ def show_report(ended: Report, console: Console | None = None) -> None:
         print_text(
             console, f"error: {len(ended.missing)} sources have no record, the first is {ended.missing[0]}; run the same command again"
         )
-    print_text(console, f"records: {shorten_path(ended.output)}/records")
+    output = shorten_path(ended.output)
+    print_text(console, f"report: {output}/report.html")
+    print_text(console, f"records: {output}/records")
 
 
 def shorten_path(output: str) -> str:

@@ -93,6 +93,11 @@ class RuleSection(Section):
     message: str = Field(min_length=1, description="What a broken rule means.")
     fields: tuple[str, ...] = Field((), description="Columns that it concerns, with dots inside arrays and objects.")
     if_null: Literal["skip", "judge"] = Field("skip", description="What becomes of it where a field is null.")
+    re_ask: bool = Field(
+        False,
+        description="Ask once more for its fields alone where an answer breaks it ([asking again](#asking-again-where-a-rule-is-broken)). "
+        "Costs a request of its own for each such document.",
+    )
 
 
 class ExtractSection(Section):
@@ -114,7 +119,8 @@ class ExtractSection(Section):
     rules: tuple[RuleSection, ...] = Field(
         (),
         description="What must hold in a record, as [expressions](#rules), beside the schema's `x-rules`; one of the same name replaces "
-        "it. Results are in `_rules` and change nothing else. Can be changed without asking again: `pipeline settle` judges anew.",
+        "it. Results are in `_rules` and change nothing else, unless a rule has `re_ask: true`. Can be changed without asking again: "
+        "`pipeline settle` judges anew.",
     )
     re_asks: int = Field(
         1,
@@ -327,7 +333,7 @@ class JobSections(Section):
     @model_validator(mode="after")
     def check_image_limit(self) -> JobSections:
         """Raise ValueError for a limit below the number of images that a request has."""
-        needed = 1 if self.extract.per == "page" else self.pages.per_request
+        needed = (1 if self.extract.per == "page" else self.pages.per_request) + any(rule.re_ask for rule in self.extract.rules)
         kept = (self.model.limit_mm_per_prompt or {}).get("image", needed)
         if kept < needed:
             raise ValueError(f"model.limit_mm_per_prompt allows {kept} images, but a request has up to {needed} (pages.per_request)")

@@ -8,7 +8,7 @@ shards, and with them the state from which a run resumes.
       requests/*.parquet    one row per request: the ledger
       words/*.parquet       one row per page that OCR has looked at: only where `evidence.ocr` is not off
       records/*.parquet     one row per document or page, typed
-      job.yaml  report.json
+      job.yaml  report.json  report.html
       listing.json          what `sources/` is the listing of, and whether the run over it has ended
       corrections.jsonl     what people have put right
       settled.json          what each shard of records was made of: one that is as it was is not written again
