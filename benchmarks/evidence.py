@@ -3,10 +3,11 @@
     python benchmarks/evidence.py FOLDER [FOLDER …]
 
 A folder holds PDFs, each with its true values beside it in a JSON file of the same name: an object, or a list whose first item is one.
-Every value is looked for, and altered copies of it: days one more and one less and with another digit, amounts with another digit, texts
-with another digit or letter. "Printed" is decided without the matcher, by plain searches of the page's text for many spellings of a
-value. "Same place": the altered value is witnessed where the true one stands, which is a defect of the matcher; "elsewhere": it is
-printed at another place. Bounds: 98 % of the printed values with a box whose words are the value; altered at the same place 0.2 %,
+Every value is looked for, and altered copies of it in its place in the record: days one more and one less and with another digit, amounts
+with another digit, texts with another digit or letter. "Printed" is decided without the matcher, by plain searches of the page's text
+for many spellings of a value. "Same place": the altered value is witnessed where the true one stands, which is a defect of the matcher;
+"elsewhere": it is printed at another place. Bounds: 98 % of the printed values with a box whose words are the value; altered at the same
+place 0.2 %,
 anywhere 1 % for texts and amounts; 2 ms of CPU a page beyond reading its words. `--ocr` reads images instead, receipts whose days come
 first: true totals and dates 95 %, altered ones 2 %. `--pixels` reads the first page of each PDF by OCR, too, and prints how its text
 layer does, and which true values or pages raise the alert that it differs from the pixels: none should.
@@ -15,6 +16,7 @@ layer does, and which true values or pages raise the alert that it differs from 
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 import re
 import time
@@ -80,7 +82,7 @@ def print_matching(options: argparse.Namespace) -> None:
         documents, pages = documents + 1, pages + len(words)
         text = "\n".join(" ".join(page.texts) for page in words)
         for found in evidence:
-            judge_value(found, text, words, counts, chance, options.ocr, file.name if options.misses else "")
+            judge_value(found, values, text, words, counts, chance, options.ocr, file.name if options.misses else "")
     print(f"{documents} documents, {pages} pages with words, matching {1000 * spent_s / max(1, pages):.2f} ms of CPU a page\n")
     print_table(counts)
     if not options.ocr:
@@ -97,7 +99,7 @@ def print_alerts(folders: list[Path]) -> None:
 
 
 def print_layers(folders: list[Path]) -> None:
-    """Print how the layers of first pages do, and the alerts that OCR of their pixels raises; on labelled PDFs for true values, too."""
+    """Print how the layers of first pages do, and the alerts that OCR of their pixels raises, for true values where there are labels."""
     judged, alerts, spent_s = Counter[str](), Counter[str](), 0.0
     for file in sorted(file for folder in folders for file in folder.rglob("*.pdf")):
         try:
@@ -135,6 +137,7 @@ def read_words_of(file: Path, by_ocr: bool = False) -> list[PageWords]:
 
 def judge_value(
     found: Evidence,
+    record: Any,
     text: str,
     words: list[PageWords],
     counts: Counter[tuple[str, str]],
@@ -155,7 +158,8 @@ def judge_value(
     if (is_printed or is_receipt) and not is_found and name:
         print(f"not found: {name} {found.path} {found.value!r} {found.match}")
     for altered in alter_value(kind, value, found.value, chance, is_receipt):
-        (other,) = match_values({}, {"value": altered}, words)
+        changed = match_values({}, replace_value(record, found.path, altered), words)
+        other = next(one for one in changed if one.path == found.path)
         counts[kind, "altered"] += 1
         if other.match in WITNESSED:
             same = found.box is not None and other.page == found.page and other.box is not None and overlap_boxes(found.box, other.box)
@@ -214,6 +218,16 @@ def alter_value(kind: str, value: Any, written: str, chance: random.Random, day_
         at = chance.choice(places)
         letters = "0123456789" if written[at].isdigit() else "abcdefghijklmnopqrstuvwxyz"
         yield written[:at] + chance.choice([other for other in letters if other != written[at].lower()]) + written[at + 1 :]
+
+
+def replace_value(record: Any, path: str, value: str) -> Any:
+    """Return a record with another value at a path such as `$.lines[0].amount`."""
+    changed = here = copy.deepcopy(record)
+    *steps, last = [int(step[1:-1]) if step[0] == "[" else step.lstrip(".") for step in re.findall(r"\[\d+\]|\.[^.\[]+", path)]
+    for step in steps:
+        here = here[step]
+    here[last] = value
+    return changed
 
 
 def overlap_boxes(one: tuple[float, ...], other: tuple[float, ...]) -> bool:

@@ -13,10 +13,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from enum import StrEnum
 from itertools import islice
 from typing import Any, TypedDict
 
+from pipeline.evidence.numbers import parse_number_text
 from pipeline.evidence.page_index import RUN, Box, Find, PageIndex, fold_text
 from pipeline.evidence.places import Place, PlacedValue, choose_places, measure_gap, split_label
 from pipeline.evidence.searches import DocumentIndex, Scalar, choose_searches
@@ -210,7 +212,10 @@ def describe_scalar(scalar: Scalar, placed: PlacedValue, index: DocumentIndex) -
     """Return the evidence for a value whose place is chosen."""
     text = format_scalar(scalar.value)
     if place := placed.chosen:
-        found = describe_place(scalar.path, text, Match.EXACT if place.is_exact else Match.NORMALIZED, place)
+        match = Match.EXACT if place.is_exact else Match.NORMALIZED
+        if placed.is_off_line and names_number(scalar.value):
+            match = Match.SIMILAR  # the number of another item: it is printed somewhere on most pages with a table
+        found = describe_place(scalar.path, text, match, place)
         return replace(found, places=len(placed.places), label_fit=placed.label_fit, siblings_pt=placed.distance_pt)
     if hidden := find_places(scalar, index, index.hidden_pages):
         return replace(describe_place(scalar.path, text, Match.HIDDEN, hidden[0]), places=len(hidden))
@@ -221,6 +226,11 @@ def describe_scalar(scalar: Scalar, placed: PlacedValue, index: DocumentIndex) -
         edits, page, find = min(similar, key=lambda found: found[0])
         return replace(describe_place(scalar.path, text, Match.SIMILAR, Place(page, find, False)), distance=edits)
     return Evidence(scalar.path, text, Match.ABSENT)
+
+
+def names_number(value: Any) -> bool:
+    """Say whether a value is a number, or a text that is one."""
+    return not isinstance(value, bool) and (isinstance(value, int | float | Decimal) or bool(parse_number_text(str(value))[0]))
 
 
 def list_similar(page: PageIndex, scalar: Scalar) -> list[tuple[Find, int]]:

@@ -18,7 +18,11 @@ MAX_COMPARED = 40
 LABEL_LEFT_PT, LABEL_ABOVE_PT = 250.0, 40.0
 """How far to the left of a value on its line, or above it, its label is looked for."""
 NEIGHBOUR_PT = 72.0
-CELL_BELOW_PT = 60.0
+CELL_BELOW_PT = 30.0
+PIECES_WEIGHT = 0.5
+"""Of a text in pieces for the line of its first piece, which may be another item's; what is printed once as a whole has 2."""
+MIN_ON_LINE = 2
+"""Values of an item that show which line is its own."""
 STOP_WORDS = frozenset("the of a an in and or to for is at on by".split())
 NAME_PARTS = re.compile(r"[^\W\d_][a-zà-ÿ]*|\d+")
 
@@ -66,6 +70,8 @@ class PlacedValue:
     chosen: Place | None = None
     label_fit: float = 0.0
     """0 to 1: how much of its label stands to the left of the place or above it."""
+    is_off_line: bool = False
+    """Whether it is printed, but neither on the line of the other values of its item nor closely below it."""
     distance_pt: float | None = None
     """Between the place and the nearest chosen one of a value beside it in the schema, on the same page."""
 
@@ -99,15 +105,16 @@ def choose_lines(items: Mapping[str, list[PlacedValue]]) -> None:
             continue
         votes: dict[tuple[int, int], float] = {}
         for cell in cells:
-            lines = {(place.page.page_no, line) for place in cell.places for line in place.lines}
-            for line in lines:
-                votes[line] = votes.get(line, 0) + 1 + 1 / len(cell.places)
+            weight = PIECES_WEIGHT if cell.places[0].pieces else 1 + 1 / len(cell.places)
+            for line in {(place.page.page_no, line) for place in cell.places for line in place.lines}:
+                votes[line] = votes.get(line, 0) + weight
         before = reached.get(name := item.rpartition("[")[0], (0, -1))
         best = max(votes, key=lambda line: (votes[line] + 0.5 * (line > before) - 0.5 * (line == before), (-line[0], -line[1])))
         reached[name] = best
-        for cell in cells:
-            if cell.chosen is None:
-                cell.chosen = find_cell(cell.places, best)
+        found = [find_cell(cell.places, best) for cell in cells]
+        for cell, place in zip(cells, found, strict=True):
+            cell.is_off_line = place is None and len(found) - found.count(None) >= MIN_ON_LINE
+            cell.chosen = cell.chosen or place
 
 
 def find_cell(places: Sequence[Place], line: tuple[int, int]) -> Place | None:

@@ -1,4 +1,4 @@
-"""Instructions in documents, 20 hidden and 20 printed, asked of the demonstration model: what reaches it, its answer, the alerts."""
+"""Instructions in documents, 20 hidden and 20 printed, asked of the demonstration model: what reaches it, and what is said of them."""
 
 from __future__ import annotations
 

@@ -215,3 +215,11 @@ def test_a_number_on_every_page_of_a_long_document_is_counted_up_to_a_bound() ->
     pages = [print_page("1 " * 150, number) for number in range(1, 301)]
     (found,) = match_values({}, {"a": 1}, pages)
     assert (found.match, found.page, found.places) == (Match.EXACT, 1, 500)
+
+
+def test_a_number_that_stands_on_another_items_line_is_only_similar() -> None:
+    page = print_page("Tea  2  3.50  7.00\n\n\nMilk  4  1.25  5.00")
+    lines = [{"item": "Tea", "count": 2, "price": 3.5, "amount": 7}, {"item": "Milk", "count": 4, "price": 3.5, "amount": 5}]
+    matches = {found.path: found.match for found in match_values({}, {"lines": lines}, [page])}
+    assert matches.pop("$.lines[1].price") == Match.SIMILAR
+    assert {*matches.values()} <= {Match.EXACT, Match.NORMALIZED}
