@@ -335,7 +335,7 @@ class MixedActor(ask_pass.EngineActor):
 def measure_mix(documents: int) -> float:
     """Return how much of an engine's places is in use once it was full, until the last request has one. No documents are tried alone."""
     listing = make_listing(documents)
-    flow.list_documents = lambda *_: listing  # type: ignore[assignment]
+    flow.DocumentListing.begin = lambda job: flow.DocumentListing(job, listing)  # type: ignore[method-assign]
     ask_pass.EngineActor, ask_pass.RenderActor = MixedActor, SimulatedRenderer  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as folder:
         load_job(Path(folder))

@@ -348,8 +348,8 @@ class Run:
 
         reservations = self.prepared.reservations or self.connect()
         self.gcs_address = cluster.read_gcs_address()
-        on_trial = (self.has_passed_trial, self.judge_trial)
-        setup = Setup(self.prepared.job, self.prepared.render, reservations, self.check_run, self.notice_loaded, *on_trial)
+        judging = self.has_passed_trial, self.judge_trial
+        setup = Setup(self.prepared.job, self.prepared.render, reservations, self.check_run, self.notice_loaded, *judging)
         return AskPass(setup, self.output)
 
     def connect(self) -> Reservations:

@@ -88,7 +88,8 @@ class AnswerWriter:
             there = await asyncio.to_thread(self.output.requests.list_names, "")
             refused |= {key for key, shard in doubtful.items() if shard in there}
         granted = {key: pairs for key, pairs in taken.items() if key not in refused}
-        if granted:
-            await asyncio.to_thread(write_rows, self.output, [row for pairs in granted.values() for row, _ in pairs], name)
-        receipts = pack_receipts([receipt for pairs in granted.values() for _, receipt in pairs])
-        await self.registry.end_shard.remote(self.engine, name if granted else None, list(granted), receipts, self.count_load())
+        written = [pair for pairs in granted.values() for pair in pairs]
+        if written:
+            await asyncio.to_thread(write_rows, self.output, [row for row, _ in written], name)
+        receipts = pack_receipts([receipt for _, receipt in written])
+        await self.registry.end_shard.remote(self.engine, name if written else None, list(granted), receipts, self.count_load())

@@ -76,7 +76,7 @@ def test_a_request_is_written_with_the_rows_that_asked_again(desk: Desk) -> None
 
     desk.work(write)
     assert desk.read_keys() == ["new", "new again"]
-    receipts = desk.registry.take_news().receipts
+    (receipts,) = map(unpack_receipts, desk.registry.take_news().receipts)
     assert [(receipt["key"], receipt["rule"]) for receipt in receipts] == [("new", None), ("new again", "sum")]
 
 

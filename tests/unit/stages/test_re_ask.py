@@ -83,8 +83,8 @@ class Bills:
         stage, read = RenderStage(RenderPlan.of_job(job), claim_all), Future[bytes]()
         read.set_result(self.file.read_bytes())
         with closing(stage):
-            (row,) = stage.render_document({**make_listing_row(self.file, self.workspace.folder)}, read)  # type: ignore[typeddict-item]
-        return row
+            ((row, claimed),) = stage.render_document({**make_listing_row(self.file, self.workspace.folder)}, read)  # type: ignore[typeddict-item]
+        return {**row, "attempt": claimed.result()[str(row["key"])]}
 
     def settle(self, *replies: Reply) -> Row:
         job, document, rows = self.ask(*replies)
