@@ -11,6 +11,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.cli.progress import show_progress
     from pipeline.export.frame import read
     from pipeline.flow import run, settle
     from pipeline.job import Job
@@ -20,7 +21,7 @@ os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 """Read when Ray is imported: it would hold messages back and print them to stdout at the very end, behind a command's data."""
 os.environ.setdefault("MIMALLOC_PURGE_DELAY", "0")
 """Read when pyarrow is imported: its allocator gives memory back at once, so that a long listing does not add up."""
-__all__ = ["Job", "__version__", "read", "run", "settle"]
+__all__ = ["Job", "__version__", "read", "run", "settle", "show_progress"]
 
 
 def __getattr__(name: str) -> Any:
@@ -33,6 +34,10 @@ def __getattr__(name: str) -> Any:
         from pipeline.export.frame import read
 
         return read
+    if name == "show_progress":
+        from pipeline.cli.progress import show_progress
+
+        return show_progress
     if name in ("run", "settle"):
         from pipeline import flow
 

@@ -24,7 +24,7 @@ from pipeline.records import ReceiptRow
 
 EVENT_LOG = logging.getLogger("pipeline.events")
 EVENT_LOG.addHandler(logging.NullHandler())
-REQUEST_FIELDS = "key attempt source doc_id first_page last_page status asks prompt_tokens completion_tokens engine elapsed_s".split()
+REQUEST_FIELDS = "key rule attempt source doc_id first_page last_page status asks prompt_tokens completion_tokens engine elapsed_s".split()
 
 
 def emit_event(name: str, **facts: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import IntEnum, StrEnum
-from typing import Literal, TypedDict
+from typing import Literal, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ class Stage(StrEnum):
     RENDER = "render"
     GENERATE = "generate"
     VALIDATE = "validate"
+    OCR = "ocr"
+    """Of a page's words alone: it costs no answer."""
     SETTLE = "settle"
 
 
@@ -89,9 +91,15 @@ class WordMark(IntEnum):
         return self > WordMark.OVERLAY
 
 
-@dataclass(frozen=True)
-class Word:
-    """A word of a page's text layer. Units: PDF points, origin top left, page rotation applied."""
+WORD_MARKS = tuple(WordMark)
+"""Number -> mark: ten times as fast as `WordMark(number)`."""
+
+
+class Word(NamedTuple):
+    """A word of a page's text layer. Units: PDF points, origin top left, page rotation applied.
+
+    A tuple, because a page has hundreds, and each is made twice between renderer and ledger.
+    """
 
     text: str
     x0_pt: float
@@ -231,6 +239,36 @@ class PageQuality(TypedDict):
     """Difference of the brightest and the darkest sixteenth of the page: 0 for a scan, more for a photograph."""
 
 
+class PageLayer(StrEnum):
+    """How the text layer of a page does as a witness, and so whether its pixels are read by OCR under `evidence.ocr: scans`."""
+
+    USABLE = "usable"
+    NONE = "none"
+    """No words: a scan, an image."""
+    OCR_SOFTWARE = "ocr_software"
+    """Most words were added to a scan by OCR software."""
+    GARBAGE = "garbage"
+    """Most characters stand for no letter: a font without a table of them."""
+    PICTURES = "pictures"
+    """Most of the page's ink is where no word of the layer stands: a scan with a stamp, text that is drawn as pictures."""
+
+
+class OcrRow(TypedDict):
+    """A row of `words/`: a page that OCR has looked at."""
+
+    doc_id: str
+    page: int
+    status: str
+    """`read`; `not_needed`, because the text layer is usable; `failed`."""
+    layer: str | None
+    """A `PageLayer`; None where the page could not be drawn."""
+    words: TextLayerRow | None
+    """None: none found, or not read."""
+    failure: FailureRow | None
+    reader: str | None
+    """The program that read the page, with its version."""
+
+
 class PageFacts(TypedDict):
     """A page without its pixels and words."""
 
@@ -288,6 +326,8 @@ class LedgerRow(TypedDict, total=False):
 
     key: str | None
     """32 hex digits; None in a row that only identifies a document, which the ledger does not keep."""
+    rule: str | None
+    """The broken rule for whose fields this request asked again; None for a request about a whole record."""
     attempt: int
     source: str
     doc_id: str | None
@@ -329,6 +369,7 @@ class ReceiptRow(TypedDict, total=False):
     """What the driver learns of a request whose answer is in the ledger, or of a document that needs none (its key is None)."""
 
     key: str | None
+    rule: str | None
     attempt: int
     source: str
     doc_id: str | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,12 @@ class Phase(StrEnum):
     LOADING_MODEL = "loading the model"
     ASKING = "asking"
     SETTLING = "settling"
+    READING = "reading by OCR"
+    """Between two settlings, where `evidence.ocr` is not off."""
+
+
+ENOUGH_DOCUMENTS = 50
+"""Documents after which the time that is left is estimated, or one in a hundred of fewer than 5,000."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Progress:
 
     phase: Phase
     documents: int | None
-    """Documents of this phase; None until the listing is complete."""
+    """Documents of this phase; None while nothing but listing is done."""
     documents_done: int
     """Documents that the phase has got through; while it lists, those found so far."""
     pages_done: int
@@ -61,6 +67,22 @@ class Progress:
     """Requests that failed."""
     elapsed_s: float
     """Since this phase began."""
+    failures: Mapping[str, int] = field(default_factory=dict)
+    """Failed requests by `stage/kind`."""
+    engine_busy_share: float | None = None
+    """Share of the engines' time since they loaded in which they had a request, as of their last answers."""
+    is_listing: bool = False
+    """Documents are still being found: `documents` is how many there are so far."""
+
+    @property
+    def remaining_s(self) -> float | None:
+        """Time that the phase still takes if the other documents are like those that are done; None while these are too few to say, or
+        documents are still being found."""
+        if self.is_listing or not self.documents or self.elapsed_s < 1:
+            return None
+        if self.documents_done < min(ENOUGH_DOCUMENTS, max(1, self.documents / 100)):
+            return None
+        return self.elapsed_s * max(0, self.documents - self.documents_done) / self.documents_done
 
     @property
     def pages_per_s(self) -> float:
@@ -92,7 +114,13 @@ class Report:
     unwitnessed: int = 0
     """Records with values that no witness shows."""
     alerts: int = 0
-    """Records with alerts: hidden text, or values that only hidden text shows."""
+    """Records with alerts: hidden text, values that only hidden text shows, text that differs from what is drawn."""
+    ocr_pages: int = 0
+    """Pages that OCR read in this run."""
+    ocr_failed: int = 0
+    """Pages that OCR should have read in this run and could not; their values have no witness of it, and nothing else is lost."""
+    ocr_problem: str = ""
+    """Why the first of them could not be read; empty if all were."""
     missing: list[str] = field(default_factory=list)
     """Sources without a record: always a defect of this package."""
     damaged: list[str] = field(default_factory=list)
@@ -101,6 +129,8 @@ class Report:
     """Requests completed in this run, by status."""
     requests_asked: int = 0
     """Requests that an engine answered in this run."""
+    rule_requests: int = 0
+    """Those of them that asked again for the fields of a broken rule; no other count by status has them."""
     pages_asked: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -146,7 +176,9 @@ class ProgressTracker:
         self.report, self.on_progress = report, on_progress
         self.phase, self.phase_started_s = Phase.LISTING, time.monotonic()
         self.documents: int | None = None
-        self.documents_done = self.failed = 0
+        self.documents_done = 0
+        self.failures: Counter[str] = Counter()
+        self.is_listing = False
         self.pages_left: dict[str, int] = {}
         self.engine_times: dict[str, tuple[float, float]] = {}
         """Seconds loaded and seconds busy of each engine, by its own count."""
@@ -174,8 +206,13 @@ class ProgressTracker:
         self.documents, self.documents_done = documents, 0
         self.notify()
 
+    def extend_phase(self, documents: int) -> None:
+        """Go on with so many more documents, beside those that are done."""
+        self.documents = self.documents_done + documents
+        self.notify()
+
     def add_settled(self, documents: int) -> None:
-        """Count documents whose records are written."""
+        """Count documents whose records are written, or whose pages are read by OCR."""
         self.documents_done += documents
         self.notify()
 
@@ -183,13 +220,17 @@ class ProgressTracker:
         """Count a row: a completed request, or a document that needed none (its key is None)."""
         report = self.report
         self.record_engine(row)
-        if row["key"]:
-            report.requests[row["status"]] = report.requests.get(row["status"], 0) + 1
         report.requests_asked += bool(row.get("asks"))
         report.pages_asked += row.get("pages_shown", 0)
         report.prompt_tokens += row.get("prompt_tokens") or 0
         report.completion_tokens += row.get("completion_tokens") or 0
-        self.failed += row.get("status") == "failed"
+        if row.get("rule"):  # beside the request whose answer broke it, which is counted itself
+            report.rule_requests += 1
+            return
+        if row["key"]:
+            report.requests[row["status"]] = report.requests.get(row["status"], 0) + 1
+        if row.get("status") == "failed" and (failure := row.get("failure")):
+            self.failures[f"{failure['stage']}/{failure['kind']}"] += 1
         pages = row["last_page"] - row["first_page"] + 1 if row["key"] and row["last_page"] else 0
         left = self.pages_left.get(row["source"], row["page_count"] or 0) - pages
         self.pages_left[row["source"]] = left
@@ -209,15 +250,20 @@ class ProgressTracker:
 
     def finish(self) -> None:
         """Write into the report how the engines were used."""
-        loaded_s, busy_s = (sum(times) for times in zip((0.0, 0.0), *self.engine_times.values(), strict=True))
-        self.report.engine_busy_share = round(busy_s / loaded_s, 3) if loaded_s else None
+        self.report.engine_busy_share = self.compute_busy_share()
         span_s = self.last_end_s - self.first_start_s
         self.report.requests_in_flight = round(self.answering_s / span_s, 1) if span_s > 0 else None
 
+    def compute_busy_share(self) -> float | None:
+        """Return the share of the engines' time in which they had a request."""
+        loaded_s, busy_s = (sum(times) for times in zip((0.0, 0.0), *self.engine_times.values(), strict=True))
+        return round(busy_s / loaded_s, 3) if loaded_s else None
+
     def notify(self) -> None:
         report, elapsed_s = self.report, time.monotonic() - self.phase_started_s
-        counts = (report.pages_asked, report.requests_asked, self.failed)
-        self.on_progress(Progress(self.phase, self.documents, self.documents_done, *counts, elapsed_s))
+        counts = (report.pages_asked, report.requests_asked, self.failures.total())
+        about = (dict(self.failures), self.compute_busy_share(), self.is_listing)
+        self.on_progress(Progress(self.phase, self.documents, self.documents_done, *counts, elapsed_s, *about))
 
 
 class CircuitBreaker:

@@ -13,11 +13,13 @@ import pyarrow as pa
 import pytest
 
 from pipeline.cli import main
+from pipeline.failure_kinds import KINDS, find_failure_kind
 from pipeline.job import Job
 from pipeline.job.model_section import Section
 from pipeline.job.sections import JobSections
 from pipeline.output.ledger import LEDGER_SCHEMA
 from pipeline.output.sources import SOURCE_SCHEMA
+from pipeline.records import Stage
 from pipeline.report import ExitCode, Report
 from pipeline.stages.settle import PROVENANCE_COLUMNS
 
@@ -32,8 +34,16 @@ DOCS = {
     "ledger": ROOT / "docs/records.md",
     "sources": ROOT / "docs/records.md",
     "report": ROOT / "docs/records.md",
+    "failures": ROOT / "docs/failures.md",
 }
 """Generated parts, each between <!-- marker --> and <!-- /marker -->, and the page that holds it."""
+STAGE_TITLES = {
+    Stage.SOURCE: "The file was not read.",
+    Stage.RENDER: "The file was read, and not opened, or its pages were not drawn.",
+    Stage.GENERATE: "The model was asked and gave no answer that can be used.",
+    Stage.VALIDATE: "There is an answer, and the record is `invalid`; `internal` is `failed`.",
+    Stage.SETTLE: "The record waits for an answer.",
+}
 PAGES = [README, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md")), *sorted((ROOT / "docs").glob("*.md"))]
 JSON_TYPES = {bool: "boolean", dict: "object", float: "number", int: "integer", list: "array", str: "string", type(None): "number"}
 FOLDERS = ("pipeline", "tests", "benchmarks", "jobs", "schemas", "notebooks", "docs", ".ci")
@@ -95,6 +105,19 @@ def list_report_types() -> dict[str, str]:
     return {name: JSON_TYPES[type(value)] for name, value in Report("", "", "", False).as_dict().items()}
 
 
+def make_failure_tables() -> str:
+    """Return a table of the kinds of failure for each stage."""
+    parts = []
+    for stage, kinds in KINDS.items():
+        parts += [f"## {stage}\n", f"{STAGE_TITLES[stage]}\n", "| kind | cause | what to do |", "| --- | --- | --- |"]
+        for kind in kinds:
+            found = find_failure_kind(f"{stage}/{kind}")
+            assert found
+            parts.append(f"| `{kind}` | {found.cause} | {found.remedy} |")
+        parts.append("")
+    return "\n".join(parts).rstrip()
+
+
 def fill_page(page: Path) -> str:
     """Return a page's text with its generated parts made anew."""
     text = page.read_text()
@@ -108,8 +131,9 @@ def fill_page(page: Path) -> str:
 
 def make_part(marker: str, written: str) -> str:
     """Return one generated part; `written` is what stands there now."""
-    if marker in ("keys", "commands", "columns"):
-        return {"keys": make_key_table, "commands": make_command_list, "columns": make_column_table}[marker]()
+    made = {"keys": make_key_table, "commands": make_command_list, "columns": make_column_table, "failures": make_failure_tables}
+    if marker in made:
+        return made[marker]()
     if marker == "report":
         return make_described_table("field", list_report_types(), written)
     schema = LEDGER_SCHEMA if marker == "ledger" else SOURCE_SCHEMA

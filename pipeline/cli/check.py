@@ -30,10 +30,12 @@ def check_command(job_file: Path, settings: tuple[str, ...], as_json: bool) -> N
     job = load_job(job_file, settings)
     from pipeline import engines
     from pipeline.engines import limits, model_files
+    from pipeline.evidence.ocr import check_ocr
     from pipeline.render.sandbox import describe_confinement
     from pipeline.schema.request_schema import list_required_leaves
     from pipeline.stages.settle import list_record_columns
 
+    check_ocr(job.sections.evidence.ocr, job.file)
     notes = engines.check_engine(job)
     described = list_record_columns(job)
     found = {
@@ -95,8 +97,9 @@ def show_job(found: dict[str, Any]) -> None:
 
     columns = measure_terminal(sys.stdout)[0] or LOG_WIDTH
     click.echo(yaml.safe_dump({name: found[name] for name in ("job", "fingerprint")}, sort_keys=False, allow_unicode=True, width=columns))
+    ocr = format_ocr(found["job"]["evidence"]["ocr"])
     click.echo(
-        f"{format_engine(found['engine'])}\n{format_a4_page(found['a4_page'])}\n\nprompt:\n{indent(found['prompt'], '  ')}\n\ncolumns:"
+        f"{format_engine(found['engine'])}\n{format_a4_page(found['a4_page'])}{ocr}\n\nprompt:\n{indent(found['prompt'], '  ')}\n\ncolumns:"
     )
     for name, kind in found["columns"].items():
         click.echo(f"  {name}: {kind}")
@@ -126,6 +129,12 @@ def format_engine(here: dict[str, Any]) -> str:
         kept = f"{limits['mm_processor_cache_gb']:g} GiB of preprocessed pages"
         steps = f"\nvllm on this machine: {limits['max_num_seqs']} requests at once, {tokens}, {kept}"
     return f"engine on this machine: {here['engine']} ({here['reason']}){weights}{held}{steps}{misfit}"
+
+
+def format_ocr(mode: str) -> str:
+    """Return a line on what OCR reads and what it costs; nothing where it is off."""
+    pages = {"doubtful": "the pages of doubtful documents", "scans": "pages without a usable text layer", "all": "every page"}
+    return f"\nOCR: {pages[mode]}, 3 to 10 s of one CPU each, after the asking and without the GPU" if mode in pages else ""
 
 
 def format_a4_page(page: dict[str, Any]) -> str:

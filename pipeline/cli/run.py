@@ -118,9 +118,13 @@ def show_report(ended: Report, console: Console | None = None) -> None:
     if ended.disagreements:
         table.add_row("with disagreements", str(ended.disagreements))
     if ended.unwitnessed:
-        table.add_row("with values that the text layer does not show", str(ended.unwitnessed))
+        table.add_row("with values that no witness shows", str(ended.unwitnessed))
     if ended.alerts:
-        table.add_row("with alerts about hidden text", str(ended.alerts))
+        table.add_row("with alerts about hidden or different text", str(ended.alerts))
+    if ended.ocr_pages:
+        table.add_row("pages read by OCR", str(ended.ocr_pages))
+    if ended.ocr_failed:
+        table.add_row("pages that OCR could not read", f"{ended.ocr_failed} ({ended.ocr_problem or 'a process that read pages died'})")
     table.add_row("requests asked", str(ended.requests_asked))
     table.add_row("pages asked", f"{ended.pages_asked} ({ended.pages_per_s:.1f} pages/s, start-up included)")
     table.add_row("tokens read, written", f"{ended.prompt_tokens}, {ended.completion_tokens}")
@@ -133,7 +137,9 @@ def show_report(ended: Report, console: Console | None = None) -> None:
         print_text(
             console, f"error: {len(ended.missing)} sources have no record, the first is {ended.missing[0]}; run the same command again"
         )
-    print_text(console, f"records: {shorten_path(ended.output)}/records")
+    output = shorten_path(ended.output)
+    print_text(console, f"report: {output}/report.html")
+    print_text(console, f"records: {output}/records")
 
 
 def shorten_path(output: str) -> str:

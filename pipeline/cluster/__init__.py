@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from pipeline.errors import JobError, RunError
 from pipeline.job.sections import check_cluster_address
 from pipeline.scratch import PRIVATE_UMASK, open_scratch_folder
+from pipeline.sources import LISTING_THREAD
 
 LOCAL, AUTO = "local", "auto"
 PACKAGE = Path(__file__).parents[1]
@@ -43,6 +44,8 @@ IDLE_THREAD = "Prefetcher"
 """Name of a daemon thread of Ray Data that waits for work and never ends; this is harmless."""
 RAISED = re.compile(r"^((?:\w+\.)*)([A-Z]\w*): (.+)$", re.MULTILINE)
 """The line of a traceback that says what was raised."""
+UNNEEDED_STARTS = ("start_monitor", "start_log_monitor", "start_api_server")
+"""Methods of Ray's `Node` that start what serves a cluster that grows, a log on the terminal, and a dashboard."""
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
@@ -160,6 +163,24 @@ def close_local_ray() -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextmanager
+def skip_unneeded_processes() -> Iterator[None]:
+    """Have the Ray that is started in the block do without three Python processes that no run on one machine needs.
+
+    They take 2 CPU seconds, and Ray waits for the last; it has an option for none of them (`include_dashboard=False` starts a small one).
+    """
+    from ray._private.node import Node
+
+    methods = {name: getattr(Node, name) for name in UNNEEDED_STARTS}
+    for name in UNNEEDED_STARTS:
+        setattr(Node, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name, method in methods.items():
+            setattr(Node, name, method)
+
+
 def reload_ray_token() -> None:
     """Have Ray read its token from the environment again; it keeps the one that it read first."""
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled, without type stubs
@@ -183,7 +204,7 @@ def start_ray() -> None:
         raise RunError(f"there is no folder for temporary files: {error.strerror or error}; set TMPDIR to one") from None
     for left in reversed(range(RAY_START_ATTEMPTS)):
         try:
-            with close_local_ray():
+            with close_local_ray(), skip_unneeded_processes():
                 ray.init(LOCAL, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, _temp_dir=str(folder))
             break
         except Exception as error:  # any: a raylet that is late is a bare Exception
@@ -250,11 +271,14 @@ def is_node_alive(node: str | None) -> bool:
 
 
 def stop_ray(threads: Set[threading.Thread]) -> None:
-    """Stop Ray once all threads but these have ended, or had `THREADS_S` to: stopping it under a running thread can end this process."""
+    """Stop Ray once all threads but these have ended, or had `THREADS_S` to: stopping it under a running thread can end this process.
+
+    Those that list documents call nothing of Ray.
+    """
     import ray
 
     deadline = time.monotonic() + THREADS_S
-    for thread in {thread for thread in threading.enumerate() if thread.name != IDLE_THREAD} - threads:
+    for thread in {thread for thread in threading.enumerate() if not thread.name.startswith((IDLE_THREAD, LISTING_THREAD))} - threads:
         thread.join(max(0.0, deadline - time.monotonic()))
     ray.shutdown()
     reload_ray_token()  # the next Ray of this process has another than one that was started here

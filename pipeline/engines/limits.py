@@ -56,13 +56,13 @@ def compute_limits(job: Job, gpu_bytes: int | None, config: Mapping[str, Any] | 
     """
     model = job.sections.model
     page_tokens = compute_area_bounds(job.budget)[1] // job.budget.cell_area
-    pages_tokens = page_tokens * job.pages_per_request
+    pages_tokens = page_tokens * job.images_per_request
     step = model.max_num_batched_tokens
     if step is None and gpu_bytes:
         step = max(STEP_TOKENS[gpu_bytes >= LARGE_GPU_BYTES], min(-(-pages_tokens // 1024) * 1024, MOST_STEP_TOKENS))
     cache_gb = model.mm_processor_cache_gb
     if cache_gb is None:
-        cache_gb = CACHE_GIB if job.sections.extract.re_asks else 0.0
+        cache_gb = CACHE_GIB if job.sections.extract.re_asks or job.images_per_request > job.pages_per_request else 0.0
     sequences = model.max_num_seqs or model.sequences
     if not model.max_num_seqs and gpu_bytes and config:
         share = model.gpu_memory_utilization or VLLM_SHARE

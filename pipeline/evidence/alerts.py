@@ -2,6 +2,8 @@
 
     hidden_text     text that a reader cannot see, of `MIN_LETTERS` letters or more in the document: it may hold instructions for the model
     hidden_value    a value of the record that only such text shows, however short
+    different_text  a page whose text layer is another text than the one that OCR reads there, or a value that OCR reads where the layer
+                    has other words: readers of text and of pixels do not read the same document
 
 Honest documents hide text, too: a report that prints zeros in white, a template's mark below the page. These are shorter.
 """
@@ -12,7 +14,8 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import TypedDict
 
-from pipeline.evidence.match import Evidence, Match
+from pipeline.evidence.layers import find_words_at, is_page_different
+from pipeline.evidence.match import Evidence, Match, Witness
 from pipeline.evidence.text_layer import PageWords
 from pipeline.records import WordMark
 
@@ -29,32 +32,43 @@ class AlertRow(TypedDict):
     kind: str
     page: int
     reason: str
-    """Why it is hidden: the name of a `WordMark` in lower case."""
+    """Why it is hidden: the name of a `WordMark` in lower case; `page` or `value`: what differs."""
     text: str
     path: str | None
     """Of the value that only hidden text shows."""
 
 
-def list_alerts(pages: Sequence[PageWords], evidence: Iterable[Evidence]) -> list[AlertRow]:
-    """Return the alerts of a document: one for each reason for which text is hidden, then one for each value."""
+def list_alerts(pages: Sequence[PageWords], evidence: Sequence[Evidence]) -> list[AlertRow]:
+    """Return the alerts of a document: one for each reason for which text is hidden, one for each page that differs, one for each value."""
     hidden = [found for found in list_hidden_texts(pages) if found[2].casefold() not in PRODUCERS_MARKS]
     distinct = {text.casefold(): text for _, _, text in hidden}
     alerts: list[AlertRow] = []
     if sum(letter.isalpha() for text in distinct.values() for letter in text) >= MIN_LETTERS:
         for mark in sorted({mark for _, mark, _ in hidden}):
             texts = dict.fromkeys(text for _, other, text in hidden if other == mark)
-            page = next(page for page, other, _ in hidden if other == mark)
-            alerts.append(make_alert("hidden_text", page, mark, " … ".join(texts)))
+            page_no = next(number for number, other, _ in hidden if other == mark)
+            alerts.append(make_alert("hidden_text", page_no, name_mark(mark), " … ".join(texts)))
+    layers = {page.page_no: page for page in pages if not (page.is_ocr or page.is_second)}
+    for page in pages:
+        if page.is_ocr and (layer := layers.get(page.page_no)) and is_page_different(layer, page):
+            alerts.append(make_alert("different_text", page.page_no, "page", " ".join(layer.texts)))
     for found in evidence:
         if found.match == Match.HIDDEN and found.page is not None:
-            mark = find_mark(pages, found)
-            alerts.append({**make_alert("hidden_value", found.page, mark, found.words or ""), "path": found.path})
+            alerts.append(make_alert("hidden_value", found.page, name_mark(find_mark(pages, found)), found.words or "", found.path))
+        elif found.witness == Witness.OCR and found.is_witnessed and (layer := layers.get(found.page or 0)) is not None:
+            words = find_words_at(layer, found.box or (0, 0, 0, 0))
+            alerts += [make_alert("different_text", layer.page_no, "value", words, found.path)] if words else []
     return alerts
 
 
-def make_alert(kind: str, page: int, mark: int, text: str) -> AlertRow:
-    """Return an alert without a path."""
-    return {"kind": kind, "page": page, "reason": WordMark(mark).name.lower(), "text": text[:MAX_TEXT], "path": None}
+def make_alert(kind: str, page: int, reason: str, text: str, path: str | None = None) -> AlertRow:
+    """Return an alert, its text cut."""
+    return {"kind": kind, "page": page, "reason": reason, "text": text[:MAX_TEXT], "path": path}
+
+
+def name_mark(mark: int) -> str:
+    """Return why words with a mark are hidden."""
+    return WordMark(mark).name.lower()
 
 
 def list_hidden_texts(pages: Iterable[PageWords]) -> list[tuple[int, int, str]]:

@@ -19,8 +19,8 @@ LEAST_P = 1e-4
 FACTORS = {Match.EXACT: 20.0, Match.NORMALIZED: 20.0, Match.SIMILAR: 0.5, Match.HIDDEN: 0.05, Match.ABSENT: 0.1, Match.NOT_APPLICABLE: 1.0}
 SEVERAL_PLACES, WITH_LABEL = 3.0, 7.0
 """Factor of a value in several places without any word of its label there, and what a whole label adds."""
-WEAK_WITNESS = 0.5
-"""To which power the factor of a witness is raised that may be wrong itself: OCR, and the layer that OCR software has added."""
+WEIGHTS = {None: 1.0, Witness.TEXT: 1.0, Witness.OCR: 0.75, Witness.OCR_LAYER: 0.5}
+"""To which power the factor of a witness is raised: OCR of the pixels errs, and what OCR software has added to a scan errs more often."""
 DISAGREEMENT = 0.2
 """Factor of a value on which the parts of a document disagree."""
 
@@ -43,7 +43,7 @@ def weigh_evidence(evidence: Evidence | None) -> float:
     """Return by how much evidence multiplies the odds of a value; 1 for none."""
     if evidence is None:
         return 1.0
-    factor = FACTORS[evidence.match]
+    factor: float = FACTORS[evidence.match]
     if evidence.match in (Match.EXACT, Match.NORMALIZED) and evidence.places > 1:
         factor = SEVERAL_PLACES + WITH_LABEL * evidence.label_fit
-    return factor if evidence.witness in (None, Witness.TEXT) else factor**WEAK_WITNESS
+    return float(factor ** WEIGHTS[evidence.witness])

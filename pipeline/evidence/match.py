@@ -99,6 +99,11 @@ class Evidence:
     siblings_pt: float | None = None
     """From the place to the nearest of the values beside this one in the schema."""
 
+    @property
+    def is_witnessed(self) -> bool:
+        """Whether a witness shows the value itself."""
+        return self.match in (Match.EXACT, Match.NORMALIZED)
+
 
 class EvidenceRow(TypedDict):
     """An `Evidence` as a record holds it."""
@@ -168,9 +173,20 @@ class Scalar:
 
 
 def match_values(schema: Schema, value: Any, pages: Iterable[PageWords]) -> list[Evidence]:
-    """Return the evidence for each value of a record, in the record's order; none for nulls and empty texts."""
-    index = DocumentIndex(pages)
-    scalars = list(list_scalars(value, [schema], schema))
+    """Return the evidence for each value of a record, in the record's order; none for nulls and empty texts.
+
+    Where a page was read in two ways, the second witnesses what the first does not show.
+    """
+    pages, scalars = list(pages), list(list_scalars(value, [schema], schema))
+    evidence = match_scalars(scalars, DocumentIndex(page for page in pages if not page.is_second))
+    if second := [page for page in pages if page.is_second]:
+        others = match_scalars(scalars, DocumentIndex(second))
+        return [other if other.is_witnessed and not one.is_witnessed else one for one, other in zip(evidence, others, strict=True)]
+    return evidence
+
+
+def match_scalars(scalars: Sequence[Scalar], index: DocumentIndex) -> list[Evidence]:
+    """Return the evidence for each of some values in the words of a document."""
     if not index.pages and not index.hidden_pages:
         return [Evidence(scalar.path, format_scalar(scalar.value), Match.NOT_APPLICABLE) for scalar in scalars]
     placed = [place_scalar(scalar, index) for scalar in scalars]

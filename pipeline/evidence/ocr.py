@@ -7,6 +7,9 @@ CPU; more threads cost more CPU time and gain little, so that a process has one.
 from __future__ import annotations
 
 from functools import lru_cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,13 +22,27 @@ MIN_SCORE = 0.5
 """Words that the recognizer is less sure of are left out."""
 
 
+MISSING = "OCR needs RapidOCR: pip install 'pipeline-documents[ocr]'"
+
+
+def check_ocr(mode: str, file: Path) -> None:
+    """Raise JobError where a job wants OCR, whose packages are not installed here."""
+    if mode != "off" and not (find_spec("rapidocr") and find_spec("onnxruntime")):
+        raise JobError(f"{file}: evidence.ocr is {mode}. {MISSING}", file, "evidence.ocr")
+
+
+def describe_reader() -> str:
+    """Return the name and the version of what reads pages."""
+    return f"rapidocr {version('rapidocr')}"
+
+
 @lru_cache(maxsize=1)
 def load_ocr() -> Any:
     """Return this process's OCR engine, loaded at the first call: 60 MB of models, half a second. Raises JobError without the extra."""
     try:
         from rapidocr import RapidOCR
     except ImportError:
-        raise JobError("OCR needs RapidOCR: pip install 'pipeline-documents[ocr]'", key="evidence.ocr") from None
+        raise JobError(MISSING, key="evidence.ocr") from None
     threads = {f"EngineConfig.onnxruntime.{name}_op_num_threads": 1 for name in ("intra", "inter")}
     return RapidOCR(params={**threads, "Global.log_level": "error"})
 

@@ -31,21 +31,33 @@ class PageWords:
     """(words,): a `WordMark` each."""
     is_ocr: bool = False
     """Read from the page's pixels, and not from its text layer."""
+    is_second: bool = False
+    """Another reading of this page is the better witness: its own text layer, or OCR of its pixels where that is not usable."""
 
 
 def pack_words(page: Page) -> TextLayerRow | None:
     """Return a page's words as a ledger keeps them, None if there are none; boxes are rounded to 0.1 pt and cut at the page's edges."""
-    if not page.words:
+    return pack_page_words(collect_page_words(page), page.width_pt, page.height_pt)
+
+
+def collect_page_words(page: Page) -> PageWords:
+    """Return the words of a page's text layer."""
+    boxes = np.array([(word.x0_pt, word.y0_pt, word.x1_pt, word.y1_pt) for word in page.words], np.float64).reshape(-1, 4)
+    marks = np.frombuffer(bytes(word.mark for word in page.words), np.uint8)
+    return PageWords(page.page_no, ["".join(word.text.split()) or "\ufffd" for word in page.words], boxes, marks)
+
+
+def pack_page_words(words: PageWords, width_pt: float, height_pt: float) -> TextLayerRow | None:
+    """Return the words of a page of this size as a ledger keeps them, as `pack_words` does."""
+    if not words.texts:
         return None
-    corners = np.array([(word.x0_pt, word.y0_pt, word.x1_pt, word.y1_pt) for word in page.words])
-    size = np.array([page.width_pt, page.height_pt] * 2)
+    size = np.array([width_pt, height_pt] * 2)
     unit_pt = max(UNIT_PT, float(size.max()) / MAX_UNITS)
-    marks = bytes(word.mark for word in page.words)
     return {
-        "text": "\n".join("".join(word.text.split()) or "\ufffd" for word in page.words),
-        "boxes": np.rint(np.clip(corners, 0, size) / unit_pt).astype(CORNERS).T.tobytes(),
+        "text": "\n".join(words.texts),
+        "boxes": np.rint(np.clip(words.boxes, 0, size) / unit_pt).astype(CORNERS).T.tobytes(),
         "unit_pt": unit_pt,
-        "marks": marks if any(marks) else None,
+        "marks": words.marks.tobytes() if words.marks.any() else None,
     }
 
 

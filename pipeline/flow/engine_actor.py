@@ -86,16 +86,16 @@ class EngineActor:
     async def answer_once(self, row: RequestRow, deaths: int, reason: str) -> None:
         """Answer a request and hand it to the writer."""
         self.metrics.add_waiting(1)
-        answered: LedgerRow | None = None
+        answered: list[LedgerRow] = []
         try:
-            answered = await self.quarantine.answer_row(row, deaths, reason)
+            answered = await self.quarantine.answer_rows(row, deaths, reason)
         except EngineDead as error:
             await self.end_process(str(error))
         finally:
             del self.under_way[str(row["key"])]
-            if answered is None:
+            if not answered:
                 self.metrics.add_waiting(-1)
-        if answered is not None:
+        if answered:
             self.used_s = time.monotonic()
             self.writer.add(answered, **self.metrics.record_answer(answered))
 

@@ -13,6 +13,7 @@ Each process of a run counts its own part; a query adds them up. All have the la
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from ray.util.metrics import Counter, Gauge
 
@@ -52,11 +53,15 @@ class EngineMetrics:
         self.waiting, self.since = self.waiting + requests, now
         self.queue.set(self.waiting, self.tags)
 
-    def record_answer(self, row: LedgerRow) -> dict[str, float]:
-        """Count a completed request; return for how long this engine has been loaded, and busy (fields of `AnsweredRow`)."""
+    def record_answer(self, rows: Sequence[LedgerRow]) -> dict[str, float]:
+        """Count a completed request, by the status of its own row, which is the first, and the tokens of all its rows.
+
+        Returns for how long this engine has been loaded, and busy (fields of `ReceiptRow`).
+        """
         self.add_waiting(-1)
-        self.requests.inc(1, {**self.tags, "status": row["status"]})
-        for kind, tokens in (("prompt", row.get("prompt_tokens")), ("completion", row.get("completion_tokens"))):
-            if tokens:
-                self.tokens.inc(tokens, {**self.tags, "kind": kind})
+        self.requests.inc(1, {**self.tags, "status": rows[0]["status"]})
+        for row in rows:
+            for kind, tokens in (("prompt", row.get("prompt_tokens")), ("completion", row.get("completion_tokens"))):
+                if tokens:
+                    self.tokens.inc(tokens, {**self.tags, "kind": kind})
         return {"alive_s": self.since - self.loaded, "busy_s": self.busy_s}

@@ -58,19 +58,22 @@ class Quarantine:
     def __init__(self, stage: AskStage, registry: Any, engine: EngineId) -> None:
         self.stage, self.registry, self.engine, self.turnstile = stage, registry, engine, Turnstile()
 
-    async def answer_row(self, row: RequestRow, deaths: int, reason: str) -> LedgerRow:
-        """Return a row with its answer. `deaths`: of engines that had this request; `reason`: of the last one. Raises EngineDead."""
+    async def answer_rows(self, row: RequestRow, deaths: int, reason: str) -> list[LedgerRow]:
+        """Return a row with its answer, and those that asked again for the fields of broken rules, which one asked alone does not.
+
+        `deaths`: of engines that had this request; `reason`: of the last one. Raises EngineDead.
+        """
         if deaths >= MAX_DEATHS:
             message = f"the engine died {deaths} times with this request, the last time with no other: {reason}"
             failed = make_failed_row(Stage.GENERATE, DocumentError("engine_died", message))
             row = {**row, "status": failed["status"], "failure": failed["failure"]}
         if row.get("failure"):
-            return await self.stage.answer_row(row)
+            return [await self.stage.answer_row(row)]
         is_alone = deaths >= SUSPECT_DEATHS
         async with self.turnstile.enter(is_alone):
             if is_alone:
                 await self.registry.begin_alone.remote(self.engine, row["key"])
-            answered = await self.stage.answer_row(row)
+            answered = [await self.stage.answer_row(row)] if is_alone else await self.stage.answer_rows(row)
             if is_alone:
                 await self.registry.end_alone.remote(self.engine)
         return answered

@@ -24,6 +24,7 @@ from pipeline.job import Job
 from pipeline.output import SHARD_SUFFIX, Output
 from pipeline.output.ledger import IDENTITY_COLUMNS, read_identities, read_requests
 from pipeline.output.shards import encode_shard, name_shard
+from pipeline.output.words import WORD_KEYS, WORDS_SCHEMA, group_words, read_ocr_words, read_word_keys
 from pipeline.records import LedgerRow
 from pipeline.report import Phase, ProgressTracker
 from pipeline.stages.settle import SettleStage, check_calibrated_model
@@ -47,6 +48,7 @@ SETTLED_SCHEMA = pa.schema(
         ("missing", pa.list_(pa.string())),
     ]
 )
+NO_WORDS = WORDS_SCHEMA.empty_table()
 Counts = list[tuple[str, int]]
 
 
@@ -92,9 +94,10 @@ class SettleTask:
         """Write the records of one range of documents as one shard. A damaged shard of the ledger is a row."""
         try:
             requests = read_requests(self.output, documents["doc_id"], with_tokens=True, listed=self.listed)
+            words = read_ocr_words(self.output, documents["doc_id"]) if self.stage.plan.uses_ocr else NO_WORDS
         except DamagedShard as damage:
             return make_settled_row(damaged=damage.file, why=damage.reason)
-        records = self.stage.build_table(documents.to_pylist(), iterate_requests(requests))
+        records = self.stage.build_table(documents.to_pylist(), iterate_requests(requests), group_words(words.to_pylist()))
         sources = records["_source"].to_pylist()
         file, content = name_shard(f"{name}/{row}" for row, name in enumerate(sources)), encode_shard(records)
         self.output.records.put(file, content)
@@ -102,7 +105,7 @@ class SettleTask:
         return make_settled_row(
             file=file,
             sha256=hashlib.sha256(content).hexdigest(),
-            digest=compute_range_digest(self.settings, documents, requests),
+            digest=compute_range_digest(self.settings, documents, requests, words),
             statuses=count_sorted(records["_status"].to_pylist()),
             failures=count_sorted(failures),
             documents=len({*sources}),
@@ -116,7 +119,9 @@ class SettleTask:
     def find_settled(self, documents: pa.Table, before: dict[str, SettledRow]) -> SettledRow | None:
         """Return the row of an earlier pass that made the records of this range from the same, if its shard is as it was written."""
         try:
-            digest = compute_range_digest(self.settings, documents, read_identities(self.output, documents["doc_id"], self.listed))
+            words = read_word_keys(self.output, documents["doc_id"]) if self.stage.plan.uses_ocr else NO_WORDS
+            identities = read_identities(self.output, documents["doc_id"], self.listed)
+            digest = compute_range_digest(self.settings, documents, identities, words)
             row = before.get(digest)
             content = self.output.records.read(str(row["file"])) if row else b""
         except (DamagedShard, OSError):
@@ -202,9 +207,9 @@ def describe_settings(job: Job, stage: SettleStage) -> str:
     return schema.dump_json([versions, sections, job.schema, str(stage.plan.schema), stage.per_request, stage.fingerprint])
 
 
-def compute_range_digest(settings: str, documents: pa.Table, requests: pa.Table) -> str:
-    """Return the SHA-256 of all that a range's records are made of; a row that the ledger has twice counts once."""
-    identities = requests.select(IDENTITY_COLUMNS).to_pylist()
+def compute_range_digest(settings: str, documents: pa.Table, requests: pa.Table, words: pa.Table) -> str:
+    """Return the SHA-256 of all that a range's records are made of; a row that a ledger has twice counts once."""
+    identities = requests.select(IDENTITY_COLUMNS).to_pylist() + words.select(WORD_KEYS).to_pylist()
     parts = [settings, str(documents.schema), str(documents.to_pylist()), *sorted({str(row) for row in identities})]
     return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
 

@@ -104,7 +104,7 @@ class Job:
     def rules(self) -> tuple[RecordRule, ...]:
         """The rules of the schema and of the job. Raises JobError."""
         own = [
-            RecordRule(rule.name, rule.expression, rule.message, rule.fields, rule.if_null == "judge")
+            RecordRule(rule.name, rule.expression, rule.message, rule.fields, rule.if_null == "judge", rule.re_ask)
             for rule in self.sections.extract.rules
         ]
         try:
@@ -119,6 +119,11 @@ class Job:
     @property
     def pages_per_request(self) -> int:
         return 1 if self.sections.extract.per == "page" else self.sections.pages.per_request
+
+    @cached_property
+    def images_per_request(self) -> int:
+        """Most images of a request: its pages, and the enlarged part of one where a rule asks again. Raises JobError."""
+        return self.pages_per_request + any(rule.asks_again for rule in self.rules)
 
     @cached_property
     def budget(self) -> PixelBudget:

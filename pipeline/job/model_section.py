@@ -120,7 +120,7 @@ class ModelSection(Section):
         None,
         ge=0,
         description="GiB of host memory in which `vllm` keeps preprocessed pages, once in each of two processes. Only a re-ask uses them. "
-        "Default: 1, or 0 where `extract.re_asks` is 0; vLLM's own is 4.",
+        "Default: 1, or 0 where `extract.re_asks` is 0 and no rule asks again; vLLM's own is 4.",
     )
     limit_mm_per_prompt: dict[str, int] | None = Field(
         None,

@@ -93,6 +93,11 @@ class RuleSection(Section):
     message: str = Field(min_length=1, description="What a broken rule means.")
     fields: tuple[str, ...] = Field((), description="Columns that it concerns, with dots inside arrays and objects.")
     if_null: Literal["skip", "judge"] = Field("skip", description="What becomes of it where a field is null.")
+    re_ask: bool = Field(
+        False,
+        description="Ask once more for its fields alone where an answer breaks it ([asking again](#asking-again-where-a-rule-is-broken)). "
+        "Costs a request of its own for each such document.",
+    )
 
 
 class ExtractSection(Section):
@@ -114,7 +119,8 @@ class ExtractSection(Section):
     rules: tuple[RuleSection, ...] = Field(
         (),
         description="What must hold in a record, as [expressions](#rules), beside the schema's `x-rules`; one of the same name replaces "
-        "it. Results are in `_rules` and change nothing else. Can be changed without asking again: `pipeline settle` judges anew.",
+        "it. Results are in `_rules` and change nothing else, unless a rule has `re_ask: true`. Can be changed without asking again: "
+        "`pipeline settle` judges anew.",
     )
     calibration: str | None = Field(
         None,
@@ -140,7 +146,18 @@ class EvidenceSection(Section):
         "are rendered while it is on have words: an output that was asked with `off` gets none by settling it again.",
     )
 
-    @field_validator("text", mode="before")
+    ocr: Literal["off", "doubtful", "scans", "all"] = Field(
+        "off",
+        description="Read pages by OCR, which knows nothing of the model's answer, and look for the values in its words, too. `scans`: "
+        "pages without a usable text layer (scans, images, layers of OCR software, fonts without a table of letters), and of documents "
+        "whose layer lacks a value the first pages; `all`: every page; `doubtful`: the pages of documents with a value that nothing "
+        "witnesses, an invalid record, a confidence below 0.8, a broken rule, a disagreement or an alert. Costs 3 s of one CPU for a "
+        "receipt, 3 to 10 s for a page of text (16 ms a word), after the asking and without the GPU, one more reading of the files, and "
+        "about 2 kB per page in `words/`. It can be switched on for an output that was asked without it. Needs "
+        "`pip install 'pipeline-documents[ocr]'`.",
+    )
+
+    @field_validator("text", "ocr", mode="before")
     @classmethod
     def convert_switch(cls, value: Any) -> Any:
         """Accept on and off, which YAML reads as true and false."""
@@ -322,7 +339,7 @@ class JobSections(Section):
     @model_validator(mode="after")
     def check_image_limit(self) -> JobSections:
         """Raise ValueError for a limit below the number of images that a request has."""
-        needed = 1 if self.extract.per == "page" else self.pages.per_request
+        needed = (1 if self.extract.per == "page" else self.pages.per_request) + any(rule.re_ask for rule in self.extract.rules)
         kept = (self.model.limit_mm_per_prompt or {}).get("image", needed)
         if kept < needed:
             raise ValueError(f"model.limit_mm_per_prompt allows {kept} images, but a request has up to {needed} (pages.per_request)")

@@ -3,6 +3,7 @@
 nothing             -> a template with one field of each kind
 orders.csv, .xlsx   -> a field for each column, its type from the rows
 mypackage:Order     -> the schema of a pydantic model
+a draft             -> a schema that a model made of a few documents, and the model section of the job that asked it
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ import csv
 import io
 import json
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pipeline.errors import JobError
+from pipeline.job.model_section import ModelSection, Section
 from pipeline.job.pydantic_model import load_model_schema
 from pipeline.schema import Schema, check_schema, dump_json, parse_json
 from pipeline.schema.infer import infer_schema, make_root
@@ -54,12 +59,14 @@ extract:
 #   per_request: 4                   # a document of more pages becomes several requests, whose answers are merged
 
 model:
+{model}
+output:
+  path: out                          # out/records is what you read: pipeline.read("out") or pd.read_parquet("out/records")
+"""
+MODEL_TEXT = """\
   name: Qwen/Qwen2.5-VL-7B-Instruct-AWQ   # hub id or folder
   # Without a GPU the demonstration model answers, which reads the samples alone; `cpu` takes minutes per page.
   without_gpu: demo
-
-output:
-  path: out                          # out/records is what you read: pipeline.read("out") or pd.read_parquet("out/records")
 """
 TEMPLATE: Schema = {
     "document_number": {
@@ -95,17 +102,21 @@ TEMPLATE_COMMENT = (
 DRAFT_COMMENT = "A draft, its types from the rows of {}: check them, and write a description wherever a title does not say it all."
 
 
-def write_starter(folder: Path, table: Path | None = None, model: str | None = None) -> list[str]:
-    """Write a job, its schema and an empty folder for the documents, and return the files' paths. Overwrites nothing. Raises JobError."""
+def write_starter(
+    folder: Path, table: Path | None = None, model: str | None = None, draft: Schema | None = None, engine: ModelSection | None = None
+) -> list[str]:
+    """Write a job, its schema and an empty folder for the documents, and return the files' paths. Overwrites nothing. Raises JobError.
+
+    `engine` is the section `model` of the job that is written; without it that is the template's.
+    """
+    check_unwritten(folder)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.absolute().name).strip("-.") or "documents"
-    schema = make_starter_schema(name, table, model)
+    schema = draft or make_starter_schema(name, table, model)
     check_schema(parse_json(dump_json(schema)))
     title = str(schema.get("title") or name)
-    job = JOB_TEXT.format(title=title, name=name, documents=DOCUMENTS, schema=SCHEMA_NAME)
+    text = format_section(engine) if engine else MODEL_TEXT
+    job = JOB_TEXT.format(title=title, name=name, documents=DOCUMENTS, schema=SCHEMA_NAME, model=text)
     files = {folder / JOB_NAME: job, folder / SCHEMA_NAME: format_schema(schema) + "\n"}
-    for file in files:
-        if file.exists():
-            raise JobError(f"{file} exists already and is not overwritten: name another folder", file, "DIR")
     try:
         (folder / DOCUMENTS).mkdir(parents=True, exist_ok=True)
         for file, text in files.items():
@@ -114,6 +125,19 @@ def write_starter(folder: Path, table: Path | None = None, model: str | None = N
     except OSError as error:
         raise JobError(f"cannot write {error.filename or folder}: {error.strerror}", error.filename or folder, "DIR") from None
     return [str(file) for file in files]
+
+
+def check_unwritten(folder: Path) -> None:
+    """Raise JobError where a folder has one of the files that a starter writes."""
+    for file in (folder / JOB_NAME, folder / SCHEMA_NAME):
+        if file.exists():
+            raise JobError(f"{file} exists already and is not overwritten: name another folder", file, "DIR")
+
+
+def format_section(section: Section) -> str:
+    """Return the keys of a section that are not defaults as YAML, indented."""
+    text = yaml.safe_dump(section.model_dump(mode="json", exclude_defaults=True), allow_unicode=True, sort_keys=False)
+    return textwrap.indent(text, "  ")
 
 
 def make_starter_schema(name: str, table: Path | None, model: str | None) -> Schema:

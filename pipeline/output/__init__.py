@@ -1,4 +1,4 @@
-"""Output folder of a run: the list of sources, the ledger of requests, the records, and four small files about the run.
+"""Output folder of a run: the list of sources, the ledgers of requests and of OCR, the records, and small files about the run.
 
 In: rows of these three tables, the keys of the job and the report of the run. Out: the same tables, read back from Parquet
 shards, and with them the state from which a run resumes.
@@ -6,8 +6,9 @@ shards, and with them the state from which a run resumes.
     out/invoices/
       sources/*.parquet     one row per source; during a run, later rows of a source complete earlier ones
       requests/*.parquet    one row per request: the ledger
+      words/*.parquet       one row per page that OCR has looked at: only where `evidence.ocr` is not off
       records/*.parquet     one row per document or page, typed
-      job.yaml  report.json
+      job.yaml  report.json  report.html
       listing.json          what `sources/` is the listing of, and whether the run over it has ended
       corrections.jsonl     what people have put right
       settled.json          what each shard of records was made of: one that is as it was is not written again
@@ -38,6 +39,7 @@ class Output:
     def __init__(self, location: Location) -> None:
         self.root = store.open_store(location)
         self.sources, self.requests, self.records = (self.root / name for name in ("sources", "requests", "records"))
+        self.words = self.root / "words"
 
     @property
     def folders(self) -> tuple[Store, ...]:

@@ -1,4 +1,4 @@
-"""Compaction: many shards of the ledger, each with rows of any document, in; one shard for each range of doc_ids with the same rows out.
+"""Compaction: many shards of a ledger, each with rows of any document, in; one shard for each range of doc_ids with the same rows out.
 
 A shard is written every few seconds, so that a killed run loses little. A run of six days therefore leaves 100,000 shards, each of
 which a resumed run and a settle pass open. A ledger of more than one large shard is sorted into partitions (`partitions.py`), so that
@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, reduce
 from itertools import pairwise
 
 import pyarrow as pa
@@ -27,6 +28,7 @@ from pipeline.output.ledger import LEDGER_SCHEMA
 from pipeline.output.partitions import Partition, parse_partition
 from pipeline.output.shards import mark_first, read_shard, write_shard
 from pipeline.output.sources import SOURCE_SCHEMA, complete_sources
+from pipeline.output.words import WORD_KEYS, WORDS_SCHEMA
 from pipeline.storage.store import Store, map_concurrently
 
 MAX_SMALL_SHARDS = 8
@@ -47,33 +49,37 @@ def compact_shards(output: Output) -> int:
     Does nothing more when a shard has vanished, because then another process compacts. Raises DamagedShard and RunError.
     """
     try:
-        return compact_ledger(output) + compact_sources(output)
+        compacted = compact_ledger(output.requests, LEDGER_SCHEMA, KEY_COLUMNS) + compact_ledger(output.words, WORDS_SCHEMA, WORD_KEYS)
+        return compacted + compact_sources(output)
     except FileNotFoundError:
         return 0
 
 
-def compact_ledger(output: Output) -> int:
-    """Compact the ledger where it is due, and finish what a killed process began; return by how many shards it shrank."""
-    folder = output.requests
+def compact_ledger(folder: Store, schema: pa.Schema, keys: Sequence[str]) -> int:
+    """Compact a ledger, of requests or of OCR, where it is due, and finish what a killed process began. Rows with the same `keys` are one.
+
+    Returns by how many shards it shrank.
+    """
+    replace = partial(replace_shards, folder, schema, keys)
     before = folder.list_names(SHARD_SUFFIX)
     unsorted = {name: size for name, size in before.items() if parse_partition(name) == Partition()}
     bits = max((parse_partition(name).bits for name in before), default=0)
     for group in group_shards(unsorted, TARGET_BYTES):
         if len(group) > MAX_SMALL_SHARDS:
-            replace_shards(folder, group, Partition(), 0)
+            replace(group, Partition(), 0)
     sizes = folder.list_names(SHARD_SUFFIX)
     if sum(size for name, size in sizes.items() if parse_partition(name) == Partition()) > TARGET_BYTES:
         bits = max(bits, math.ceil(math.log2(sum(sizes.values()) / TARGET_BYTES)))
-        sort_shards(folder, bits, from_bits=0)
-    sort_shards(folder, bits, from_bits=1)
+        sort_shards(folder, replace, bits, from_bits=0)
+    sort_shards(folder, replace, bits, from_bits=1)
     for partition, sizes in list_partitions(folder).items():
         for group in group_shards(sizes, MAX_MERGED_BYTES):
             if partition != Partition() and len(group) > 1:
-                replace_shards(folder, group, partition, partition.bits)
+                replace(group, partition, partition.bits)
     return len(before) - len(folder.list_names(SHARD_SUFFIX))
 
 
-def sort_shards(folder: Store, bits: int, from_bits: int) -> None:
+def sort_shards(folder: Store, replace: Callable[[dict[str, int], Partition, int], None], bits: int, from_bits: int) -> None:
     """Sort the shards of partitions of `from_bits` bits or more into those of `bits` bits, a few bits in each pass."""
     while True:
         coarse = {one: sizes for one, sizes in list_partitions(folder).items() if from_bits <= one.bits < bits and not one.is_null}
@@ -81,7 +87,7 @@ def sort_shards(folder: Store, bits: int, from_bits: int) -> None:
             return
         for partition, sizes in coarse.items():
             for group in group_shards(sizes, TARGET_BYTES):
-                replace_shards(folder, group, partition, min(partition.bits + BITS_PER_PASS, bits))
+                replace(group, partition, min(partition.bits + BITS_PER_PASS, bits))
 
 
 def list_partitions(folder: Store) -> dict[Partition, dict[str, int]]:
@@ -104,11 +110,11 @@ def group_shards(sizes: Mapping[str, int], most_bytes: int) -> Iterator[dict[str
         yield group
 
 
-def replace_shards(folder: Store, group: dict[str, int], partition: Partition, bits: int) -> None:
+def replace_shards(folder: Store, schema: pa.Schema, keys: Sequence[str], group: dict[str, int], partition: Partition, bits: int) -> None:
     """Replace shards of a partition by one for each of its parts of so many bits, without duplicate rows and sorted by doc_id."""
-    table = pa.concat_tables(read_group(folder, group), promote_options="permissive").select(LEDGER_SCHEMA.names)
-    order = pc.sort_indices(table, sort_keys=[("doc_id", "ascending"), ("key", "ascending"), ("attempt", "ascending")])
-    is_new = pc.or_(*(mark_first(table[name].take(order)) for name in KEY_COLUMNS))
+    table = pa.concat_tables(read_group(folder, group, schema), promote_options="permissive").select(schema.names)
+    order = pc.sort_indices(table, sort_keys=[(name, "ascending") for name in dict.fromkeys(["doc_id", *keys])])
+    is_new = reduce(pc.or_, (mark_first(table[name].take(order)) for name in keys))
     table = table.take(order.filter(is_new))
     parts = cut_table(table, partition, bits) if bits > partition.bits else [(partition, table)]
     kept = {

@@ -17,7 +17,7 @@ from pipeline.errors import DamagedShard, JobError
 from pipeline.output import Output
 from pipeline.output.key_set import Keys, KeySet, find_packed, pack_keys
 from pipeline.output.partitions import parse_partition
-from pipeline.output.shards import Selection, encode_shard, name_shard, read_each_shard, read_shards, set_aside_shard
+from pipeline.output.shards import Selection, encode_shard, name_shard, read_each_shard, read_shards
 from pipeline.output.sources import SOURCE_SCHEMA, write_sources
 from pipeline.records import LedgerRow, Stage, Status
 
@@ -64,6 +64,7 @@ TOKEN_TYPE = pa.struct([("text", pa.string()), ("logprob", pa.float32()), ("marg
 LEDGER_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
+        ("rule", pa.string()),
         ("attempt", pa.int32()),
         ("source", pa.string()),
         ("doc_id", pa.string()),
@@ -118,6 +119,10 @@ class RetryFilter:
             raise JobError(f"retry is {text!r}; allowed are failed, failed:KIND and failed:STAGE/KIND, as in failed:timeout", key="--retry")
         return cls(**found.groupdict())
 
+    def covers_stage(self, stage: Stage) -> bool:
+        """Say whether failures of a stage are meant, of whatever kind."""
+        return self.stage in (None, str(stage)) and self.kind is None
+
     def matches(self, row: LedgerRow) -> bool:
         """Say whether a request failed so, or one of its pages."""
         failure = row["failure"] if row["status"] == Status.FAILED else None
@@ -157,15 +162,6 @@ def count_retried_attempts(outcomes: pa.Table, retry: RetryFilter) -> dict[str, 
     return {
         key: max(row["attempt"] for row in attempts) for key, attempts in requests.items() if retry.matches(select_newest_attempt(attempts))
     }
-
-
-def set_aside_damaged_shards(output: Output) -> list[str]:
-    """Set aside the shards of listing and ledger whose keys cannot be read; return their paths."""
-    found = [
-        *read_each_shard(output.sources, None, SOURCE_SCHEMA, convert=len),
-        *read_each_shard(output.requests, OUTCOME_COLUMNS, LEDGER_SCHEMA, convert=len),
-    ]
-    return [set_aside_shard(output, damage) for damage in found if isinstance(damage, DamagedShard)]
 
 
 def read_ledger_state(output: Output, retry: RetryFilter | None = None) -> LedgerState:

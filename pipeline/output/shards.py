@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,8 +23,8 @@ from pipeline.storage.object_store import MAX_STREAMS, StoreUnreachable
 from pipeline.storage.store import Store
 
 LATER_COLUMNS = frozenset({"full_url", "page_failures", "_partial", "_rules", "_corrected", "_evidence", "_unwitnessed", "_alerts"})
-LATER_COLUMNS |= {"_confidence", "_least_confidence", "_page_kind"}
-"""Columns that 0.1.0 did not have: null where all columns of its shards are read."""
+LATER_COLUMNS |= {"_confidence", "_least_confidence", "_page_kind", "rule", "_asked_again"}
+"""Columns that 0.1.0 did not have: null in what is read of its shards."""
 MAX_LISTINGS = 5
 """How often a folder is listed when shards vanish while they are read, because another run compacts them."""
 
@@ -122,8 +122,13 @@ def read_shard(
     """Return the rows of one shard. Raises DamagedShard, FileNotFoundError, or RunError when its store is unreachable."""
     file = f"{folder / name}"
     try:
-        content = folder.open_file(name, size_bytes)
-        table = pq.read_table(content, columns=columns, filters=row_filter, partitioning=None, page_checksum_verification=True)
+        try:
+            table = read_shard_file(folder.open_file(name, size_bytes), columns, row_filter)
+        except pa.ArrowInvalid:  # damaged, or of an older version without one of the columns
+            if not columns or LATER_COLUMNS.isdisjoint(columns):
+                raise
+            table = read_shard_file(folder.open_file(name, size_bytes), None, row_filter)
+            table = table.select([name for name in columns if name in table.column_names])
     except FileNotFoundError:
         raise
     except StoreUnreachable as error:
@@ -136,6 +141,20 @@ def read_shard(
     for name in missing:
         table = table.append_column(schema.field(name), pa.nulls(table.num_rows, schema.field(name).type))
     return table
+
+
+def read_shard_file(content: Any, columns: Sequence[str] | None, row_filter: pc.Expression | None) -> pa.Table:
+    """Return the rows of an opened Parquet file. Raises ArrowException, also for a column that it does not have, and OSError."""
+    return pq.read_table(content, columns=columns, filters=row_filter, partitioning=None, page_checksum_verification=True)
+
+
+def read_intact(output: Output, damaged: list[str], read: Callable[[], Converted]) -> Converted:
+    """Return what a function reads of an output; for a damaged shard, set that aside, add its old path to `damaged`, and read again."""
+    while True:
+        try:
+            return read()
+        except DamagedShard as damage:
+            damaged.append(set_aside_shard(output, damage))
 
 
 def set_aside_shard(output: Output, damage: DamagedShard) -> str:

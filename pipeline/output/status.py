@@ -9,6 +9,7 @@ from typing import TypedDict, cast
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.errors import DamagedShard, JobError
 from pipeline.output import Output
@@ -91,8 +92,8 @@ def read_status(output: Output) -> RunStatus:
         raise JobError(f"{output.root} is not an output folder: it has no job.yaml", str(output.root))
     reader = ShardReader()
     sources = complete_sources(reader.read_intact_shards(output.sources, ["source", "doc_id", "page_count"], SOURCE_SCHEMA))
-    ledger = reader.read_intact_shards(output.requests, [*OUTCOME_COLUMNS, "source"], LEDGER_SCHEMA)
-    requests = select_final_attempts(add_failure_kind(ledger.to_pandas(), "failure"))
+    ledger = reader.read_intact_shards(output.requests, [*OUTCOME_COLUMNS, "rule", "source"], LEDGER_SCHEMA)
+    requests = select_final_attempts(add_failure_kind(ledger.filter(pc.is_null(ledger["rule"])).to_pandas(), "failure"))
     records = add_failure_kind(
         reader.read_intact_shards(output.records, RECORD_STATUS_SCHEMA.names, RECORD_STATUS_SCHEMA).to_pandas(), "_failure"
     )

@@ -1,5 +1,7 @@
 """Message protocol between sandbox and render worker: two lengths, a JSON header and a body of raw bytes.
 
+The body of a page has its pixels and, after them, the boxes of its words: numbers as text would take longer than all else here.
+
 Nothing is unpickled, and the parent validates everything that the child sends: a malformed page is a ValueError.
 The memory that a child can make its parent hold is bounded: `MAX_HEADER_BYTES` for words, warnings and messages together (at
 worst a few hundred MiB of Python objects while they are parsed), `MAX_TOKENS` visual tokens for pixels.
@@ -14,25 +16,30 @@ import struct
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.budget import MAX_TOKENS, ImageSize, count_visual_tokens
 from pipeline.deadline import compute_time_left
 from pipeline.errors import DocumentError
-from pipeline.records import Page, PageMeasure, Word, WordMark
+from pipeline.records import WORD_MARKS, Page, PageMeasure, Word
 
 MAX_HEADER_BYTES = 4 * 2**20
 MAX_MESSAGE_CHARS = 1000
 LENGTHS = struct.Struct(">IQ")
+BOXES, BOX_BYTES = np.dtype("<f8"), 32
+"""Of a word: its corners x0, y0, x1, y1 in points, 8 bytes each."""
+MIN_WORD_BYTES = 6
+"""Of a header, that a word takes at least: `"a",0,`."""
 KIND = re.compile("[a-z_]{1,32}")
 RENDERER = re.compile("[a-z]{0,32}")
 
 Header = dict[str, Any]
 
 
-def send_message(connection: socket.socket, header: Header, body: bytes | memoryview = b"", deadline: float | None = None) -> None:
-    """Send one message. Raises TimeoutError, or OSError if the other side has closed the connection."""
+def send_message(connection: socket.socket, header: Header, *body: bytes | memoryview, deadline: float | None = None) -> None:
+    """Send one message, whose body is given in parts. Raises TimeoutError, or OSError if the other side has closed the connection."""
     text = json.dumps(header, ensure_ascii=False).encode()
-    for part in (LENGTHS.pack(len(text), len(body)) + text, body):
+    for part in (LENGTHS.pack(len(text), sum(map(len, body))) + text, *body):
         connection.settimeout(None if deadline is None else compute_time_left(deadline))
         connection.sendall(part)
 
@@ -67,16 +74,17 @@ def read_exactly(connection: socket.socket, count: int, deadline: float | None) 
     return buffer
 
 
-def pack_page(page: Page) -> Header:
-    """Return the header of a page: all of its fields except the pixels."""
-    words = [(word.text, word.x0_pt, word.y0_pt, word.x1_pt, word.y1_pt, word.mark) for word in page.words]
+def pack_page(page: Page) -> tuple[Header, memoryview, bytes]:
+    """Return the header of a page, its pixels, and the boxes of its words."""
+    boxes = np.array([word[1:5] for word in page.words], BOXES)
     scalars = {name: getattr(page, name) for name in ("page_no", "dpi", "width_pt", "height_pt", "warnings", "renderer")}
-    return scalars | {"shape": page.pixels.shape, "words": words}
+    words = {"words": [word.text for word in page.words], "marks": [word.mark for word in page.words]}
+    return {**scalars, "shape": page.pixels.shape, **words}, page.pixels.data.cast("B"), boxes.tobytes()
 
 
 def compute_page_bytes(cell_px: int) -> int:
-    """Return the bytes of the largest page of whole cells."""
-    return 3 * cell_px * cell_px * MAX_TOKENS
+    """Return the most bytes that a page of whole cells and its words take."""
+    return 3 * cell_px * cell_px * MAX_TOKENS + MAX_HEADER_BYTES // MIN_WORD_BYTES * BOX_BYTES
 
 
 def unpack_page(header: Header, body: bytearray, page_no: int, cell_px: int) -> Page:
@@ -89,8 +97,9 @@ def unpack_page(header: Header, body: bytearray, page_no: int, cell_px: int) -> 
         raise ValueError(f"page {header['page_no']} of {width_px}x{height_px}x{colours} in place of page {page_no}")
     if not RENDERER.fullmatch(header["renderer"]):
         raise ValueError(f"a page by the renderer {header['renderer'][:50]!r}")
-    pixels = np.frombuffer(body, np.uint8).reshape(height_px, width_px, 3)
-    words = tuple(parse_word(*word) for word in header["words"])
+    count = height_px * width_px * 3
+    pixels = np.frombuffer(body, np.uint8, count).reshape(height_px, width_px, 3)
+    words = parse_words(header["words"], header["marks"], np.frombuffer(body, BOXES, offset=count))
     measures = {name: float(header[name]) for name in ("dpi", "width_pt", "height_pt")}
     tokens = count_visual_tokens(ImageSize(width_px, height_px), cell_px)
     warnings = tuple(map(str, header["warnings"]))
@@ -106,9 +115,14 @@ def parse_measures(header: Header) -> PageMeasure:
     return PageMeasure(float(found["width_pt"]), float(found["height_pt"]), width_px, height_px, float(found["dpi"]), tokens)
 
 
-def parse_word(text: str, x0: float, y0: float, x1: float, y1: float, mark: int) -> Word:
-    """Return a word in a message. Raises TypeError or ValueError."""
-    return Word(str(text), float(x0), float(y0), float(x1), float(y1), WordMark(mark))
+def parse_words(texts: list[str], marks: list[int], boxes: NDArray[np.float64]) -> tuple[Word, ...]:
+    """Return the words in a message. Raises TypeError or ValueError."""
+    if len(texts) != len(marks) or not all(type(text) is str for text in texts) or not {*marks} <= {*WORD_MARKS}:
+        raise ValueError(f"{len(texts)} words with {len(marks)} marks, or something else in their place")
+    if not np.isfinite(boxes).all():
+        raise ValueError("a word that is nowhere")
+    corners = boxes.reshape(len(texts), 4).T.tolist()
+    return tuple(map(Word, texts, *corners, (WORD_MARKS[mark] for mark in marks)))
 
 
 def parse_page_count(header: Header, most: int) -> int:

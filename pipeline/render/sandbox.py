@@ -197,7 +197,7 @@ class Sandbox:
         start_s, is_complete = time.monotonic(), False
         deadline = start_s + self.settings.timeout_s
         try:
-            protocol.send_message(self.connection, header, body, deadline)
+            protocol.send_message(self.connection, header, body, deadline=deadline)
             answer, pixels = protocol.receive_message(self.connection, protocol.compute_page_bytes(self.settings.budget.cell_px), deadline)
             result = protocol.parse_failure(answer) if "kind" in answer else parse(answer, pixels)
             is_complete = True

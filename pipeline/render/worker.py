@@ -35,8 +35,7 @@ def serve_parent(descriptor: int, open_document: Callable[[bytes, RenderSettings
             limit_cpu_time(settings.timeout_s)
             try:
                 if "page_no" in header:
-                    page = opened.draw(header["page_no"])
-                    send_message(connection, pack_page(page), memoryview(page.pixels).cast("B"))
+                    send_message(connection, *pack_page(opened.draw(header["page_no"])))
                 elif "measure" in header:
                     send_message(connection, {"measures": asdict(opened.measure(header["measure"]))})
                 else:

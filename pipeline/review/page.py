@@ -79,7 +79,7 @@ def write_head(stream: IO[str], records: RecordTable, is_served: bool = False) -
     """Write the part of the page before its data; one that is served may ask its server for images, a file makes no request."""
     template = read_asset("page.html").partition("<!-- data -->")[0]
     title = f"Review of {records.job['job']['name']}"
-    template = template.replace("{title}", html.escape(title)).replace("/* style */", read_asset("page.css"))
+    template = template.replace("{title}", html.escape(title)).replace("/* style */", read_asset("colors.css") + read_asset("page.css"))
     stream.write(template.replace("default-src 'none'", "default-src 'none'; connect-src 'self'") if is_served else template)
 
 

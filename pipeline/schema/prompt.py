@@ -68,6 +68,21 @@ def build_correction(messages: tuple[Message, ...], answer: str, errors: Sequenc
     return (*messages, Message("assistant", (answer,)), Message("user", (CONTROL_TOKEN.sub(" ", again),)))
 
 
+def build_rule_question(messages: tuple[Message, ...], crop: Pixels | None, message: str, values: str) -> tuple[Message, ...]:
+    """Return the messages of a request for the values that break a rule: the same pages, an enlarged part of one, and the rule's message.
+
+    All that stands before this part is as in the first request, so that a server with prefix caching reads it once.
+    """
+    part = "The last image is a part of a page, enlarged. " if crop is not None else ""
+    text = (
+        f"{part}These values were read before:\n{values}\nThey break a rule: {message}\n"
+        "Read them again and return a JSON object with these properties alone. "
+        "Copy what is printed, also where it still breaks the rule, with null for what the pages do not show."
+    )
+    pages = messages[1].parts[:-1]
+    return (messages[0], Message("user", (*pages, *([] if crop is None else [crop]), CONTROL_TOKEN.sub(" ", text))))
+
+
 def format_heading(schema: Schema) -> str:
     """Return the line above the outline: the title and description of the schema."""
     title = schema.get("title", "Document")

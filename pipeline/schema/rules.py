@@ -33,7 +33,7 @@ from pipeline.schema.rule_functions import FUNCTIONS
 RULES = "x-rules"
 """The keyword at a schema's root that holds rules."""
 NAME = re.compile(r"[a-z][a-z0-9_]*")
-KEYS = {"name", "expression", "message", "fields", "if_null"}
+KEYS = {"name", "expression", "message", "fields", "if_null", "re_ask"}
 RULE_TYPE = pa.struct([("name", pa.string()), ("result", pa.string()), ("message", pa.string()), ("fields", pa.list_(pa.string()))])
 """A rule's result, in the records."""
 MAX_ERROR_LENGTH = 200
@@ -61,6 +61,8 @@ class RecordRule:
     """Dotted names of the columns that it concerns, `line_items.amount`; by default the columns in its expression."""
     judges_null: bool = False
     """Whether it is judged also where one of its fields is null."""
+    asks_again: bool = False
+    """Whether an answer that breaks it is followed by a request for its fields alone."""
 
 
 class RuleRow(TypedDict):
@@ -95,9 +97,12 @@ def parse_rule(given: Any, pointer: str) -> RecordRule:
         raise ValueError(f"{pointer}/fields must be a list of names of columns")
     if given.get("if_null", "skip") not in ("skip", "judge"):
         raise ValueError(f"{pointer}/if_null is '{given['if_null']}'; allowed are skip and judge")
+    if not isinstance(given.get("re_ask", False), bool):
+        raise ValueError(f"{pointer}/re_ask is '{given['re_ask']}'; allowed are true and false")
     if not NAME.fullmatch(given["name"]):
         raise ValueError(f"{pointer}/name is '{given['name']}'; a name has small letters, digits and underscores")
-    return RecordRule(given["name"], given["expression"], given["message"], tuple(fields), given.get("if_null") == "judge")
+    judges_null, asks_again = given.get("if_null") == "judge", given.get("re_ask", False)
+    return RecordRule(given["name"], given["expression"], given["message"], tuple(fields), judges_null, asks_again)
 
 
 def combine_rules(own: Sequence[RecordRule], others: Sequence[RecordRule]) -> tuple[RecordRule, ...]:
@@ -205,6 +210,8 @@ def compile_rule(rule: RecordRule, root: Column) -> CompiledRule:
     paths = tuple(tuple(name.split(".")) for name in rule.fields or used)
     for path in paths:
         find_column(rule, path, root)
+    if rule.asks_again and not paths:
+        raise make_rule_error(rule, "has re_ask: true and concerns no column: name its fields")
     return CompiledRule(rule, program, paths)
 
 

@@ -1,7 +1,8 @@
 """Sources: the listing of the input documents, and the bytes of each.
 
-`find_documents` takes the paths of a job and returns a table with one row per document. `read_document` takes one of these rows
-and returns the document's bytes; the format of a document is not looked at here.
+`find_documents` takes the paths of a job and returns a table with one row per document; a `DocumentSearch` finds them in threads of its
+own and returns at any time those found so far. `read_document` takes one of these rows and returns the document's bytes; the format of a
+document is not looked at here.
 
     find_documents(["scans", "sent/**/*.pdf", "list.csv"], root)
 
@@ -27,12 +28,13 @@ from __future__ import annotations
 import os
 import re
 import stat
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,8 @@ from pipeline.storage.store import map_ahead
 LISTING_COLUMNS = pa.schema([("source", pa.string()), ("size_bytes", pa.int64()), ("version", pa.string())])
 BATCH_ROWS = 10_000
 """Documents that are Python objects before they are rows."""
+LISTING_THREAD = "listing"
+"""What the names of the threads that list begin with."""
 PROGRESS_S = 0.2
 """How often it is said how many documents have been found."""
 OnFound = Callable[[int], None]
@@ -82,35 +86,14 @@ def find_documents(
     known: KnownObjects | None = None,
     on_found: OnFound = lambda _: None,
 ) -> pa.Table:
-    """Return every document that the paths name, one row each, sorted by `source`; relative paths start at `root`.
+    """Return every document that the paths name, one row each, sorted by `source`, as a `DocumentSearch` finds them.
 
-    The paths are listed side by side. Objects of a manifest that are `known` are not looked for. `on_found` is called in this thread, with
-    the number of documents so far, and a last time with that of the table. Raises SourceError when a path that the job itself names cannot
-    be read or names no file.
+    `on_found` is called in this thread, with the number of documents so far, and a last time with that of the table. Raises SourceError.
     """
-    with ThreadPoolExecutor(object_store.MAX_STREAMS) as requests, ThreadPoolExecutor(object_store.MAX_STREAMS) as listings:
-        scope = ListingScope(os.path.realpath(root), allow_outside, known or {}, requests)
-        named = [PathListing.open_path(path, scope) for path in paths]
-        running = [listings.submit(one.make_table) for one in named]
-        try:
-            while True:
-                unfinished = wait(running, PROGRESS_S, FIRST_EXCEPTION).not_done
-                for one in running:
-                    if one.done():
-                        one.result()
-                if not unfinished:
-                    break
-                on_found(sum(one.count for one in named))
-        finally:  # the other paths end at their next request
-            requests.shutdown(wait=False)
-            listings.shutdown(wait=False, cancel_futures=True)
-    try:
-        tables = [LISTING_COLUMNS.empty_table(), *(one.result() for one in running)]
-        table = pa.concat_tables(tables, promote_options="default")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise SourceError(f"the manifests give a column different types: {error}") from None
-    table = drop_duplicate_sources(table.combine_chunks().sort_by("source"))
-    table = table.append_column(FULL_URL, pa.nulls(table.num_rows, pa.string())) if keep_query else hide_queries(table)
+    with closing(DocumentSearch(paths, root, allow_outside=allow_outside, keep_query=keep_query, known=known)) as search:
+        while not search.wait(PROGRESS_S):
+            on_found(search.count)
+        table = search.make_table()
     on_found(table.num_rows)
     return table
 
@@ -140,6 +123,66 @@ def read_document(document: Document, root: Path, max_bytes: int, policy: http.D
 # ---- Listing -------------------------------------------------------------------------------------------------------
 
 
+class DocumentSearch:
+    """The documents that paths name, found by threads of its own, side by side; those found so far at any time."""
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        root: Path,
+        *,
+        allow_outside: bool = False,
+        keep_query: bool = False,
+        known: KnownObjects | None = None,
+    ) -> None:
+        """Check the paths, read the manifests among them, and begin; relative paths start at `root`.
+
+        Objects of a manifest that are `known` are not looked for. Raises SourceError when a path cannot be read.
+        """
+        self.keep_query = keep_query
+        self.requests, self.listings = (ThreadPoolExecutor(object_store.MAX_STREAMS, LISTING_THREAD) for _ in range(2))
+        try:
+            scope = ListingScope(os.path.realpath(root), allow_outside, known or {}, self.requests)
+            self.paths = [PathListing.open_path(path, scope) for path in paths]
+            self.running = [self.listings.submit(one.list_all) for one in self.paths]
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def count(self) -> int:
+        """Documents found so far, each as often as it was found."""
+        return sum(one.count for one in self.paths)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Say whether all documents are found; wait for that no longer than this.
+
+        Raises SourceError when a path that the job itself names cannot be listed or names no file.
+        """
+        unfinished = wait(self.running, timeout_s, FIRST_EXCEPTION).not_done
+        for one in self.running:
+            if one.done():
+                one.result()
+        return not unfinished
+
+    def make_table(self) -> pa.Table:
+        """Return the documents found so far, one row each, sorted by `source`, with the columns of all manifests.
+
+        Where a manifest names two signatures of one URL, their names may change when the second is found. Raises SourceError.
+        """
+        try:
+            table = pa.concat_tables([LISTING_COLUMNS.empty_table(), *(one.make_table() for one in self.paths)], promote_options="default")
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise SourceError(f"the manifests give a column different types: {error}") from None
+        table = drop_duplicate_sources(table.combine_chunks().sort_by("source"))
+        return table.append_column(FULL_URL, pa.nulls(table.num_rows, pa.string())) if self.keep_query else hide_queries(table)
+
+    def close(self) -> None:
+        """End the threads, each at its next request."""
+        self.requests.shutdown(wait=False)
+        self.listings.shutdown(wait=False, cancel_futures=True)
+
+
 @dataclass(frozen=True)
 class ListingScope:
     """What all paths of a job are listed with."""
@@ -159,8 +202,12 @@ class PathListing:
     documents: Iterable[Document]
     extras: Mapping[str, pa.Array] = field(default_factory=dict)
     """A manifest's other columns."""
+    batches: list[pa.Table] = field(default_factory=list)
+    recent: list[Document] = field(default_factory=list)
+    """Found since the last batch."""
     count: int = 0
     """Documents found so far."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def open_path(cls, path: str, scope: ListingScope) -> PathListing:
@@ -188,19 +235,31 @@ class PathListing:
         names, columns = manifest.read_manifest(full)
         return cls(path, list_manifest_entries(names, os.path.dirname(full), scope), columns)
 
-    def make_table(self) -> pa.Table:
-        """Return the documents as a table with a manifest's extra columns. Raises SourceError when there is none."""
-        batches, documents = [], iter(self.documents)
-        while some := list(islice(documents, BATCH_ROWS)):
-            rows = zip(*((one.source, one.size_bytes, one.version) for one in some), strict=True)
-            batches.append(pa.table([pa.array(column, f.type) for column, f in zip(rows, LISTING_COLUMNS, strict=True)], LISTING_COLUMNS))
-            self.count += len(some)
-        if not batches:
+    def list_all(self) -> None:
+        """List the documents. Raises SourceError when there is none."""
+        for document in self.documents:
+            self.recent.append(document)
+            self.count += 1
+            if len(self.recent) == BATCH_ROWS:
+                with self.lock:
+                    self.batches.append(make_listing_batch(self.recent))
+                    self.recent = []
+        if not self.count:
             raise SourceError(f"source {self.path!r} holds no files")
-        table = pa.concat_tables(batches)
+
+    def make_table(self) -> pa.Table:
+        """Return the documents found so far as a table with a manifest's extra columns."""
+        with self.lock:
+            table = pa.concat_tables([*self.batches, make_listing_batch(self.recent[:])])
         for name, values in self.extras.items():
-            table = table.append_column(name, values)
+            table = table.append_column(name, values[: table.num_rows])
         return table
+
+
+def make_listing_batch(documents: Sequence[Document]) -> pa.Table:
+    """Return documents as a table, without a manifest's columns."""
+    rows = [[getattr(one, field.name) for one in documents] for field in LISTING_COLUMNS]
+    return pa.table([pa.array(column, field.type) for column, field in zip(rows, LISTING_COLUMNS, strict=True)], LISTING_COLUMNS)
 
 
 def list_manifest_entries(names: Sequence[str], folder: str, scope: ListingScope) -> Iterator[Document]:

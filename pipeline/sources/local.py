@@ -43,7 +43,7 @@ def make_local_document(path: str, root: str, is_forbidden: Predicate | None = N
     return Document(source, found.st_size, str(found.st_mtime_ns))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FolderEntry:
     """What a folder holds under one name."""
 
@@ -55,23 +55,39 @@ class FolderEntry:
 
 @dataclass(frozen=True)
 class FolderScan:
-    """A folder as it was read: its device and inode, and its entries sorted by name, without dot-files."""
+    """A folder as it was read, without dot-files: names alone, because there may be a million of them."""
 
+    path: str
     identity: tuple[int, int]
-    entries: list[FolderEntry]
+    """Device and inode."""
+    names: list[str]
+    links: frozenset[str]
+    folders: frozenset[str]
+    """Those that are entered."""
+
+    def list_entries(self) -> Iterator[FolderEntry]:
+        """Yield the entries, sorted by name."""
+        for name in self.names:
+            yield FolderEntry(os.path.join(self.path, name), name in self.links, name in self.folders)
 
 
 def scan_folder(folder: str, is_forbidden: Predicate | None) -> FolderScan:
     """Read a folder. Raises OSError."""
-    found, made = os.stat(folder), []
+    found = os.stat(folder)
+    names, links, folders = [], set(), set()
     with os.scandir(folder) as entries:
         for entry in entries:
-            if not entry.name.startswith("."):
-                is_link = entry.is_symlink()
-                is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
-                may_enter = is_folder and not (is_link and is_forbidden and is_forbidden(entry.path))
-                made.append(FolderEntry(entry.path, is_link, may_enter))
-    return FolderScan((found.st_dev, found.st_ino), sorted(made, key=lambda entry: entry.path))
+            if entry.name.startswith("."):
+                continue
+            names.append(entry.name)
+            is_link = entry.is_symlink()
+            if is_link:
+                links.add(entry.name)
+            is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
+            if is_folder and not (is_link and is_forbidden and is_forbidden(entry.path)):
+                folders.add(entry.name)
+    names.sort()
+    return FolderScan(folder, (found.st_dev, found.st_ino), names, frozenset(links), frozenset(folders))
 
 
 def walk_folder(
@@ -112,7 +128,7 @@ def walk_entries(top: str, pool: ThreadPoolExecutor, is_forbidden: Predicate | N
             continue
         entered.add(scan.identity)
         deeper = depth is None or folder.path.count("/") - top.count("/") + 1 < depth
-        for entry in scan.entries:
+        for entry in scan.list_entries():
             if not entry.is_folder:
                 yield entry
             elif deeper:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Any, cast
 
 from pipeline import schema
 from pipeline.engines import Engine
 from pipeline.errors import DocumentError
+from pipeline.evidence.text_layer import unpack_words
 from pipeline.job import Job
 from pipeline.records import Completion, FailureRow, FinishReason, LedgerRow, Pixels, Request, RequestRow, Stage, Status, TokenRow
 from pipeline.schema.arrow import ArrowPlan
-from pipeline.schema.prompt import build_correction, build_messages
+from pipeline.schema.prompt import build_correction, build_messages, build_rule_question
 from pipeline.schema.validate import Validator
-from pipeline.stages.requests import make_failed_row
+from pipeline.stages.re_ask import RuleQuestion, crop_evidence, make_record_judge, make_rule_questions, pick_fields
+from pipeline.stages.requests import compute_rule_key, make_failed_row
 
 
 class AskStage:
@@ -24,6 +27,53 @@ class AskStage:
         self.job, self.engine = job, engine
         self.columns, self.validator = ArrowPlan(job.schema), Validator(job.schema)
         self.part_validator = Validator(schema.parse_json(job.part_schema))
+        self.judge = make_record_judge(job) if any(rule.asks_again for rule in job.rules) else None
+        self.questions = make_rule_questions(job, self.judge) if self.judge else []
+
+    async def answer_rows(self, row: RequestRow) -> list[LedgerRow]:
+        """Return a row with its answer, and one for each rule that the answer breaks and that asks again: at most once each.
+
+        Rules are of whole records: an answer about a part of a document breaks none.
+        """
+        answered = await self.answer_row(row)
+        rows = [answered]
+        if self.judge is None or answered["status"] != Status.EXTRACTED or not self.is_whole(row):
+            return rows
+        value = schema.parse_json(answered["answer"] or "")
+        for question in self.questions:
+            if self.judge.breaks(value, question.rule):
+                rows.append(await self.ask_fields(row, value, question))
+                taken = self.judge.take_fields(value, rows[-1], question.rule)
+                value = value if taken is None else taken
+        return rows
+
+    def is_whole(self, row: RequestRow) -> bool:
+        """Say whether the pages of a request are a whole record."""
+        return len(row["pages"] or []) == row["page_count"] or self.job.sections.extract.per == "page"
+
+    async def ask_fields(self, row: RequestRow, value: Any, question: RuleQuestion) -> LedgerRow:
+        """Return the row of a request for the fields of a rule that a record breaks."""
+        rule, pages, pixels = question.rule, row["pages"] or [], row.get("pixels") or []
+        kept = {name: found for name, found in row.items() if name not in ("pixels", "pages", "page_failures")}
+        key = compute_rule_key(str(row["key"]), rule.rule.name)
+        kept |= {"key": key, "rule": rule.rule.name, "model": self.engine.model, "engine": self.engine.name}
+        kept["fingerprint"] = self.job.fingerprint
+        started_at, started_s = datetime.now(UTC), time.monotonic()
+        spent: LedgerRow = {"asks": 0, "prompt_tokens": 0, "completion_tokens": 0}
+        try:
+            words = [unpack_words(page["page_no"], layer) for page in pages if (layer := page.get("text_layer"))]
+            crop = crop_evidence(self.job, value, rule, words, pages, pixels)
+            page_ids = make_page_ids(row)
+            page_ids += [f"{row['doc_id']}/{crop.name}"] if crop and page_ids else []
+            values = schema.dump_json(pick_fields(value, rule.paths))
+            first = build_messages(self.job.system_message, pixels)
+            messages = build_rule_question(first, crop.pixels if crop else None, rule.rule.message, values)
+            completion = await self.engine.complete(Request(key, messages, question.schema_text, self.job.sampling, tuple(page_ids)))
+            spent = {"asks": 1, **count_tokens(completion)}
+            answer = make_answer_row(completion, question.list_errors(completion.text))
+        except Exception as error:  # any: as in `ask_pages`; the first answer stays
+            answer = make_failed_row(Stage.GENERATE, error)
+        return {**cast(LedgerRow, kept), **spent, **answer, "started_at": started_at, "elapsed_s": time.monotonic() - started_s}
 
     async def answer_row(self, row: RequestRow) -> LedgerRow:
         """Return a row with its answer and without its pixels. A row that failed before it was asked keeps its failure."""
@@ -32,8 +82,7 @@ class AskStage:
         if row.get("failure"):
             return kept
         shown = [page["page_no"] for page in row["pages"] or []]
-        whole = len(shown) == row["page_count"] or self.job.sections.extract.per == "page"
-        page_nos, page_ids = [] if whole else shown, make_page_ids(row)
+        page_nos, page_ids = [] if self.is_whole(row) else shown, make_page_ids(row)
         kept |= await self.ask_pages(str(row["key"]), row.get("pixels") or [], page_nos, row["page_count"], page_ids)
         return kept
 
@@ -83,6 +132,11 @@ class AskStage:
         violations = self.validator.find_violations(value) if whole else self.part_validator.find_violations(value)
         errors = [str(violation) for violation in violations if whole or violation.keyword != "required"]
         return errors or self.columns.build_row(value)[1]
+
+
+def count_tokens(completion: Completion) -> LedgerRow:
+    """Return the ledger's columns for what an answer took."""
+    return {"prompt_tokens": completion.usage.prompt_tokens, "completion_tokens": completion.usage.completion_tokens}
 
 
 def make_page_ids(row: RequestRow) -> list[str]:

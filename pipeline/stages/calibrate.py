@@ -16,11 +16,12 @@ from pipeline.job.sections import JobSections
 from pipeline.output.ledger import read_requests
 from pipeline.output.records import RecordTable
 from pipeline.output.sources import read_sources
-from pipeline.records import LedgerRow, SourceRow
-from pipeline.stages.settle import RecordPlan, ScoredRow, SettleStage, rate_raw, score_request
+from pipeline.output.words import group_words, read_ocr_words
+from pipeline.records import LedgerRow, OcrRow, SourceRow
+from pipeline.stages.settle import RecordPlan, SettleStage, rate_raw
 from pipeline.storage.location import parse_location
 
-DOCUMENTS_AT_ONCE = 200
+DOCUMENTS_AT_ONCE, ROWS_AT_ONCE = 200, 32
 
 
 def restore_job(records: RecordTable) -> Job:
@@ -54,12 +55,12 @@ def collect_output_facts(records: RecordTable) -> dict[tuple[str, int | None], l
     documents, found = read_sources(records.output), dict[tuple[str, int | None], list[ValueFacts]]()
     for start in range(0, documents.num_rows, DOCUMENTS_AT_ONCE):
         some = documents.slice(start, DOCUMENTS_AT_ONCE)
-        ledger: dict[str, list[ScoredRow]] = {}
-        for batch in read_requests(records.output, some["doc_id"], with_tokens=True).to_batches(max_chunksize=32):
-            for row in cast(list[LedgerRow], batch.to_pylist()):
-                ledger.setdefault(str(row["key"]), []).append(score_request(row))
+        rows = read_requests(records.output, some["doc_id"], with_tokens=True).to_batches(max_chunksize=ROWS_AT_ONCE)
+        ledger = stage.group_requests(row for batch in rows for row in cast(list[LedgerRow], batch.to_pylist()))
+        read = read_ocr_words(records.output, some["doc_id"]).to_pylist() if stage.plan.uses_ocr else []
+        words = group_words(cast(list[OcrRow], read))
         for document in cast(list[SourceRow], some.to_pylist()):
-            for record in stage.settle_document(document, ledger):
+            for record in stage.settle_document(document, ledger, words.get(document["doc_id"] or "", {})):
                 found[str(record["_source"]), record["_page"]] = taken[:]
                 taken.clear()
     return found

@@ -43,6 +43,11 @@ def compute_document_keys(document: SourceRow, per_request: int, fingerprint: st
     return {compute_request_key(str(doc_id), *pages, fingerprint): pages for pages in split_pages(page_count, per_request)}
 
 
+def compute_rule_key(key: str, rule: str) -> str:
+    """Return the key of the request that asks again for the fields of a rule, given that of the request whose answer broke it."""
+    return hashlib.sha256(f"{key}\n{rule}".encode()).hexdigest()[:32]
+
+
 def make_failed_row(stage: Stage, error: Exception) -> LedgerRow:
     """Return the ledger's columns for an exception that costs one document or request.
 

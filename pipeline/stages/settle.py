@@ -15,9 +15,10 @@ the pages drawn before it: they stay in the ledger.)
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
+from dataclasses import replace
 from typing import Any, TypedDict, cast
 
 import pyarrow as pa
@@ -35,11 +36,12 @@ from pipeline.evidence.calibration import (
     load_calibration,
 )
 from pipeline.evidence.confidence import ConfidenceRow, compute_confidence
+from pipeline.evidence.layers import order_witnesses
 from pipeline.evidence.match import UNWITNESSED, Evidence, EvidenceRow, make_evidence_row, match_values
 from pipeline.evidence.text_layer import PageWords, unpack_words
 from pipeline.job import Job
 from pipeline.output import Output
-from pipeline.output.corrections import Correction, compute_corrections_digest, read_corrections
+from pipeline.output.corrections import Correction, compute_corrections_digest, find_column_name, read_corrections
 from pipeline.output.ledger import (
     ALERT_TYPE,
     CONFIDENCE_TYPE,
@@ -49,6 +51,7 @@ from pipeline.output.ledger import (
     PAGE_FAILURES_TYPE,
     select_newest_attempt,
 )
+from pipeline.output.words import DocumentWords
 from pipeline.records import FailureRow, LedgerRow, PageFailureRow, SourceRow, Stage, Status
 from pipeline.schema.arrow import ArrowPlan
 from pipeline.schema.arrow_values import Column
@@ -56,8 +59,10 @@ from pipeline.schema.certainty import TokenScore, score_tokens
 from pipeline.schema.merge import MergeResult, Part, merge_parts
 from pipeline.schema.rules import RULE_TYPE, RuleRow, RuleSet, check_rules
 from pipeline.schema.validate import Validator
-from pipeline.stages.requests import compute_document_keys, make_failed_row
+from pipeline.stages.re_ask import RecordJudge, find_fields, is_inside
+from pipeline.stages.requests import compute_document_keys, compute_request_key, make_failed_row
 
+ASKED_AGAIN_TYPE = pa.struct([("rule", pa.string()), ("fields", pa.list_(pa.string())), ("taken", pa.bool_())])
 PROVENANCE_COLUMNS = {
     "_source": (pa.string(), "The file, as listed."),
     "_doc_id": (pa.string(), "sha256 of its bytes; null if it could not be read."),
@@ -78,16 +83,21 @@ PROVENANCE_COLUMNS = {
         "What each rule says of the record: name, result (`passed`, `broken`, `unknown`, `error`), and where it is broken or an error, "
         "message and fields. Empty where the record failed.",
     ),
+    "_asked_again": (
+        pa.list_(ASKED_AGAIN_TYPE),
+        "The rules with `re_ask: true` that the first answer broke: name, the fields that were asked again, and whether the second answer "
+        "was taken, because the rules hold with it.",
+    ),
     "_corrected": (pa.list_(pa.string()), "The paths of the values that a person has put right (`pipeline settle --corrections`)."),
     "_partial": (pa.bool_(), "Whether pages of this document are missing in it, because they could not be drawn."),
     "_page_failures": (PAGE_FAILURES_TYPE, "The pages that could not be drawn: page, kind, message."),
     "_evidence": (
         pa.list_(EVIDENCE_TYPE),
-        "How each value is witnessed by the text layer ([below](#evidence)); null where it was not looked for.",
+        "How each value is witnessed by the text layer or by OCR ([below](#evidence)); null where there are no words to look in.",
     ),
     "_unwitnessed": (
         pa.int32(),
-        "How many values no witness shows: `absent`, `hidden`, or only `similar`; null where there was no text layer to look in.",
+        "How many values no witness shows: `absent`, `hidden`, or only `similar`; null where there are no words to look in.",
     ),
     "_confidence": (
         pa.list_(CONFIDENCE_TYPE),
@@ -95,7 +105,10 @@ PROVENANCE_COLUMNS = {
         "gave no log-probabilities.",
     ),
     "_least_confidence": (pa.float32(), "The least of these."),
-    "_alerts": (pa.list_(ALERT_TYPE), "Text that a reader cannot see ([below](#alerts)); null where no text layer was read."),
+    "_alerts": (
+        pa.list_(ALERT_TYPE),
+        "Text that a reader cannot see, or that differs from what is drawn ([below](#alerts)); null where there are no words to look in.",
+    ),
     "_answer": (pa.string(), "The merged answer as JSON, where it is invalid."),
     "_pages": (pa.int32(), "Pages of the document."),
     "_page_kind": (
@@ -126,6 +139,14 @@ class DisagreementRow(TypedDict):
     other_page: int
 
 
+class AskedAgainRow(TypedDict):
+    """A rule that the first answer broke, and what became of the second one for its fields."""
+
+    rule: str
+    fields: list[str]
+    taken: bool
+
+
 class ProvenanceRow(TypedDict, total=False):
     """A record's columns that are not the schema's or the manifest's. Its fields are those of `PROVENANCE_COLUMNS`."""
 
@@ -137,6 +158,7 @@ class ProvenanceRow(TypedDict, total=False):
     _errors: list[str]
     _disagreements: list[DisagreementRow]
     _rules: list[RuleRow]
+    _asked_again: list[AskedAgainRow]
     _corrected: list[str]
     _partial: bool
     _page_failures: list[PageFailureRow]
@@ -158,9 +180,14 @@ class ProvenanceRow(TypedDict, total=False):
 
 
 class ScoredRow(LedgerRow, total=False):
-    """A request with the scores of its values in place of its tokens, of which a document has thousands."""
+    """A request with the scores of its values in place of its tokens, of which a document has thousands, and with what OCR has read."""
 
     scores: dict[str, TokenScore]
+    seconds: list[LedgerRow]
+    """The requests that asked again for the fields of rules that this one's answer broke."""
+    asked_again: list[AskedAgainRow]
+    ocr: DocumentWords
+    """Of the document."""
 
 
 NUMBERS = re.compile(r"\[\d+\]")
@@ -183,9 +210,10 @@ class RecordPlan:
         self.rules = RuleSet(job.rules, self.columns.root)
         check_rules(self.rules)
         self.calibration = load_job_calibration(job, self.columns)
+        self.judge = RecordJudge(self.columns, self.validator, self.rules)
         self.provenance = [(name, kind) for name, (kind, _) in PROVENANCE_COLUMNS.items() if name != "_page" or self.per_page]
         self.refuses_disagreements = job.sections.limits.disagreements == "invalid"
-        self.has_evidence = job.sections.evidence.text == "on"
+        self.uses_text, self.uses_ocr = job.sections.evidence.text == "on", job.sections.evidence.ocr != "off"
         self.refuses_partial = job.sections.limits.partial == "fail"
         self.extras: list[str] = []
         self.output, self.corrections = job.output, dict[Any, Correction]()
@@ -217,17 +245,29 @@ class SettleStage:
         self.rate: Callable[[Sequence[ValueFacts]], list[float]] = plan.calibration.rate_values if plan.calibration else rate_raw
         """Facts of the values of one record -> the confidence of each."""
 
-    def build_table(self, documents: Iterable[SourceRow], requests: Iterable[LedgerRow]) -> pa.Table:
-        """Return the record rows of these documents, sorted by source and page."""
-        ledger: dict[str, list[ScoredRow]] = {}
-        for request in requests:
-            ledger.setdefault(str(request["key"]), []).append(score_request(request))
-        rows = [row for document in documents for row in self.settle_document(document, ledger)]
+    def build_table(
+        self, documents: Iterable[SourceRow], requests: Iterable[LedgerRow], words: Mapping[str, DocumentWords] | None = None
+    ) -> pa.Table:
+        """Return the record rows of these documents, sorted by source and page; `words` is what OCR has read in them."""
+        ledger = self.group_requests(requests)
+        read = words or {}
+        rows = [row for document in documents for row in self.settle_document(document, ledger, read.get(document["doc_id"] or "", {}))]
         rows.sort(key=lambda row: (row["_source"], row["_page"] or 0))
         try:
             return pa.Table.from_pylist(rows, self.plan.schema)
         except Exception:  # any: Arrow raises several classes; the rows that it does not take are found one by one
             return pa.concat_tables([pa.Table.from_pylist([self.make_writable(row)], self.plan.schema) for row in rows])
+
+    def group_requests(self, requests: Iterable[LedgerRow]) -> dict[str, list[ScoredRow]]:
+        """Return the rows of a ledger by their keys, those that asked again for rules by the request to which they belong."""
+        ledger: dict[str, list[ScoredRow]] = {}
+        for request in requests:
+            key = str(request["key"])
+            if request.get("rule"):
+                pages = (request["first_page"], request["last_page"])
+                key = f"rules of {compute_request_key(str(request['doc_id']), *pages, self.fingerprint)}"
+            ledger.setdefault(key, []).append(score_request(request))
+        return ledger
 
     def make_writable(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return a record row, as a failure without the schema's columns if Arrow does not take it."""
@@ -238,79 +278,110 @@ class SettleStage:
             return {**kept, "_status": str(Status.FAILED), "_failure": make_failed_row(Stage.VALIDATE, error)["failure"]}
         return row
 
-    def settle_document(self, document: SourceRow, ledger: dict[str, list[ScoredRow]]) -> Iterator[dict[str, Any]]:
+    def settle_document(self, document: SourceRow, ledger: dict[str, list[ScoredRow]], ocr: DocumentWords) -> Iterator[dict[str, Any]]:
         """Yield a document's records; their columns are those of the plan's schema."""
         requests: list[ScoredRow] = []
         for key, (first_page, last_page) in compute_document_keys(document, self.per_request, self.fingerprint).items():
             newest = cast(ScoredRow, select_newest_attempt(ledger.get(key, [PENDING_ROW])))
-            requests.append({**newest, "first_page": first_page, "last_page": last_page})
+            seconds = [row for row in ledger.get(f"rules of {key}", []) if row["attempt"] == newest["attempt"]]
+            requests.append(self.take_second_answers({**newest, "first_page": first_page, "last_page": last_page, "ocr": ocr}, seconds))
         page_count = document["page_count"] or None
         about: ProvenanceRow = {"_source": document["source"], "_doc_id": document["doc_id"], "_pages": page_count}
         extras = {name: cast(dict[str, Any], document)[name] for name in self.plan.extras}
         if self.plan.per_page and page_count:
             for request in requests:
-                record = self.build_record([request])
-                yield {**extras, **about, "_page": request["first_page"], **self.correct_record(record, document, [request])}
+                page = request["first_page"]
+                yield {**extras, **about, "_page": page, **self.build_record([request], self.find_correction(document, page))}
         else:
-            yield {**extras, **about, "_page": None, **self.correct_record(self.build_record(requests), document, requests)}
+            yield {**extras, **about, "_page": None, **self.build_record(requests, self.find_correction(document, None))}
 
-    def correct_record(self, record: dict[str, Any], document: SourceRow, requests: Sequence[ScoredRow]) -> dict[str, Any]:
-        """Return a record with what a person has put right in it, valid or invalid as it is then; unchanged without a correction."""
-        page = requests[0]["first_page"] if self.plan.per_page and document["page_count"] else None
+    def take_second_answers(self, request: ScoredRow, seconds: Sequence[ScoredRow]) -> ScoredRow:
+        """Return a request whose answer has the fields that were asked again, where the rules hold with them, as asking decided it."""
+        by_rule = {row["rule"]: row for row in seconds}
+        if not by_rule or request["status"] != Status.EXTRACTED:
+            return request
+        value, scores, about = schema.parse_json(request["answer"] or ""), request["scores"], list[AskedAgainRow]()
+        for rule in self.plan.rules.programs:
+            if (second := by_rule.get(rule.rule.name)) is None:
+                continue
+            taken = self.plan.judge.take_fields(value, second, rule) if self.plan.judge.breaks(value, rule) else None
+            about.append({"rule": rule.rule.name, "fields": [".".join(path) for path in rule.paths], "taken": taken is not None})
+            if taken is not None:
+                places = {*find_fields(taken, rule.paths, in_lists=False)}
+                kept = {path: score for path, score in scores.items() if not is_inside(path, places)}
+                scores = kept | {path: score for path, score in second["scores"].items() if is_inside(path, places)}
+                value = taken
+        answer = schema.dump_json(value) if any(row["taken"] for row in about) else request["answer"]
+        changed: dict[str, Any] = {"answer": answer, "scores": scores, "seconds": [*by_rule.values()], "asked_again": about}
+        return cast(ScoredRow, {**request, **changed})
+
+    def find_correction(self, document: SourceRow, page: int | None) -> Correction | None:
+        """Return what a person has put right in a record, if it was of the document's present bytes."""
         found = self.plan.corrections.get((document["source"], page))
-        if found is None or found.doc_id not in (None, document["doc_id"]):
-            return record
-        value = found.correct_value(merge_parts(self.plan.job_schema, list(list_parts(requests))).value)
-        columns, misfits = self.plan.columns.build_row(value)
-        about: ProvenanceRow = {"_status": str(Status.EXTRACTED), "_failure": None, "_errors": [], "_answer": None}
-        if errors := [*map(str, self.plan.validator.find_violations(value)), *misfits]:
-            about = make_invalid_columns("invalid", errors[0], errors, schema.dump_json(value))
-        words = collect_words(requests) if self.plan.has_evidence else []
-        about |= make_evidence_columns(words, match_values(self.plan.job_schema, value, words)) if words else {}
-        return {**record, **columns, **about, "_corrected": list(found.paths), "_rules": self.plan.rules.judge_record(columns)}
+        return found if found and found.doc_id in (None, document["doc_id"]) else None
 
-    def build_record(self, requests: Sequence[ScoredRow]) -> dict[str, Any]:
-        """Return the columns that come from a record's requests, which are in page order."""
+    def build_record(self, requests: Sequence[ScoredRow], correction: Correction | None = None) -> dict[str, Any]:
+        """Return the columns that come from a record's requests, which are in page order, and from a correction.
+
+        A corrected record is valid or invalid as it is then, also where requests have failed.
+        """
         about = sum_provenance(requests)
-        words = collect_words(requests) if self.plan.has_evidence else []
+        words = self.collect_words(requests)
         if words:
             about["_alerts"] = list_alerts(words, [])
         asked = [request for request in requests if request["status"] != Status.FAILED]
         failed = [request for request in requests if request["status"] == Status.FAILED]
         is_partial = bool(about["_page_failures"] and asked) and all(is_undrawn(request) for request in failed)
-        if is_partial and self.plan.refuses_partial:
+        if is_partial and self.plan.refuses_partial and not correction:
             return {**about, "_status": str(Status.FAILED), "_failure": describe_page_failure(about["_page_failures"][0])}
-        if failed and not is_partial:
+        if failed and not is_partial and not correction:
             return {**about, "_status": str(Status.FAILED), "_failure": failed[0]["failure"]}
-        about["_partial"] = is_partial
+        about["_partial"] = is_partial and not self.plan.refuses_partial
         try:
-            return {**about, **self.merge_requests(asked, words)}
+            return {**about, **self.merge_requests(asked, words, correction)}
         except Exception as error:  # any: what an answer makes the parser, the merge or a column raise has no common class
             return {**about, "_status": str(Status.FAILED), "_failure": make_failed_row(Stage.VALIDATE, error)["failure"]}
 
-    def merge_requests(self, requests: Sequence[ScoredRow], words: Sequence[PageWords]) -> dict[str, Any]:
-        """Return the columns that come from the answers to a record's requests, and from the words of its pages."""
+    def collect_words(self, requests: Sequence[ScoredRow]) -> list[PageWords]:
+        """Return the words of the pages of a record's requests, of the text layer and by OCR, as far as the job uses them."""
+        found = []
+        for request in requests:
+            for page in request.get("pages") or []:
+                number, layer = page["page_no"], page.get("text_layer") if self.plan.uses_text else None
+                read = request["ocr"].get(number) if self.plan.uses_ocr else None
+                by_ocr = read["words"] if read else None
+                found += order_witnesses(
+                    unpack_words(number, layer) if layer else None,
+                    replace(unpack_words(number, by_ocr), is_ocr=True) if by_ocr else None,
+                    read["layer"] if read else None,
+                )
+        return found
+
+    def merge_requests(self, requests: Sequence[ScoredRow], words: Sequence[PageWords], correction: Correction | None) -> dict[str, Any]:
+        """Return the columns that come from the answers to a record's requests, a correction, and the words of its pages."""
         try:
-            parts = [make_part(request) for request in requests]
+            parts = list(list_parts(requests)) if correction else [make_part(request) for request in requests]
         except ValueError:
             wrong = next(request for request in requests if request["errors"])
             errors = wrong["errors"] or []
             return {**make_invalid_columns("invalid", errors[0], errors, wrong["answer"])}
         merged = merge_parts(self.plan.job_schema, parts)
-        columns, misfits = self.plan.columns.build_row(merged.value)
+        value = correction.correct_value(merged.value) if correction else merged.value
+        columns, misfits = self.plan.columns.build_row(value)
         about: ProvenanceRow = {"_disagreements": list_disagreements(merged), "_status": str(Status.EXTRACTED)}
-        if errors := [*map(str, self.plan.validator.find_violations(merged.value)), *misfits]:
-            about |= make_invalid_columns("invalid", errors[0], errors, schema.dump_json(merged.value))
-        elif merged.disagreements and self.plan.refuses_disagreements:
-            about |= make_invalid_columns("disagreement", describe_disagreement(merged), [], schema.dump_json(merged.value))
-        evidence = match_values(self.plan.job_schema, merged.value, words) if words else []
+        if errors := [*map(str, self.plan.validator.find_violations(value)), *misfits]:
+            about |= make_invalid_columns("invalid", errors[0], errors, schema.dump_json(value))
+        elif merged.disagreements and self.plan.refuses_disagreements and not correction:
+            about |= make_invalid_columns("disagreement", describe_disagreement(merged), [], schema.dump_json(value))
+        evidence = match_values(self.plan.job_schema, value, words) if words else []
         about["_rules"] = self.plan.rules.judge_record(columns)
-        facts = self.collect_facts(merged, evidence, about["_rules"], columns, requests)
+        facts = self.collect_facts(merged, evidence, about["_rules"], columns, requests, correction.values if correction else ())
         if facts:
             rated = list(map(float, self.rate(facts)))
             about["_confidence"] = [{"path": one.path, "confidence": rating} for one, rating in zip(facts, rated, strict=True)]
             about["_least_confidence"] = min(rated)
         about |= make_evidence_columns(words, evidence) if words else {}
+        about["_corrected"] = list(correction.paths) if correction else []
         return {**columns, **about}
 
     def collect_facts(
@@ -320,8 +391,12 @@ class SettleStage:
         rules: Sequence[RuleRow],
         columns: Mapping[str, Any],
         requests: Sequence[LedgerRow],
+        corrected: Container[str],
     ) -> list[ValueFacts]:
-        """Return what is known of each scalar of a record whose tokens are known; `columns` are its Arrow values."""
+        """Return what is known of each scalar of a record whose tokens are known; `columns` are its Arrow values.
+
+        The columns that a person has corrected are left out: their tokens would be those of another value.
+        """
         pages = [page for request in requests for page in request.get("pages") or []]
         kind, quality = decide_page_kind(pages), find_worst_quality(pages)
         witnessed = {found.path: found for found in evidence}
@@ -329,7 +404,7 @@ class SettleStage:
         judged = self.plan.rules.list_verdicts(rules, columns)
         found = []
         for path, value in list_scalar_values(merged.value):
-            if score := merged.find_score(path):
+            if (score := merged.find_score(path)) and not (corrected and find_column_name(path) in corrected):
                 field = NUMBERS.sub("", path).removeprefix("$").removeprefix(".")
                 holds = {one.rule: one.holds for one in judged if one.concerns(path, field)}
                 about = (self.types.get(field, "text"), score, witnessed.get(path), path in disputed, holds, kind, quality)
@@ -352,12 +427,6 @@ def list_record_columns(job: Job) -> RecordColumns:
     return {"columns": {field.name: str(field.type) for field in plan.schema}, "notes": list(plan.columns.notes)}
 
 
-def collect_words(requests: Sequence[LedgerRow]) -> list[PageWords]:
-    """Return the words of the pages of a record's requests; nothing of pages without a text layer."""
-    pages = [page for request in requests for page in request.get("pages") or []]
-    return [unpack_words(page["page_no"], layer) for page in pages if (layer := page.get("text_layer"))]
-
-
 def score_request(request: LedgerRow) -> ScoredRow:
     """Return a request with the scores of its values, without its tokens; without scores where its answer is not JSON."""
     tokens, answer, scores = request.get("tokens") or [], request.get("answer") or "", dict[str, TokenScore]()
@@ -365,7 +434,7 @@ def score_request(request: LedgerRow) -> ScoredRow:
         with suppress(ValueError):
             schema.parse_json(answer)
             scores = score_tokens(answer, tokens)
-    return {**request, "tokens": None, "scores": scores}
+    return cast(ScoredRow, {**request, "tokens": None, "scores": scores, "ocr": {}})
 
 
 def make_part(request: ScoredRow) -> Part:
@@ -434,8 +503,7 @@ def list_parts(requests: Sequence[ScoredRow]) -> Iterator[Part]:
     found = []
     for request in requests:
         with suppress(ValueError):
-            if request["status"] != Status.FAILED:
-                found.append(make_part(request))
+            found.append(make_part(request))
     yield from found or [Part(1, 1, {})]
 
 
@@ -473,20 +541,22 @@ def make_invalid_columns(kind: str, message: str, errors: list[str], answer: str
     return {"_status": str(Status.INVALID), "_failure": failure, "_errors": errors, "_answer": answer}
 
 
-def sum_provenance(requests: Sequence[LedgerRow]) -> ProvenanceRow:
+def sum_provenance(requests: Sequence[ScoredRow]) -> ProvenanceRow:
     """Return what a record's requests cost, which engine and model answered them, and what drew their pages."""
+    everything = [*requests, *(second for request in requests for second in request.get("seconds") or [])]
     pages = [page for request in requests for page in request.get("pages") or []]
     return {
-        "_requests": sum(1 for request in requests if request.get("asks")),
+        "_requests": sum(1 for request in everything if request.get("asks")),
         "_renderer": next((page["renderer"] for page in pages if page.get("renderer")), None),
         "_visual_tokens": sum(page["visual_tokens"] for page in pages),
-        "_prompt_tokens": sum(request.get("prompt_tokens") or 0 for request in requests),
-        "_completion_tokens": sum(request.get("completion_tokens") or 0 for request in requests),
+        "_prompt_tokens": sum(request.get("prompt_tokens") or 0 for request in everything),
+        "_completion_tokens": sum(request.get("completion_tokens") or 0 for request in everything),
         "_partial": False,
         "_page_failures": [failure for request in requests for failure in list_page_failures(request)],
         "_errors": [],
         "_disagreements": [],
         "_rules": [],
+        "_asked_again": [row for request in requests for row in request.get("asked_again") or []],
         "_corrected": [],
         "_page_kind": str(decide_page_kind(pages)) if pages else None,
         "_model": requests[0].get("model"),

@@ -106,7 +106,7 @@ def map_ahead(pool: ThreadPoolExecutor, function: Callable[[Item], Result], item
     remaining = iter(items)
     while batch := list(islice(remaining, ITEMS_PER_TASK)):
         waiting.append(pool.submit(map_batch, batch))
-        if len(waiting) > 2 * MAX_STREAMS:
+        while waiting and (len(waiting) > 2 * MAX_STREAMS or waiting[0].done()):
             yield from waiting.popleft().result()
     while waiting:
         yield from waiting.popleft().result()

@@ -19,7 +19,7 @@ from PIL import Image
 
 from pipeline.budget import PixelBudget, RenderSettings
 from pipeline.errors import DocumentError, RunError
-from pipeline.records import Word
+from pipeline.records import Word, WordMark
 from pipeline.render import protocol
 from pipeline.render import sandbox as module
 from pipeline.render.document import render_pages
@@ -147,8 +147,9 @@ def test_a_worn_out_renderer_is_replaced_before_a_document_lacks_memory(stub: Sa
     assert next(stub.draw_pages(2)).page_no == 2
 
 
-HONEST = {"page_no": 2, "shape": [28, 28, 3], "words": [["a", 1, 2, 3, 4, 0]], "warnings": ["b"], "dpi": 1, "width_pt": 1, "height_pt": 1}
+HONEST = {"page_no": 2, "shape": [28, 28, 3], "words": ["a"], "marks": [3], "warnings": ["b"], "dpi": 1, "width_pt": 1, "height_pt": 1}
 HONEST["renderer"] = "pdfium"
+BODY = bytes(28 * 28 * 3) + np.array([1.0, 2, 3, 4]).tobytes()
 LIES: dict[str, dict[str, Any]] = {
     "another page": {"page_no": 3},
     "half a cell": {"shape": [14, 56, 3]},
@@ -157,8 +158,11 @@ LIES: dict[str, dict[str, Any]] = {
     "a turned page": {"shape": [3, 28, 28]},
     "no shape": {"shape": None},
     "words that are none": {"words": [1]},
-    "words without places": {"words": [["a", 1, 2, 3]]},
-    "words with a mark that is none": {"words": [["a", 1, 2, 3, 4, 99]]},
+    "words without places": {"words": ["a", "b"], "marks": [0, 0]},
+    "places without words": {"words": [], "marks": []},
+    "words without marks": {"marks": []},
+    "words with a mark that is none": {"marks": [99]},
+    "words with a mark that is no number": {"marks": [[]]},
     "an endless number": {"dpi": 10**400},
     "no renderer": {"renderer": None},
     "a renderer with a long name": {"renderer": "a" * 100},
@@ -166,14 +170,22 @@ LIES: dict[str, dict[str, Any]] = {
 
 
 def test_a_page_is_unpacked() -> None:
-    page = protocol.unpack_page(HONEST, bytearray(28 * 28 * 3), 2, 28)
-    assert (page.words, page.renderer) == ((Word("a", 1, 2, 3, 4),), "pdfium")
+    page = protocol.unpack_page(HONEST, bytearray(BODY), 2, 28)
+    assert (page.words, page.renderer) == ((Word("a", 1, 2, 3, 4, WordMark.NO_INK),), "pdfium")
+    without = protocol.unpack_page(HONEST | {"words": [], "marks": []}, bytearray(BODY[:-32]), 2, 28)
+    assert without.words == ()
 
 
 @pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
 def test_a_renderer_is_not_believed(lie: dict[str, Any]) -> None:
     with pytest.raises((KeyError, OverflowError, TypeError, ValueError)):
-        protocol.unpack_page(HONEST | lie, bytearray(28 * 28 * 3), 2, 28)
+        protocol.unpack_page(HONEST | lie, bytearray(BODY), 2, 28)
+
+
+@pytest.mark.parametrize("body", [BODY[:-32], BODY[:-1], BODY + b"a", BODY[:-8] + np.array([np.nan]).tobytes()])
+def test_the_places_of_words_are_not_believed(body: bytes) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011  each of them says something else
+        protocol.unpack_page(HONEST, bytearray(body), 2, 28)
 
 
 @pytest.mark.parametrize("count", [0, -1, 11, 10**18, 1.5, "3", None])

@@ -7,6 +7,8 @@ import json
 import pyarrow.parquet as pq
 
 from pipeline import flow
+from pipeline.output import Output
+from pipeline.output.status import read_status
 from tests.support.chat_server import Body, ChatServer, Connection, drop_connection, reply_events, reply_status, reply_text, stall
 from tests.support.engines import VALID
 from tests.support.workspace import Workspace, draw_slip
@@ -42,3 +44,38 @@ def test_a_run_outlasts_a_server_that_fails_thirty_percent_in_six_ways(workspace
     assert sorted(answers) == sorted(answer for _, answer in given)
     assert len({page for page, _ in given}) == len(given) == 40
     assert len(stub.requests) > 50
+
+
+def test_a_broken_rule_is_asked_again_once_and_never_after(workspace: Workspace, ray_session: object) -> None:
+    """Three documents, of which the second answer mends one, leaves one as it is, and is not needed for one."""
+    answers = {"0.pdf": (50, 5), "1.pdf": (60, 61), "2.pdf": (7, None)}
+    pages = dict[str, str]()
+
+    def reply(connection: Connection, body: Body) -> None:
+        is_again = "They break a rule" in body["messages"][-1]["content"][-1]["text"]
+        page = body["messages"][-1]["content"][0]["image_url"]["url"]
+        name = pages.setdefault(page, f"{len(pages)}.pdf")
+        found = {"total": answers[name][is_again]}
+        return reply_text(json.dumps(found if is_again else {"currency": "EUR", **found, "lines": []}))(connection, body)
+
+    for number in range(3):
+        workspace.put(f"{number}.pdf", draw_slip(number))
+    rule = "extract.rules=[{name: cheap, expression: total < 10.0, message: too dear, re_ask: true}]"
+    with ChatServer(reply) as stub:
+        server = ("model.engine=openai", f"model.base_url={stub.base_url}", "model.name=stub-1", "model.structure=json_schema")
+        job = workspace.job(*server, "model.server=other", "model.logprobs=false", rule)
+        report = flow.run(job)
+        asked = len(stub.requests)
+        again = flow.run(job)
+        assert (asked, len(stub.requests)) == (5, 5)
+    out = workspace.folder / "out"
+    ledger = pq.read_table(out / "requests").select(["key", "rule", "completion_tokens"]).to_pylist()
+    records = pq.read_table(out / "records").to_pylist()
+    assert sorted(row["rule"] or "" for row in ledger) == ["", "", "", "cheap", "cheap"]
+    assert len({row["key"] for row in ledger}) == 5
+    assert sorted((int(record["total"]), record["_requests"]) for record in records) == [(5, 2), (7, 1), (60, 2)]
+    assert sorted(str([found["taken"] for found in record["_asked_again"]]) for record in records) == ["[False]", "[True]", "[]"]
+    assert (report.requests_asked, report.rule_requests, report.requests, report.exit_code) == (5, 2, {"extracted": 3}, 0)
+    assert report.completion_tokens == sum(row["completion_tokens"] for row in ledger)
+    assert (again.requests_asked, again.rule_requests) == (0, 0)
+    assert read_status(Output(out))["requests"] == {"extracted": 3}

@@ -81,6 +81,8 @@ class Observed:
     """Sockets that listen off loopback, with the title of their process."""
     programs: set[str] = field(default_factory=set)
     """Of the processes that listen."""
+    titles: set[str] = field(default_factory=set)
+    """Of its processes."""
     readable: set[str] = field(default_factory=set)
     """Files and folders with a right for the group or others."""
     leaks: set[str] = field(default_factory=set)
@@ -129,6 +131,7 @@ def watch_run(run: subprocess.Popen[str], workspace: Workspace, seen: Observed, 
     while run.poll() is None and time.monotonic() < deadline:
         family = list_family(run.pid)
         look_at_sockets(family, seen)
+        seen.titles |= set(map(read_title, family))
         for process in family:
             environment = read_environment(process)
             token = environment.get("RAY_AUTH_TOKEN", token)
@@ -229,6 +232,11 @@ def join_without_token(family: list[int]) -> str:
 def test_no_socket_listens_off_loopback(runs: list[Observed]) -> None:
     assert {"gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent"} <= runs[1].programs
     assert [seen.open_sockets for seen in runs] == [set(), set()]
+
+
+def test_ray_starts_no_process_that_a_run_on_one_machine_does_not_need(runs: list[Observed]) -> None:
+    assert any("/raylet" in title for title in runs[1].titles)
+    assert not [title for title in runs[1].titles if re.search(r"/(log_)?monitor\.py|/dashboard\.py", title)]
 
 
 def test_a_process_without_the_token_is_refused(runs: list[Observed]) -> None:

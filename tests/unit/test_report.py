@@ -29,7 +29,12 @@ def unasked(source: str) -> dict[str, Any]:
 
 
 def unopened(source: str) -> dict[str, Any]:
-    return row(source, (0, 0), 0, status="failed") | dict.fromkeys(("asks", "prompt_tokens", "completion_tokens")) | {"pages_shown": 0}
+    failure = {"stage": "render", "kind": "broken", "message": "it cannot be opened"}
+    return (
+        row(source, (0, 0), 0, status="failed", failure=failure)
+        | dict.fromkeys(("asks", "prompt_tokens", "completion_tokens"))
+        | {"pages_shown": 0}
+    )
 
 
 def count(documents: int, *rows: dict[str, Any]) -> tuple[Report, list[Progress]]:
@@ -135,7 +140,7 @@ def test_a_document_that_asks_nothing_is_done_and_costs_nothing() -> None:
 
 def test_a_document_that_cannot_be_opened_is_done_and_failed_and_asked_nothing() -> None:
     total, seen = count(1, unopened("a.pdf"))
-    assert (seen[0].documents_done, seen[0].failed) == (1, 1)
+    assert (seen[0].documents_done, seen[0].failed, seen[0].failures) == (1, 1, {"render/broken": 1})
     assert (total.requests_asked, total.pages_asked) == (0, 0)
 
 
@@ -276,3 +281,24 @@ def test_a_document_with_one_bad_request_is_bad_once() -> None:
     with pytest.raises(RunError, match="1 of the 1 that"):
         judge(0.5, *parts)
     judge(0.5, *reversed(parts), row("b.pdf"))
+
+
+# --- the end of a phase
+
+
+@pytest.mark.parametrize(
+    ("documents", "done", "elapsed_s", "left_s"),
+    [
+        *((40, 10, 30.0, 90.0), (40, 40, 30.0, 0.0), (40, 0, 30.0, None), (40, 1, 0.5, None), (None, 3, 9.0, None), (0, 0, 9.0, None)),
+        *((4000, 39, 30.0, None), (4000, 40, 30.0, 2970.0), (1_000_000, 49, 1.0, None), (1_000_000, 50, 1.0, 19_999.0)),
+    ],
+)
+def test_the_time_that_is_left_follows_from_the_documents_that_are_done(
+    documents: int | None, done: int, elapsed_s: float, left_s: float | None
+) -> None:
+    assert Progress(Phase.ASKING, documents, done, 0, 0, 0, elapsed_s).remaining_s == left_s
+
+
+def test_progress_says_how_busy_the_engines_are() -> None:
+    _, seen = count(2, row("a.pdf", actor="1", alive_s=10.0, busy_s=9.0), row("b.pdf", actor="2", alive_s=10.0, busy_s=6.0))
+    assert [now.engine_busy_share for now in seen] == [0.9, 0.75]

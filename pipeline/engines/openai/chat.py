@@ -11,16 +11,18 @@ Pages are sent as data URLs and never as addresses: a server that fetches addres
 
 from __future__ import annotations
 
+import base64
 import codecs
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pipeline.engines.completion import LOOP_CHARACTERS, LOOP_EVERY, LOOP_EVERY_CHARACTERS, find_loop, make_loop_error
-from pipeline.engines.openai.images import ImageFormat, build_data_url
+from pipeline.engines.openai.images import ImageFormat, encode_page
 from pipeline.errors import DocumentError
-from pipeline.records import Completion, FinishReason, Message, Request, Sampling, Token, Usage
+from pipeline.records import Completion, FinishReason, Message, Pixels, Request, Sampling, Token, Usage
 from pipeline.schema.prompt import CONTROL_TOKEN
 
 Structure = Literal["json_schema", "tool", "prompt"]
@@ -63,9 +65,10 @@ class ServerProfile:
 
 def build_body(request: Request, profile: ServerProfile) -> bytes:
     """Return a request as JSON. Takes milliseconds for each page, so it must not run in an event loop."""
+    conversation, mark = build_conversation(request, profile.structure), secrets.token_hex()
     body = {
         "model": profile.model,
-        "messages": [build_turn(message, profile.image_format) for message in build_conversation(request, profile.structure)],
+        "messages": [build_turn(message, mark) for message in conversation],
         "stream": True,
         "stream_options": {"include_usage": True},
         "max_tokens": request.sampling.max_tokens,
@@ -75,7 +78,16 @@ def build_body(request: Request, profile: ServerProfile) -> bytes:
     if profile.logprobs:
         body["logprobs"] = True
     body |= profile.extra
-    return json.dumps({name: value for name, value in body.items() if value is not None}, separators=(",", ":")).encode()
+    text = json.dumps({name: value for name, value in body.items() if value is not None}, separators=(",", ":"))
+    pages = [part for message in conversation for part in message.parts if not isinstance(part, str)]
+    return insert_pages(text.encode().split(mark.encode()), pages, profile.image_format)
+
+
+def insert_pages(pieces: list[bytes], pages: Sequence[Pixels], image_format: ImageFormat) -> bytes:
+    """Return the pieces of a body with a page's data URL between each two of them: as part of the JSON it would be copied five times."""
+    urls = (f"data:image/{image_format};base64,".encode() + base64.b64encode(encode_page(page, image_format)) for page in pages)
+    between = [part for piece, url in zip(pieces[1:], urls, strict=True) for part in (url, piece)]
+    return b"".join((pieces[0], *between))
 
 
 def build_sampling(sampling: Sampling, everything: bool) -> dict[str, Any]:
@@ -111,8 +123,8 @@ def build_conversation(request: Request, structure: Structure) -> Sequence[Messa
     return (Message("system", (*first.parts, instruction)), *others)
 
 
-def build_turn(message: Message, image_format: ImageFormat) -> dict[str, Any]:
-    """Return a message as JSON; one without images as plain text, which the templates of some servers require.
+def build_turn(message: Message, mark: str) -> dict[str, Any]:
+    """Return a message as JSON, with `mark` in place of each image; one without images as plain text, which some servers want.
 
     Control tokens that a page or an answer spells are replaced by a space: the server would take them for real ones.
     """
@@ -121,10 +133,7 @@ def build_turn(message: Message, image_format: ImageFormat) -> dict[str, Any]:
     if len(texts) == len(parts):
         return {"role": message.role, "content": "\n".join(texts)}
     content = [
-        {"type": "text", "text": part}
-        if isinstance(part, str)
-        else {"type": "image_url", "image_url": {"url": build_data_url(part, image_format)}}
-        for part in parts
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image_url", "image_url": {"url": mark}} for part in parts
     ]
     return {"role": message.role, "content": content}
 

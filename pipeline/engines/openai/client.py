@@ -23,6 +23,7 @@ from typing import Any
 import httpx2
 
 from pipeline.engines.openai.chat import ChatAnswer, RetryableError, extract_error_message
+from pipeline.engines.openai.event_stream import EventReader
 from pipeline.errors import DocumentError, EngineDead
 from pipeline.records import Completion
 from pipeline.version import __version__
@@ -34,6 +35,8 @@ MAX_RETRY_AFTER_S = 300.0
 CONNECT_S = 10.0
 LINGER_S = 1.0
 """Time for a reply to end after its last event: only then can its connection be used again."""
+IDLE_STEP = 0.01
+"""Share of the idle timeout by which it is moved on: not with every event, because that costs as much as reading one."""
 MAX_ERROR_BYTES = 65_536
 MAX_REPLY_BYTES = 64 * 2**20
 RETRIED_STATUSES = {408, 409, 425, 429}
@@ -124,7 +127,7 @@ class ChatClient:
 
     async def _receive(self, body: bytes, answer: ChatAnswer, idle: asyncio.Timeout) -> None:
         """Send a call and add the reply's events to the answer. Each event restarts the idle timeout; too long an answer is cut."""
-        now = asyncio.get_running_loop().time
+        now, step_s = asyncio.get_running_loop().time, self.policy.idle_timeout_s * IDLE_STEP
         async with self._client.stream("POST", f"{self.base_url}/chat/completions", content=body) as reply:
             self._last_reply_s = time.monotonic()
             if reply.status_code != 200:
@@ -133,8 +136,9 @@ class ChatClient:
                 )
             async for data in iterate_events(reply):
                 ended = data == "[DONE]"
-                if not idle.expired():
-                    idle.reschedule(now() + (LINGER_S if ended else self.policy.idle_timeout_s))
+                due_s = now() + (LINGER_S if ended else self.policy.idle_timeout_s)
+                if not idle.expired() and abs(due_s - (idle.when() or 0.0)) > step_s:
+                    idle.reschedule(due_s)
                 if not ended:
                     event = parse_event(data)
                     if status := find_late_status(event):
@@ -190,8 +194,12 @@ async def receive_reply(reply: httpx2.Response, max_bytes: int) -> bytes:
 async def iterate_events(reply: httpx2.Response) -> AsyncIterator[str]:
     """Yield the data of each server-sent event; of a reply without events, its body."""
     if reply.headers.get("Content-Type", "").startswith("text/event-stream"):
-        async for event in httpx2.EventSource(reply):
-            yield event.data
+        reader = EventReader()
+        async for block in reply.aiter_bytes():
+            for data in reader.read_block(block):
+                yield data
+            if len(reader.rest) > MAX_REPLY_BYTES:
+                raise RetryableError("garbled", f"the server sent an event of more than {MAX_REPLY_BYTES // 2**20} MiB")
     else:
         yield (await receive_reply(reply, MAX_REPLY_BYTES)).decode("utf-8", "replace")
 

@@ -14,6 +14,7 @@ from pipeline.cli import progress
 from pipeline.report import Phase, Progress
 
 HALFWAY = Progress(phase=Phase.ASKING, documents=4, documents_done=1, pages_done=6, requests_done=2, failed=1, elapsed_s=4)
+HALFWAY = replace(HALFWAY, failures={"render/broken": 1}, engine_busy_share=0.93)
 
 
 def on_terminal(columns: int = 120) -> Console:
@@ -37,7 +38,7 @@ def test_without_a_terminal_a_line_now_and_then_says_where_a_run_stands(monkeypa
     monkeypatch.setattr(progress, "LINE_PERIOD_S", 0.01)
     with progress.show_progress(shown := Console(file=StringIO(), width=120)) as display:
         display.update(HALFWAY)
-        assert wait_for(shown, "0.1 s  1/4 documents, 6 pages, 1.5 pages/s, 1 failed\n")
+        assert wait_for(shown, "0.1 s  1/4 documents, 6 pages, 1.5 pages/s, 1 failed (render/broken), engine busy 93 %, 12 s left\n")
     assert "\x1b" not in read(shown)
 
 
@@ -48,7 +49,7 @@ def test_each_phase_ends_with_a_line() -> None:
     assert read(shown).splitlines() == [
         "listing             0.0 s  4 documents",
         "starting Ray        0.0 s",
-        "asking              0.0 s  1/4 documents, 6 pages, 1.5 pages/s, 1 failed",
+        "asking              0.0 s  1/4 documents, 6 pages, 1.5 pages/s, 1 failed (render/broken), engine busy 93 %",
     ]
 
 
@@ -67,7 +68,32 @@ def test_beside_json_there_is_nothing_but_messages() -> None:
 def test_the_bar_shows_pages_per_second() -> None:
     with progress.show_progress(shown := on_terminal()) as display:
         display.update(HALFWAY)
-    assert "1/4 documents, 6 pages, 1.5 pages/s, 1 failed" in read(shown)
+    assert "asking 1/4 documents, 12 s left, 1 failed (render/broken), 1.5 pages/s, 6 pages" in read(shown)
+
+
+@pytest.mark.parametrize(
+    ("room", "text"),
+    [
+        (200, "asking 1/4 documents, 12 s left, 1 failed (render/broken), 1.5 pages/s, 6 pages, engine busy 93 %"),
+        (72, "asking 1/4 documents, 12 s left, 1 failed (render/broken), 1.5 pages/s"),
+        (40, "asking 1/4 documents, 12 s left"),
+        (5, "asking"),
+    ],
+)
+def test_a_narrow_bar_leaves_out_what_matters_least(room: int, text: str) -> None:
+    assert progress.format_bar(HALFWAY, 7, room) == text
+
+
+def test_while_the_end_cannot_be_estimated_the_time_so_far_is_shown() -> None:
+    assert progress.format_bar(replace(HALFWAY, documents_done=0), 7, 36) == "asking 0/4 documents, 7 s"
+    assert progress.format_bar(None, 0, 36) == "checking the job, 0 s"
+
+
+def test_failures_are_named_by_kind() -> None:
+    kinds = {"render/a": 1, "render/b": 3, "render/c": 2}
+    assert progress.format_failures(replace(HALFWAY, failed=6, failures=kinds)) == "6 failed (render/b 3, render/c 2, render/a 1)"
+    assert progress.format_failures(replace(HALFWAY, failed=7, failures=kinds | {"d": 1})).endswith("render/a 1, …)")
+    assert progress.format_failures(replace(HALFWAY, failed=0, failures={})) == "0 failed"
 
 
 @pytest.mark.parametrize(("number", "line"), [(0.04, "0.0 s"), (99.9, "99.9 s"), (100, "0:01:40"), (3725.6, "1:02:06")])

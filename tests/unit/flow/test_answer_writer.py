@@ -54,7 +54,30 @@ def desk(tmp_path: Path) -> Desk:
 def add(writer: AnswerWriter, *keys: str) -> None:
     for key in keys:
         row: Any = {"key": key, "attempt": 1, "source": f"{key}.pdf", "doc_id": key, "page_count": 2, "status": "extracted", "pages": []}
-        writer.add(row | {"size_bytes": 5, "version": "1"}, 2.0, 1.0)
+        writer.add([row | {"size_bytes": 5, "version": "1"}], 2.0, 1.0)
+
+
+def test_a_request_is_written_with_the_rows_that_asked_again(desk: Desk) -> None:
+    """Where another engine has written the request, it has written those of its own."""
+
+    async def write(writer: AnswerWriter) -> None:
+        for key in ("done", "new"):
+            row: Any = {
+                "attempt": 1,
+                "source": "a.pdf",
+                "doc_id": "a",
+                "page_count": 1,
+                "status": "extracted",
+                "size_bytes": 5,
+                "version": "1",
+            }
+            writer.add([row | {"key": key}, row | {"key": f"{key} again", "rule": "sum"}], 2.0, 1.0)
+        assert await writer.flush()
+
+    desk.work(write)
+    assert desk.read_keys() == ["new", "new again"]
+    receipts = desk.registry.take_news().receipts
+    assert [(receipt["key"], receipt["rule"]) for receipt in receipts] == [("new", None), ("new again", "sum")]
 
 
 async def wait_until(happened: Callable[[], Any]) -> None:

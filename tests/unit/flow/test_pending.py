@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import pyarrow as pa
 import pytest
@@ -14,7 +15,7 @@ from pipeline.errors import RunError
 from pipeline.flow import pending
 from pipeline.job import Job
 from pipeline.output import Output
-from pipeline.output.sources import SOURCE_SCHEMA, replace_sources
+from pipeline.output.sources import SOURCE_SCHEMA, read_sources, replace_sources
 from pipeline.storage import object_store
 from pipeline.storage.object_store import StoredObject
 from tests.support import s3
@@ -170,6 +171,45 @@ def test_auto_looks_at_everything_after_a_run_that_stopped_itself(bucket: s3.Buc
     looked_for.clear()
     names(job)
     assert sorted(looked_for) == ["a.pdf", "b.pdf"]
+
+
+# ---- A listing that goes on
+
+
+def test_a_document_that_changed_waits_for_the_whole_listing(workspace: Workspace, job: Job) -> None:
+    """The list of sources has a row of its old version, which only the whole listing replaces."""
+    begin_run(job, "in/a.pdf", "in/b.pdf")
+    workspace.put("a.pdf", b"%PDF-2")
+    workspace.put("c.pdf", b"%PDF-")
+    output = Output(job.output)
+    found = pending.identify_first_documents(output, pending.list_documents(job))
+    assert found.select(["source", "doc_id"]).to_pylist() == [{"source": "in/b.pdf", "doc_id": "d"}, {"source": "in/c.pdf", "doc_id": None}]
+    assert read_sources(output)["source"].to_pylist() == ["in/a.pdf", "in/b.pdf", "in/c.pdf"]
+    assert pending.identify_documents(output, pending.list_documents(job))["doc_id"].to_pylist() == [None, "d", None]
+
+
+def test_enough_documents_end_the_wait_for_a_slow_listing(workspace: Workspace, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before the time in which most listings are complete."""
+    monkeypatch.setattr(sources, "PROGRESS_S", 0.01)
+    monkeypatch.setattr(pending, "GRACE_S", 0.3)
+    more = threading.Event()
+    real = os.stat
+
+    def stat(path: str, **given: object) -> os.stat_result:
+        if str(path).endswith("b.pdf"):
+            more.wait(60)
+        return real(path, **given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.setattr("pipeline.storage.store.ITEMS_PER_TASK", 1)
+    started_s = time.monotonic()
+    with closing(pending.DocumentListing.begin(job)) as listing:
+        pending.await_documents(listing, 0, lambda _: None)
+        assert (listing.is_complete, listing.make_table()["source"].to_pylist()) == (False, ["in/a.pdf"])
+        assert time.monotonic() - started_s >= 0.3
+        more.set()
+        pending.await_documents(listing, None, lambda _: None)
+        assert (listing.is_complete, listing.make_table()["source"].to_pylist()) == (True, ["in/a.pdf", "in/b.pdf"])
 
 
 # ---- Progress

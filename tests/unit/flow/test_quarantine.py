@@ -34,7 +34,8 @@ def answer(workspace: Workspace, engine: ScriptedEngine, registry: Registry, **d
 
     async def gather() -> list[Row]:
         quarantine = Quarantine(AskStage(workspace.job(), engine), registry, ENGINE)
-        return await asyncio.gather(*(quarantine.answer_row(REQUEST | {"key": key}, died, "gone") for key, died in deaths.items()))
+        found = await asyncio.gather(*(quarantine.answer_rows(REQUEST | {"key": key}, died, "gone") for key, died in deaths.items()))
+        return [rows[0] for rows in found]
 
     return {row["key"]: row for row in asyncio.run(asyncio.wait_for(gather(), 60))}
 
@@ -100,7 +101,7 @@ def test_a_row_that_failed_before_it_was_asked_does_not_wait(workspace: Workspac
         quarantine = Quarantine(AskStage(workspace.job(), ScriptedEngine()), Registry(), ENGINE)
         failed = REQUEST | {"key": "k1", "status": "failed", "failure": {"stage": "render", "kind": "broken", "message": "no page"}}
         async with quarantine.turnstile.enter(alone=True):
-            return await asyncio.wait_for(quarantine.answer_row(failed, 2, "gone"), 60)
+            return (await asyncio.wait_for(quarantine.answer_rows(failed, 2, "gone"), 60))[0]
 
     assert asyncio.run(ask())["failure"]["kind"] == "broken"
 

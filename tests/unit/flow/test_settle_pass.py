@@ -163,6 +163,15 @@ def test_a_shard_of_records_that_is_not_as_it_was_is_written_again(answered: Ans
     assert (written, answered.read_records()) == ([file.name], before)
 
 
+def test_settling_renews_the_report_for_people(answered: AnsweredJob) -> None:
+    flow.settle(answered.job)
+    written = answered.output.root.read("report.html").decode()
+    assert f"<dd>{DOCUMENTS:,}</dd>" in written
+    answered.output.root.put("report.html", b"")
+    flow.settle(answered.job)
+    assert answered.output.root.read("report.html").decode() == written
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"a": 1}', b"\xff"])
 def test_a_broken_list_of_what_was_settled_settles_everything(answered: AnsweredJob, written: list[str], content: bytes) -> None:
     answered.settle()

@@ -12,8 +12,8 @@ import pytest
 from pipeline.errors import DamagedShard, JobError, RunError
 from pipeline.output import Output
 from pipeline.output.compaction import compact_shards
-from pipeline.output.ledger import LEDGER_SCHEMA, read_requests, set_aside_damaged_shards
-from pipeline.output.shards import read_shards, write_shard
+from pipeline.output.ledger import LEDGER_SCHEMA, read_ledger_state, read_requests
+from pipeline.output.shards import read_intact, read_shards, write_shard
 from pipeline.output.sources import SOURCE_SCHEMA, read_sources, replace_sources, write_sources
 from pipeline.storage.store import FolderStore
 from tests.support.ledger import LedgerWriter
@@ -168,7 +168,9 @@ def test_a_damaged_shard_is_set_aside_and_the_rest_is_read(output: Output) -> No
     good = write_test_shard(output.requests, pa.Table.from_pylist([make_row("k1", status="extracted")], LEDGER_SCHEMA), ["k1"])
     bad = write_test_shard(output.requests, pa.Table.from_pylist([make_row("k2", status="extracted")], LEDGER_SCHEMA), ["k2"])
     bad.write_bytes(b"PAR1")
-    assert set_aside_damaged_shards(output) == [str(bad)]
+    damaged: list[str] = []
+    read_intact(output, damaged, lambda: read_ledger_state(output))
+    assert damaged == [str(bad)]
     assert list_folder(output.requests) == sorted([f".{bad.name}.damaged", good.name])
     assert read_shards(output.requests, ["key"], LEDGER_SCHEMA)["key"].to_pylist() == ["k1"]
 
@@ -307,3 +309,20 @@ def test_an_old_ledger_is_read_beside_a_new_one(output: Output, count: int) -> N
     after = read_requests(output, pa.chunked_array([["d"]])).to_pylist()
     assert len(after) == count + 1
     assert {row["key"] for row in after if row["pages"][0]["renderer"] == "pdfium"} == {"new"}
+
+
+def test_shards_of_an_older_version_are_read_by_columns_that_they_lack(output: Output) -> None:
+    row = {"key": "k", "attempt": 1, "source": "a.pdf", "doc_id": "d", "status": "extracted"}
+    table = pa.Table.from_pylist([row], LEDGER_SCHEMA).drop_columns("page_failures")
+    write_shard(output.requests, table, ["k"])
+    read_ledger_state(output)  # raises DamagedShard for one
+    assert read_requests(output, pa.chunked_array([["d"]])).select(["key", "page_failures"]).to_pylist() == [
+        {"key": "k", "page_failures": None}
+    ]
+
+
+def test_a_shard_that_lacks_another_column_is_damaged(output: Output) -> None:
+    write_shard(output.requests, pa.table({"key": ["k"]}), ["k"])
+    damaged: list[str] = []
+    read_intact(output, damaged, lambda: read_shards(output.requests, None, LEDGER_SCHEMA))
+    assert [file.startswith(str(output.requests)) for file in damaged] == [True]

@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.errors import JobError
 from pipeline.output import Output
+from pipeline.schema.merge import merge_parts
 from pipeline.stages.requests import compute_document_keys
 from pipeline.stages.settle import PROVENANCE_COLUMNS, SettleStage, list_record_columns
 from tests.support.engines import VALID
@@ -159,6 +160,17 @@ def test_a_person_can_fill_in_a_document_that_failed(workspace: Workspace) -> No
     whole = {"_corrected": ["$.total", "$.currency", "$.lines"], "currency": "USD", "lines": []}
     row = record(correct(workspace, **whole), document(), {"status": "failed", "failure": FAILURE})
     assert (row["_status"], row["_failure"], row["total"], row["currency"]) == ("extracted", None, Decimal("5.00"), "USD")
+
+
+def test_a_corrected_value_has_no_confidence_and_is_merged_once(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the model was sure of was another value."""
+    merged: list[Any] = []
+    monkeypatch.setattr("pipeline.stages.settle.merge_parts", lambda *given: merged.append(given) or merge_parts(*given))
+    tokens = [{"text": VALID[at : at + 3], "logprob": -0.1} for at in range(0, len(VALID), 3)]
+    stage, listed = correct(workspace), document()
+    row = record(stage, listed, {"answer": VALID, "tokens": tokens})
+    paths = {rated["path"] for rated in row["_confidence"]}
+    assert ("$.total" in paths, "$.currency" in paths, len(merged)) == (False, True, 1)
 
 
 def test_a_correction_is_part_of_what_records_are_made_of(workspace: Workspace) -> None:

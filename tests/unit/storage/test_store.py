@@ -16,8 +16,8 @@ from pipeline.cli import main
 from pipeline.errors import DamagedShard, DocumentError, JobError, RunError, SourceError
 from pipeline.output import Output, compaction
 from pipeline.output.compaction import compact_shards
-from pipeline.output.ledger import LEDGER_SCHEMA, read_requests, set_aside_damaged_shards
-from pipeline.output.shards import read_shard, read_shards, write_shard
+from pipeline.output.ledger import LEDGER_SCHEMA, read_ledger_state, read_requests
+from pipeline.output.shards import read_intact, read_shard, read_shards, write_shard
 from pipeline.output.sources import read_sources
 from pipeline.output.status import read_status
 from pipeline.records import Document
@@ -310,7 +310,9 @@ def test_a_damaged_shard_in_a_store_is_set_aside(any_bucket: Bucket, tmp_path: P
     write_rows(output, make_row("k2"))
     bad = next(iter(output.requests.list_names(".parquet")))
     any_bucket.put(f"{tmp_path.name}/requests/{bad}", damage)
-    assert set_aside_damaged_shards(output) == [any_bucket.url(f"{tmp_path.name}/requests/{bad}")]
+    damaged: list[str] = []
+    read_intact(output, damaged, lambda: read_ledger_state(output))
+    assert damaged == [any_bucket.url(f"{tmp_path.name}/requests/{bad}")]
     assert any_bucket.get(f"{tmp_path.name}/requests/.{bad}.damaged") == damage
     assert len(read_rows(output)) == 1
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pipeline.engines.openai.chat import ChatAnswer, ServerProfile
-from pipeline.engines.openai.images import build_data_url, encode_png, reduce_to_grey
+from pipeline.engines.openai.images import encode_page, encode_png, reduce_to_grey
 from pipeline.records import Completion, FinishReason, Message, Request, Sampling, Token, Usage
 from pipeline.schema import prompt
 from tests.support.chat_server import Body, ChatServer, reply_endlessly, reply_events, reply_text, reply_unstreamed
@@ -43,8 +43,7 @@ def test_pages_are_sent_as_png_in_order_with_every_pixel() -> None:
 @pytest.mark.parametrize("image_format", ["png", "jpeg"])
 def test_a_page_without_colour_is_sent_in_grey_with_the_same_values(image_format: Any) -> None:
     page = np.repeat(np.linspace(0, 255, 28 * 56).astype(np.uint8).reshape(28, 56, 1), 3, axis=2)
-    file = base64.b64decode(build_data_url(page, image_format).partition(",")[2])
-    picture = Image.open(io.BytesIO(file))
+    picture = Image.open(io.BytesIO(encode_page(page, image_format)))
     assert picture.mode == "L"
     assert np.abs(np.asarray(picture.convert("RGB")).astype(int) - page).max() <= (0 if image_format == "png" else 4)
 
