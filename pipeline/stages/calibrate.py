@@ -21,7 +21,7 @@ from pipeline.records import LedgerRow
 from pipeline.stages.settle import RecordPlan, SettleStage, rate_raw
 from pipeline.storage.location import parse_location
 
-DOCUMENTS_AT_ONCE = 200
+DOCUMENTS_AT_ONCE, ROWS_AT_ONCE = 200, 32
 
 
 def restore_job(records: RecordTable) -> Job:

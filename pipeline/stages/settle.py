@@ -392,11 +392,11 @@ class SettleStage:
         rules: Sequence[RuleRow],
         columns: Mapping[str, Any],
         requests: Sequence[LedgerRow],
-        corrected: Container[str] = (),
+        corrected: Container[str],
     ) -> list[ValueFacts]:
         """Return what is known of each scalar of a record whose tokens are known; `columns` are its Arrow values.
 
-        Nothing is known of the columns that a person has corrected: it would be about another value.
+        The columns that a person has corrected are left out: their tokens would be those of another value.
         """
         pages = [page for request in requests for page in request.get("pages") or []]
         kind, quality = decide_page_kind(pages), find_worst_quality(pages)

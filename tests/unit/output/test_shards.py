@@ -155,7 +155,7 @@ def test_a_byte_that_someone_changed_is_noticed_or_changes_nothing(output: Outpu
     table = pa.Table.from_pylist([make_row(f"k{n}", answer=f'{{"total":{n}}}', status="extracted") for n in range(50)], LEDGER_SCHEMA)
     file = write_test_shard(output.requests, table, ["a"])
     data = bytearray(file.read_bytes())
-    data[len(data) * part // 16 + 50] ^= 0x10  # not every byte: 1 in 80, of statistics and names in the footer, has no checksum
+    data[len(data) * part // 16 + 75] ^= 0x10  # not every byte: 1 in 80, of statistics and names in the footer, has no checksum
     file.write_bytes(data)
     try:
         found = read_shards(output.requests, None, LEDGER_SCHEMA)
