@@ -55,7 +55,7 @@ def collect_output_facts(records: RecordTable) -> dict[tuple[str, int | None], l
     documents, found = read_sources(records.output), dict[tuple[str, int | None], list[ValueFacts]]()
     for start in range(0, documents.num_rows, DOCUMENTS_AT_ONCE):
         some = documents.slice(start, DOCUMENTS_AT_ONCE)
-        requests = read_requests(records.output, some["doc_id"], with_tokens=True).to_batches(max_chunksize=32)
+        requests = read_requests(records.output, some["doc_id"], with_tokens=True).to_batches(max_chunksize=ROWS_AT_ONCE)
         rows = (cast(LedgerRow, row) for batch in requests for row in batch.to_pylist())
         words = read_ocr_words(records.output, some["doc_id"]).to_pylist() if stage.plan.uses_ocr else []
         for record in stage.settle_documents(some.to_pylist(), rows, group_words(words)):
