@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import re
@@ -41,6 +42,7 @@ THREADS_S = 3.0
 """How long Ray Data's threads may take to end."""
 IDLE_THREAD = "Prefetcher"
 """Name of a daemon thread of Ray Data that waits for work and never ends; this is harmless."""
+STOPPED = "the run stopped: {}; run the same command again to resume it"
 RAISED = re.compile(r"^((?:\w+\.)*)([A-Z]\w*): (.+)$", re.MULTILINE)
 """The line of a traceback that says what was raised."""
 UNNEEDED_STARTS = ("start_monitor", "start_log_monitor", "start_api_server")
@@ -283,6 +285,12 @@ def stop_ray(threads: Set[threading.Thread]) -> None:
         thread.join(max(0.0, deadline - time.monotonic()))
     ray.shutdown()
     reload_ray_token()  # the next Ray of this process has another than one that was started here
+
+
+def exit_without_destructors() -> None:
+    """Have this actor's process exit with os._exit after Ray's atexit handler: its C++ destructors can deadlock (Ray 2.60, on a busy
+    machine)."""
+    atexit.register(os._exit, 0)
 
 
 def convert_worker_error(error: Exception, sentence: str) -> RunError:

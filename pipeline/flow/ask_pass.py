@@ -30,7 +30,7 @@ from pipeline import cluster
 from pipeline.errors import RunError
 from pipeline.events import emit_event
 from pipeline.flow.capacity import Reservations
-from pipeline.flow.engine_actor import STOPPED, EngineActor
+from pipeline.flow.engine_actor import EngineActor
 from pipeline.flow.engine_pool import EnginePool
 from pipeline.flow.render_actor import TRIAL_COLUMN, RenderActor, SendLimits
 from pipeline.flow.watchdog import DatasetRun, StallWatchdog
@@ -128,7 +128,7 @@ class AskPass:
             traceback.clear_frames(error.__traceback__)  # they hold the iterators at whose end Ray Data stops
             self.stop(run)
             if isinstance(error, EXECUTION_ERRORS):
-                raise cluster.convert_worker_error(error, STOPPED) from error
+                raise cluster.convert_worker_error(error, cluster.STOPPED) from error
             raise
 
     def take_news(self) -> Iterator[ReceiptRow]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import os
 import threading
 import time
@@ -12,7 +11,7 @@ from typing import Any, cast
 
 import ray
 
-from pipeline import engines
+from pipeline import cluster, engines
 from pipeline.errors import EngineDead, PipelineError, RunError
 from pipeline.flow.answer_writer import AnswerWriter
 from pipeline.flow.metrics import EngineMetrics
@@ -24,16 +23,10 @@ from pipeline.registry import EngineEntry
 from pipeline.registry.deaths import EngineId
 from pipeline.stages.ask import AskStage
 
-STOPPED = "the run stopped: {}; run the same command again to resume it"
 STALL_PERIOD_S = 5.0
 """How often an actor looks whether its engine still writes tokens."""
 LAST_WRITE_S = 10.0
 """How long an actor whose engine is dead may take to write what was answered."""
-
-
-def exit_without_destructors() -> None:
-    """Exit with os._exit after Ray's atexit handler; its C++ destructors can deadlock (Ray 2.60, on a busy machine)."""
-    atexit.register(os._exit, 0)
 
 
 class EngineActor:
@@ -41,7 +34,7 @@ class EngineActor:
 
     def __init__(self, job: Job, threads: int, registry: str) -> None:
         """`registry`: the name of the actor, because Ray restarts no actor whose arguments hold a handle that was lost."""
-        exit_without_destructors()
+        cluster.exit_without_destructors()
         here = ray.get_runtime_context()
         self.registry = cast(Any, ray.get_actor(registry))
         self.id = EngineId(str(here.get_actor_id()), os.getpid())

@@ -23,7 +23,6 @@ from ray.exceptions import RayActorError, RayError
 from pipeline import cluster
 from pipeline.errors import RunError
 from pipeline.flow.claims import ClaimBatcher
-from pipeline.flow.engine_actor import STOPPED, exit_without_destructors
 from pipeline.flow.engine_router import EngineRouter
 from pipeline.flow.metrics import RenderMetrics
 from pipeline.records import SourceRow
@@ -132,7 +131,7 @@ class RenderActor:
 
     def __init__(self, plan: RenderPlan, registry: str, limits: SendLimits) -> None:
         """`registry`: the name of the actor, because Ray restarts no actor whose arguments hold a handle that was lost."""
-        exit_without_destructors()
+        cluster.exit_without_destructors()
         self.registry = cast(Any, ray.get_actor(registry))
         self.metrics = RenderMetrics(plan.job)
         self.stage = RenderStage(plan, self.claim_requests)
@@ -188,7 +187,7 @@ class RenderActor:
                 drawn.row.pop("pixels", None)  # they are in the object store
                 await self.send_request(row, str(drawn.row["key"]))
         except (RayError, RunError) as error:
-            await self.registry.end_run.remote(str(cluster.convert_worker_error(error, STOPPED)))
+            await self.registry.end_run.remote(str(cluster.convert_worker_error(error, cluster.STOPPED)))
         except BaseException as error:
             failure = error
         finally:
