@@ -31,8 +31,9 @@ from pipeline.output.ledger import LEDGER_SCHEMA
 from pipeline.output.shards import write_shard
 from pipeline.output.sources import SOURCE_SCHEMA
 from pipeline.report import ProgressTracker, Report
+from pipeline.stages.record_plan import RecordPlan
 from pipeline.stages.requests import compute_document_keys
-from pipeline.stages.settle import RecordPlan, SettleStage
+from pipeline.stages.settle import SettleStage
 from pipeline.storage.store import FolderStore
 
 SCHEMA = {

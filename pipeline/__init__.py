@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.cli.progress import show_progress
     from pipeline.export.frame import read
-    from pipeline.flow import run, settle
+    from pipeline.flow.passes import run, settle
     from pipeline.job import Job
 
 

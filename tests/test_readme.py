@@ -21,7 +21,7 @@ from pipeline.output.ledger import LEDGER_SCHEMA
 from pipeline.output.sources import SOURCE_SCHEMA
 from pipeline.records import Stage
 from pipeline.report import ExitCode, Report
-from pipeline.stages.settle import PROVENANCE_COLUMNS
+from pipeline.stages.record_plan import PROVENANCE_COLUMNS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pipeline"

@@ -33,7 +33,7 @@ def check_command(job_file: Path, settings: tuple[str, ...], as_json: bool) -> N
     from pipeline.evidence.ocr import check_ocr
     from pipeline.render.sandbox import describe_confinement
     from pipeline.schema.request_schema import list_required_leaves
-    from pipeline.stages.settle import list_record_columns
+    from pipeline.stages.record_plan import list_record_columns
 
     check_ocr(job.sections.evidence.ocr, job.file)
     notes = engines.check_engine(job)

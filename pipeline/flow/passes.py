@@ -50,8 +50,9 @@ from pipeline.output.sources import read_sources, replace_sources, select_extra_
 from pipeline.report import Canary, CircuitBreaker, OnProgress, Phase, ProgressTracker, Report
 from pipeline.review.report_page import write_report_page
 from pipeline.sources import PROGRESS_S
+from pipeline.stages.record_plan import RecordPlan, check_calibrated_model
 from pipeline.stages.render import RenderPlan
-from pipeline.stages.settle import RecordPlan, SettleStage, check_calibrated_model
+from pipeline.stages.settle import SettleStage
 from pipeline.version import __version__
 
 if TYPE_CHECKING:

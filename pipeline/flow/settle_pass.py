@@ -27,7 +27,8 @@ from pipeline.output.shards import encode_shard, name_shard
 from pipeline.output.words import WORD_KEYS, WORDS_SCHEMA, group_words, read_ocr_words, read_word_keys
 from pipeline.records import LedgerRow
 from pipeline.report import Phase, ProgressTracker
-from pipeline.stages.settle import SettleStage, check_calibrated_model
+from pipeline.stages.record_plan import check_calibrated_model
+from pipeline.stages.settle import SettleStage
 from pipeline.storage.store import map_concurrently
 from pipeline.version import __version__
 

@@ -18,7 +18,9 @@ from pipeline.output.records import RecordTable
 from pipeline.output.sources import read_sources
 from pipeline.output.words import group_words, read_ocr_words
 from pipeline.records import LedgerRow
-from pipeline.stages.settle import RecordPlan, SettleStage, rate_raw
+from pipeline.stages.record_plan import RecordPlan
+from pipeline.stages.settle import SettleStage
+from pipeline.stages.value_facts import rate_raw
 from pipeline.storage.location import parse_location
 
 DOCUMENTS_AT_ONCE, ROWS_AT_ONCE = 200, 32

@@ -13,8 +13,9 @@ from pipeline.budget import RenderSettings
 from pipeline.job import Job
 from pipeline.records import SourceRow
 from pipeline.sources.http import PUBLIC_ONLY
+from pipeline.stages.record_plan import RecordPlan
 from pipeline.stages.render import RenderPlan, RenderStage
-from pipeline.stages.settle import RecordPlan, SettleStage
+from pipeline.stages.settle import SettleStage
 
 Row = dict[str, Any]
 """A row that a test writes by hand, with as many fields as it needs."""

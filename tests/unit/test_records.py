@@ -6,10 +6,10 @@ import pytest
 
 from pipeline.flow.answer_writer import RECEIPT_COLUMNS
 from pipeline.flow.settle_pass import SETTLED_SCHEMA, SettledRow
-from pipeline.output.ledger import FAILURE_TYPE, LEDGER_SCHEMA, PAGE_TYPE, TOKEN_TYPE
+from pipeline.output.ledger import DISAGREEMENT_TYPE, FAILURE_TYPE, LEDGER_SCHEMA, PAGE_TYPE, TOKEN_TYPE
 from pipeline.output.sources import SOURCE_SCHEMA
 from pipeline.records import FailureRow, LedgerRow, PageRow, ReceiptRow, SourceRow, TokenRow
-from pipeline.stages.settle import DISAGREEMENT_TYPE, PROVENANCE_COLUMNS, DisagreementRow, ProvenanceRow
+from pipeline.stages.record_plan import PROVENANCE_COLUMNS, DisagreementRow, ProvenanceRow
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pipeline.output.ledger import RetryFilter
 from pipeline.output.shards import write_shard
 from pipeline.output.words import FAILED, NOT_NEEDED, READ, write_words
 from pipeline.report import ProgressTracker, Report
-from pipeline.stages.settle import RecordPlan
+from pipeline.stages.record_plan import RecordPlan
 from tests.support.workspace import Workspace
 
 PAGES = {"a": 6, "b": 2, "c": 1}

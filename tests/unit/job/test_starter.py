@@ -15,7 +15,7 @@ from pipeline.errors import JobError
 from pipeline.job import Job
 from pipeline.job.starter import format_schema, write_starter
 from pipeline.schema import parse_json
-from pipeline.stages.settle import list_record_columns
+from pipeline.stages.record_plan import list_record_columns
 
 MODEL = """
 from decimal import Decimal

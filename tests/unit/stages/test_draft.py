@@ -16,7 +16,7 @@ from pipeline.cli import main
 from pipeline.job import Job
 from pipeline.schema.draft import FIELDS_SCHEMA, SchemaDraft
 from pipeline.schema.prompt import build_system_message
-from pipeline.stages.settle import list_record_columns
+from pipeline.stages.record_plan import list_record_columns
 from tests.support.chat_server import Body, ChatServer, Connection, reply_status, reply_text
 from tests.support.workspace import draw_slip
 

@@ -20,8 +20,9 @@ from pipeline.output import Output
 from pipeline.output.ledger import LEDGER_SCHEMA, read_requests
 from pipeline.output.shards import LATER_COLUMNS, encode_shard, write_shard
 from pipeline.records import Page, Word, WordMark
+from pipeline.stages.record_plan import PROVENANCE_COLUMNS, check_calibrated_model
 from pipeline.stages.requests import compute_document_keys
-from pipeline.stages.settle import PROVENANCE_COLUMNS, SettleStage, check_calibrated_model
+from pipeline.stages.settle import SettleStage
 from tests.support.printed import print_page
 from tests.support.stages import Row, make_settle_stage
 from tests.support.workspace import Workspace

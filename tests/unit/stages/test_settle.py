@@ -13,8 +13,9 @@ import pytest
 from pipeline.errors import JobError
 from pipeline.output import Output
 from pipeline.schema.merge import merge_parts
+from pipeline.stages.record_plan import PROVENANCE_COLUMNS, list_record_columns
 from pipeline.stages.requests import compute_document_keys
-from pipeline.stages.settle import PROVENANCE_COLUMNS, SettleStage, list_record_columns
+from pipeline.stages.settle import SettleStage
 from tests.support.engines import VALID
 from tests.support.stages import Row, make_settle_stage
 from tests.support.workspace import SCHEMA, Workspace
