@@ -187,7 +187,7 @@ def show_fields(records: RecordSummary) -> Markup:
         steps = np.linspace(0, 1, len(records.confidence) + 1)
         tones = ["bad" if low < LOW else "warn" if low < HIGH else "good" for low in steps[:-1].round(6)]
         below = int(records.confidence[: round(HIGH * len(tones))].sum())
-        told = f"{total:,} values by confidence; {below:,} ({below / total:.0%}) are below {HIGH}. It ranks values and is no probability."
+        told = f"{total:,} values by confidence; {below:,} ({below / total:.0%}) are below {HIGH}. Without a calibration it is a ranking."
         parts.append(draw_bars(records.confidence, told, ("0", f"{LOW}", "1"), tones))
         cells = [
             [f"{low:.2f} to {low + 1 / len(tones):.2f}", f"{count:,}"] for low, count in zip(steps[:-1], records.confidence, strict=True)
