@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pymupdf
 import pytest
+import yaml
 from PIL import Image
 from ray.exceptions import RayError
 
@@ -340,13 +341,15 @@ def test_the_columns_are_what_check_says(finished: tuple[Workspace, Job, Report]
 
 def test_a_second_run_asks_nothing_and_changes_nothing(finished_copy: tuple[Workspace, Job], monkeypatch: pytest.MonkeyPatch) -> None:
     _, job = finished_copy
+    described = yaml.safe_load((job.output / "job.yaml").read_text()) | {"file": str(job.file)}  # the copy has it elsewhere
     monkeypatch.setenv("SLIP_PASSWORD", PASSWORD)
     monkeypatch.setattr(ask_pass, "AskPass", None)  # a call fails
     before = read_files(job.output)
     report = flow.run(job)
     after = read_files(job.output)
     assert (report.requests_asked, report.pages_asked, report.statuses) == (0, 0, {"extracted": 7, "failed": 3})
-    assert {name for name in after if after[name] != before.get(name)} == {"report.json", "report.html"}
+    assert {name for name in after if after[name] != before.get(name)} == {"job.yaml", "report.json", "report.html"}
+    assert yaml.safe_load((job.output / "job.yaml").read_text()) == described
     assert before.keys() == after.keys()
 
 
