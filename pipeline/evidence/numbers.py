@@ -54,14 +54,18 @@ class NumberIndex:
     def __init__(self, text: str) -> None:
         self.text = text
         self.spans: dict[str, list[tuple[int, int]]] = {}
+        self.found: dict[str, list[PrintedNumber]] = {}
+        """What was looked for so far: the items of a table have values in common."""
         for pattern in (NUMBER, SPACED):
             for found in pattern.finditer(text):
                 self.spans.setdefault(strip_digits(found[0]), []).append(found.span())
 
     def find(self, key: str) -> list[PrintedNumber]:
         """Return the numbers that can be read as a value in canonical form, in order; then those whose digits are in groups."""
-        found = (self.read_number(start, end) for start, end in self.spans.get(strip_digits(key), ()))
-        return [number for number in found if number and key in number.keys]
+        if key not in self.found:
+            read = (self.read_number(start, end) for start, end in self.spans.get(strip_digits(key), ()))
+            self.found[key] = [number for number in read if number and key in number.keys]
+        return self.found[key]
 
     def read_number(self, start: int, end: int) -> PrintedNumber | None:
         """Return what digits of the text are as a number.

@@ -68,6 +68,7 @@ class PageIndex:
         """Whether folding changed no word's length, so that characters of the text are those of the words."""
         self.raw = interleave_words(self.words, separators) if self.is_even else ""
         self.found_words: dict[str, list[int]] = {}
+        self.found_similar: dict[str, tuple[Find, int] | None] = {}
 
     @cached_property
     def letters(self) -> LetterIndex:

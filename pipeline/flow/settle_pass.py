@@ -34,7 +34,9 @@ from pipeline.version import __version__
 
 DOCUMENTS_PER_SHARD = 1000
 MAX_RANGES_HERE = 5
-"""Up to so many ranges are settled in this process, a second each; Ray takes longer to start."""
+"""Up to so many ranges are settled in this process, some seconds each; Ray takes longer to start …"""
+MAX_RANGES_BESIDE_RAY = 1
+"""… unless it runs already."""
 ROWS_AT_ONCE = 32
 COUNTS_TYPE = pa.map_(pa.string(), pa.int64())
 SETTLED_SCHEMA = pa.schema(
@@ -153,7 +155,8 @@ def settle_output(documents: pa.Table, stage: SettleStage, output: Output, track
     rows = [row for row in found if row]
     changed = [documents.take(some) for some, row in zip(ranges, found, strict=True) if row is None]
     tracker.add_settled(documents.num_rows - sum(some.num_rows for some in changed))
-    settle_all = settle_here if len(changed) <= MAX_RANGES_HERE else settle_on_ray
+    most_here = MAX_RANGES_BESIDE_RAY if cluster.is_ray_connected() else MAX_RANGES_HERE
+    settle_all = settle_here if len(changed) <= most_here else settle_on_ray
     for row in settle_all(changed, task, job, tracker):
         rows.append(row)
         tracker.add_settled(row["documents"] or 0)

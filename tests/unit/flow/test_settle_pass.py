@@ -90,6 +90,20 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.mark.parametrize(("connected", "documents", "on_ray"), [(False, 20, False), (False, 24, True), (True, 4, False), (True, 8, True)])
+def test_ray_settles_what_would_take_longer_here(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, connected: bool, documents: int, on_ray: bool
+) -> None:
+    monkeypatch.setattr(settle_pass, "DOCUMENTS_PER_SHARD", 4)
+    monkeypatch.setattr("pipeline.cluster.is_ray_connected", lambda: connected)
+    called: list[int] = []
+    monkeypatch.setattr(settle_pass, "settle_on_ray", lambda ranges, *_: called.append(len(ranges)) or iter(()))
+    answered = AnsweredJob(workspace)
+    answered.documents = answered.documents[:documents]
+    answered.settle()
+    assert bool(called) == on_ray
+
+
 def test_records_have_the_same_bytes_however_the_ledger_is_stored(answered: AnsweredJob, monkeypatch: pytest.MonkeyPatch) -> None:
     answered.settle()
     before = answered.read_records()
