@@ -422,7 +422,8 @@ def test_a_shard_whose_answers_are_damaged_is_found_when_it_is_settled(
     group = pq.ParquetFile(shard).metadata.row_group(0)
     column = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == "answer")
     data = bytearray(shard.read_bytes())
-    data[column.data_page_offset + column.total_compressed_size // 2] ^= 0x01
+    start = min(column.dictionary_page_offset or column.data_page_offset, column.data_page_offset)
+    data[start + column.total_compressed_size - 1] ^= 0x01  # the end of the last page, which is no header
     shard.write_bytes(data)
     assert flow.settle(job).damaged == []
     (job.output / "settled.json").unlink()
