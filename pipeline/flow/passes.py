@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, cast
@@ -230,7 +230,8 @@ class Run:
     lease: Lease
     note_complete: Callable[[pa.Table], None]
     """Called with the listing when it is complete, if it was not when the run began."""
-    canary: Canary = field(default_factory=lambda: Canary(1.0))
+    canary: Canary | None = None
+    """Judges the first documents; None once they are judged, or where no trial is made."""
     gcs_address: str = ""
     """Of the cluster, once it is connected to."""
     found: int = 0
@@ -374,22 +375,25 @@ class Run:
             self.tracker.enter_phase(Phase.ASKING if asking.is_loaded else Phase.LOADING_MODEL, documents.num_rows)
         is_new = not len(state.done) and not state.attempts
         trial = limits.canary if is_new and limits.canary < documents.num_rows else 0
-        self.canary = Canary(limits.canary_failures)
+        self.canary = Canary(limits.canary_failures) if trial else None
         with closing(asking.ask_documents(documents, state, trial)) as receipts:
             for receipt in receipts:
                 emit_answer_event(receipt)
                 self.tracker.add(receipt)
                 if not receipt.get("rule"):  # a second answer that fails leaves the first as it is
                     self.breaker.add(receipt)
-                    self.canary.add(receipt)
+                    if self.canary:
+                        self.canary.add(receipt)
 
     def has_passed_trial(self, documents: int) -> bool:
         """Say whether enough of the first documents of a new output are good, whatever comes of the others."""
-        return self.canary.has_passed(documents)
+        return self.canary is not None and self.canary.has_passed(documents)
 
     def judge_trial(self) -> None:
         """Raise RunError where the first documents of a new output have failed or are invalid."""
-        self.canary.check(str(self.output.root))
+        if self.canary:
+            self.canary.check(str(self.output.root))
+        self.canary = None
 
     def notice_loaded(self) -> None:
         """Report that an engine has loaded its model."""
