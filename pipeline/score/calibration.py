@@ -28,6 +28,7 @@ from pipeline.evidence.calibration import (
 from pipeline.output.records import RecordTable
 from pipeline.score.cells import Tolerance
 from pipeline.score.evaluation import compare_output
+from pipeline.score.outputs import RecordSet
 from pipeline.score.statistics import Floats, compute_auroc, compute_brier, compute_ece, compute_surest_error
 
 OPTION = "--calibrate"
@@ -119,7 +120,7 @@ def write_calibration(fitted: Calibration, result: CalibrationResult, file: Path
 def label_records(records: RecordTable, facts: FactsByRecord, truth: Path, tolerance: Tolerance) -> list[LabelledRecord]:
     """Return the records that the truth has, with what of them is right. Raises JobError where they are too few."""
     found = []
-    compared = compare_output(records.place, truth, tolerance)
+    compared = compare_output(RecordSet(records), truth, tolerance)
     for document in compared.documents:
         key = compared.records.keys[document.index]
         rights = {cell.path: cell.is_exact for cell in document.cells}

@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from pipeline.errors import JobError
+from pipeline.output.records import read_record_table
 from pipeline.schema import dump_json
 from pipeline.score.cells import Cell, Outcome, RecordComparer, Tolerance
 from pipeline.score.evaluation import ScoredDocument, compare_records
@@ -87,7 +88,7 @@ class ComparisonResult(TypedDict):
 
 def compare_outputs(a: str, b: str, truth_place: Path | None, tolerance: Tolerance, max_drop_points: float) -> ComparisonResult:
     """Return what differs between two outputs. Raises JobError, also where their columns differ, and RunError."""
-    one, other = RecordSet(a), RecordSet(b)
+    one, other = RecordSet(read_record_table(a)), RecordSet(read_record_table(b))
     if one.plan.schema != other.plan.schema or one.per_page != other.per_page:
         raise JobError(f"{a} and {b} have records of different columns: compare outputs of one schema", b)
     pairs = pair_records(one.keys, other.keys)

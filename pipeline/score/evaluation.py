@@ -9,6 +9,7 @@ from typing import TypedDict
 
 import numpy as np
 
+from pipeline.output.records import read_record_table
 from pipeline.records import Status
 from pipeline.score.cells import Cell, Outcome, RecordComparer, Tolerance
 from pipeline.score.outputs import RecordSet, TruthMatch
@@ -137,9 +138,8 @@ class ComparedOutput:
         return {value: members[value] for value in sorted(members)}
 
 
-def compare_output(place: str, truth_place: Path, tolerance: Tolerance) -> ComparedOutput:
-    """Return the comparison of an output's records with a truth. Raises JobError for a place that cannot be read, and RunError."""
-    records = RecordSet(place)
+def compare_output(records: RecordSet, truth_place: Path, tolerance: Tolerance) -> ComparedOutput:
+    """Return the comparison of an output's records with a truth. Raises JobError for a truth that cannot be read, and RunError."""
     truth = load_truth(truth_place, records.plan, records.per_page)
     match = TruthMatch(records, truth, truth_place)
     comparer = RecordComparer(records.plan.root, tolerance, truth.labelled)
@@ -148,11 +148,10 @@ def compare_output(place: str, truth_place: Path, tolerance: Tolerance) -> Compa
 
 def evaluate_output(place: str, truth_place: Path, tolerance: Tolerance, by: str | None = None) -> EvaluationResult:
     """Return the scores of an output against a truth. Raises JobError for a place that cannot be read, and RunError."""
-    if by:
-        RecordSet(place).read_column(by)  # a wrong name is said before anything is compared
-    compared = compare_output(place, truth_place, tolerance)
-    records, truth, documents = compared.records, compared.truth, compared.documents
-    match, comparer = compared.match, compared.comparer
+    records = RecordSet(read_record_table(place))
+    groups = records.read_column(by) if by else []  # a wrong name is said before anything is compared
+    compared = compare_output(records, truth_place, tolerance)
+    truth, documents, match, comparer = compared.truth, compared.documents, compared.match, compared.comparer
     confidences = records.read_confidences([document.index for document in documents])
 
     def score(chosen: Sequence[int]) -> GroupScores:
@@ -163,7 +162,7 @@ def evaluate_output(place: str, truth_place: Path, tolerance: Tolerance, by: str
 
     kinds = compared.group_documents(records.read_column(KIND)) if KIND in records.table.column_names else {}
     rated = {kind: score_kind(chosen) for kind, chosen in kinds.items() if kind != "null"}
-    members = compared.group_documents(records.read_column(by)) if by else {}
+    members = compared.group_documents(groups) if by else {}
     return {
         "output": place,
         "truth": str(truth_place),

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from pipeline import schema
 from pipeline.errors import JobError
 from pipeline.output.ledger import LEDGER_SCHEMA, select_newest_attempt
-from pipeline.output.records import read_record_table
+from pipeline.output.records import RecordTable
 from pipeline.output.shards import Selection, read_shards
 from pipeline.records import LedgerRow, Status
 from pipeline.schema.certainty import score_values
@@ -28,10 +28,8 @@ RecordKey = tuple[str, int | None]
 class RecordSet:
     """The records of an output, sorted by source and page."""
 
-    def __init__(self, place: str) -> None:
-        """Raises JobError when the place is no output folder or has no records, and RunError for damaged shards."""
-        read = read_record_table(place)
-        self.place, self.output, self.plan, self.table, self.per_page = place, read.output, read.plan, read.table, read.per_page
+    def __init__(self, read: RecordTable) -> None:
+        self.place, self.output, self.plan, self.table, self.per_page = read.place, read.output, read.plan, read.table, read.per_page
         pages = self.table["_page"].to_pylist() if self.per_page else [None] * self.table.num_rows
         self.keys: list[RecordKey] = list(zip(self.table["_source"].to_pylist(), pages, strict=True))
         self.statuses: list[str] = self.table["_status"].to_pylist()

@@ -12,6 +12,7 @@ import pytest
 from pipeline.errors import JobError
 from pipeline.output import Output
 from pipeline.output.ledger import LEDGER_SCHEMA
+from pipeline.output.records import read_record_table
 from pipeline.output.shards import write_shard
 from pipeline.score.cells import make_tolerance
 from pipeline.score.evaluation import evaluate_output
@@ -31,7 +32,7 @@ def read(folder: Path, *ledger: dict[str, Any]) -> dict[str, float]:
     output = Output(out)
     output.requests.remove(output.requests.list_names(".parquet").keys())
     write_shard(output.requests, pa.Table.from_pylist(list(ledger), LEDGER_SCHEMA), ["new"])
-    return RecordSet(str(out)).read_certainties([0])[0]
+    return RecordSet(read_record_table(str(out))).read_certainties([0])[0]
 
 
 def test_the_newest_successful_attempt_counts(tmp_path: Path) -> None:
@@ -63,11 +64,11 @@ def test_an_answer_of_a_failed_record_is_not_reviewed(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_job_is_no_output(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"is not an output folder: it has no job\.yaml"):
-        RecordSet(str(tmp_path))
+        RecordSet(read_record_table(str(tmp_path)))
 
 
 def test_an_output_without_records_says_what_to_do(tmp_path: Path) -> None:
     output = Output(write_output(tmp_path / "out", {"a.pdf": {}}))
     output.records.remove(output.records.list_names(".parquet").keys())
     with pytest.raises(JobError, match="has no records: run the job, or `pipeline settle`"):
-        RecordSet(str(output.root))
+        RecordSet(read_record_table(str(output.root)))
