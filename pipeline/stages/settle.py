@@ -66,7 +66,7 @@ class SettleStage:
         self.plan, self.per_request, self.fingerprint = plan, per_request, fingerprint
         self.types = classify_fields(plan.columns.root)
         self.rate: Callable[[Sequence[ValueFacts]], list[float]] = plan.calibration.rate_values if plan.calibration else rate_raw
-        """Facts of the values of one record -> the confidence of each."""
+        """Facts of the values of one record -> the confidence of each. The raw one looks at no rules, which are not judged for it."""
 
     def build_table(
         self, documents: Iterable[SourceRow], requests: Iterable[LedgerRow], words: Mapping[str, DocumentWords] | None = None
@@ -199,9 +199,8 @@ class SettleStage:
             about |= make_invalid_columns("disagreement", describe_disagreement(merged), [], schema.dump_json(value))
         evidence = match_values(self.plan.job_schema, value, words) if words else []
         about["_rules"] = self.plan.rules.judge_record(columns)
-        facts = collect_facts(
-            self.types, self.plan.rules, merged, evidence, about["_rules"], columns, requests, correction.values if correction else ()
-        )
+        verdicts = [] if self.rate is rate_raw else self.plan.rules.list_verdicts(about["_rules"], columns)
+        facts = collect_facts(self.types, merged, evidence, verdicts, requests, correction.values if correction else ())
         if facts:
             rated = list(map(float, self.rate(facts)))
             about["_confidence"] = [{"path": one.path, "confidence": rating} for one, rating in zip(facts, rated, strict=True)]

@@ -16,7 +16,7 @@ from pipeline.output.corrections import find_column_name
 from pipeline.records import LedgerRow
 from pipeline.schema.arrow_values import Column
 from pipeline.schema.merge import MergeResult
-from pipeline.schema.rules import RuleRow, RuleSet
+from pipeline.schema.rules import RuleVerdict
 
 NUMBERS = re.compile(r"\[\d+\]")
 """The items in a path."""
@@ -24,16 +24,13 @@ NUMBERS = re.compile(r"\[\d+\]")
 
 def collect_facts(
     types: Mapping[str, str],
-    rule_set: RuleSet,
     merged: MergeResult,
     evidence: Sequence[Evidence],
-    rules: Sequence[RuleRow],
-    columns: Mapping[str, Any],
+    verdicts: Sequence[RuleVerdict],
     requests: Sequence[LedgerRow],
     corrected: Container[str],
 ) -> list[ValueFacts]:
-    """Return what is known of each scalar of a record whose tokens are known; `columns` are its Arrow values, `types` those of
-    `classify_fields`.
+    """Return what is known of each scalar of a record whose tokens are known; `types` are those of `classify_fields`.
 
     The columns that a person has corrected are left out: their tokens would be those of another value.
     """
@@ -41,12 +38,11 @@ def collect_facts(
     kind, quality = decide_page_kind(pages), find_worst_quality(pages)
     witnessed = {found.path: found for found in evidence}
     disputed = {disagreement.path for disagreement in merged.disagreements}
-    judged = rule_set.list_verdicts(rules, columns)
     found = []
     for path, value in list_scalar_values(merged.value):
         if (score := merged.find_score(path)) and not (corrected and find_column_name(path) in corrected):
             field = NUMBERS.sub("", path).removeprefix("$").removeprefix(".")
-            holds = {one.rule: one.holds for one in judged if one.concerns(path, field)}
+            holds = {one.rule: one.holds for one in verdicts if one.concerns(path, field)}
             about = (types.get(field, "text"), score, witnessed.get(path), path in disputed, holds, kind, quality)
             found.append(ValueFacts(path, field, value, *about))
     return found
