@@ -288,8 +288,7 @@ def stop_ray(threads: Set[threading.Thread]) -> None:
 
 
 def exit_without_destructors() -> None:
-    """Have this actor's process exit with os._exit after Ray's atexit handler: its C++ destructors can deadlock (Ray 2.60, on a busy
-    machine)."""
+    """Have this process exit with os._exit after Ray's atexit handler; its C++ destructors can deadlock (Ray 2.60, on a busy machine)."""
     atexit.register(os._exit, 0)
 
 

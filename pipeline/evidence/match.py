@@ -236,9 +236,7 @@ def names_number(value: Any) -> bool:
 def list_similar(page: PageIndex, scalar: Scalar) -> list[tuple[Find, int]]:
     """Return the place of a page that differs least from a text, if there is one; none for a day or a time."""
     is_text = isinstance(scalar.value, str) and not any("format" in schema for schema in scalar.schemas)
-    if is_text and scalar.value not in page.found_similar:
-        page.found_similar[scalar.value] = find_similar(page, scalar.value)
-    found = page.found_similar[scalar.value] if is_text else None
+    found = find_similar(page, scalar.value) if is_text else None
     return [found] if found else []
 
 

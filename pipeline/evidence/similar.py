@@ -19,8 +19,16 @@ MAX_TRIES = 12
 def find_similar(page: PageIndex, text: str) -> tuple[Find, int] | None:
     """Return the place that differs least from a text, by whole words, and the edits between its letters and digits and those of the text.
 
-    None where more than one of `LETTERS_PER_EDIT` letters differ, or `MAX_EDITS` in all.
+    None where more than one of `LETTERS_PER_EDIT` letters differ, or `MAX_EDITS` in all. A page is searched once for each text: the items
+    of a table have texts in common.
     """
+    if text not in page.found_similar:
+        page.found_similar[text] = search_similar(page, text)
+    return page.found_similar[text]
+
+
+def search_similar(page: PageIndex, text: str) -> tuple[Find, int] | None:
+    """Return what `find_similar` does, by searching the page."""
     wanted, letters = squeeze_letters(fold_text(text), ""), page.loose_letters.letters
     most = min(MAX_EDITS, len(wanted) // LETTERS_PER_EDIT)
     if len(wanted) < MIN_LETTERS:

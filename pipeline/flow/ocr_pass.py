@@ -1,6 +1,6 @@
 """OCR pass: documents whose answers are in the ledger come in, rows of the ledger of OCR go out, written by the tasks that read the pages.
 
-    listing, records, ledger of OCR -> the pages that `evidence.ocr` wants and nobody has read -> tasks of one CPU -> shards of `words/`
+    listing, records, ledger of OCR -> the pages that `evidence.ocr` wants and no run has read -> tasks of one CPU -> shards of `words/`
 
 It follows the first settling, which says what is doubtful, and precedes the second, which looks for the values in what was read. No engine
 has a part in it, and nothing that goes wrong in it costs an answer or a record.

@@ -22,10 +22,9 @@ from pipeline.errors import DamagedShard
 from pipeline.flow.connection import connect_for_job
 from pipeline.job import Job
 from pipeline.output import SHARD_SUFFIX, Output
-from pipeline.output.ledger import IDENTITY_COLUMNS, read_identities, read_requests
+from pipeline.output.ledger import IDENTITY_COLUMNS, iterate_requests, read_identities, read_requests
 from pipeline.output.shards import encode_shard, name_shard
 from pipeline.output.words import WORD_KEYS, WORDS_SCHEMA, group_words, read_ocr_words, read_word_keys
-from pipeline.records import LedgerRow
 from pipeline.report import Phase, ProgressTracker
 from pipeline.stages.record_plan import check_calibrated_model
 from pipeline.stages.settle import SettleStage
@@ -37,7 +36,6 @@ MAX_RANGES_HERE = 5
 """Up to so many ranges are settled in this process, some seconds each; Ray takes longer to start …"""
 MAX_RANGES_BESIDE_RAY = 1
 """… unless it runs already."""
-ROWS_AT_ONCE = 32
 COUNTS_TYPE = pa.map_(pa.string(), pa.int64())
 SETTLED_SCHEMA = pa.schema(
     [
@@ -130,12 +128,6 @@ class SettleTask:
         except (DamagedShard, OSError):
             return None  # settling it again says what is wrong, or puts it right
         return row if row and hashlib.sha256(content).hexdigest() == row["sha256"] else None
-
-
-def iterate_requests(requests: pa.Table) -> Iterator[LedgerRow]:
-    """Yield the rows of a ledger, of which a few have their tokens in memory as Python values at a time."""
-    for batch in requests.to_batches(max_chunksize=ROWS_AT_ONCE):
-        yield from cast(list[LedgerRow], batch.to_pylist())
 
 
 def settle_output(documents: pa.Table, stage: SettleStage, output: Output, tracker: ProgressTracker, job: Job) -> None:

@@ -6,8 +6,9 @@ The names of `LedgerRow` and of `LEDGER_SCHEMA` are the same.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -93,6 +94,7 @@ LEDGER_SCHEMA = pa.schema(
 OUTCOME_COLUMNS = ["key", "attempt", "status", "failure", "page_failures"]
 IDENTITY_COLUMNS = [*OUTCOME_COLUMNS, "started_at"]
 """No two rows have the same: an attempt that was lost and made again began at another time."""
+ROWS_AT_ONCE = 32
 RETRY_PATTERN = re.compile(r"failed(?::(?:(?P<stage>\w+)/)?(?P<kind>\w+))?")
 
 
@@ -188,6 +190,12 @@ def read_requests(output: Output, doc_ids: pa.ChunkedArray, with_tokens: bool = 
     """
     columns = [name for name in LEDGER_SCHEMA.names if with_tokens or name != "tokens"]
     return read_shards(output.requests, columns, LEDGER_SCHEMA, select_documents(doc_ids, listed))
+
+
+def iterate_requests(requests: pa.Table) -> Iterator[LedgerRow]:
+    """Yield the rows of a ledger, of which a few have their tokens in memory as Python values at a time."""
+    for batch in requests.to_batches(max_chunksize=ROWS_AT_ONCE):
+        yield from cast(list[LedgerRow], batch.to_pylist())
 
 
 def read_identities(output: Output, doc_ids: pa.ChunkedArray, listed: Mapping[str, int]) -> pa.Table:

@@ -15,8 +15,9 @@ from pipeline.job import Job
 from pipeline.records import Completion, FailureRow, FinishReason, LedgerRow, Pixels, Request, RequestRow, Stage, Status, TokenRow
 from pipeline.schema.arrow import ArrowPlan
 from pipeline.schema.prompt import build_correction, build_messages, build_rule_question
+from pipeline.schema.rules import RuleSet
 from pipeline.schema.validate import Validator
-from pipeline.stages.re_ask import RuleQuestion, crop_evidence, make_record_judge, make_rule_questions, pick_fields
+from pipeline.stages.re_ask import RecordJudge, RuleQuestion, crop_evidence, make_rule_questions, pick_fields
 from pipeline.stages.requests import compute_rule_key, make_failed_row
 
 
@@ -27,7 +28,8 @@ class AskStage:
         self.job, self.engine = job, engine
         self.columns, self.validator = ArrowPlan(job.schema), Validator(job.schema)
         self.part_validator = Validator(schema.parse_json(job.part_schema))
-        self.judge = make_record_judge(job) if any(rule.asks_again for rule in job.rules) else None
+        has_questions = any(rule.asks_again for rule in job.rules)
+        self.judge = RecordJudge(self.columns, self.validator, RuleSet(job.rules, self.columns.root)) if has_questions else None
         self.questions = make_rule_questions(job, self.judge) if self.judge else []
 
     async def answer_rows(self, row: RequestRow) -> list[LedgerRow]:

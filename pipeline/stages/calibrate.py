@@ -7,23 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 from pipeline.errors import JobError
 from pipeline.evidence.calibration import ValueFacts
 from pipeline.job import Job
 from pipeline.job.sections import JobSections
-from pipeline.output.ledger import read_requests
+from pipeline.output.ledger import iterate_requests, read_requests
 from pipeline.output.records import RecordTable
 from pipeline.output.sources import read_sources
 from pipeline.output.words import group_words, read_ocr_words
-from pipeline.records import LedgerRow
 from pipeline.stages.record_plan import RecordPlan
 from pipeline.stages.settle import SettleStage
 from pipeline.stages.value_facts import rate_raw
 from pipeline.storage.location import parse_location
 
-DOCUMENTS_AT_ONCE, ROWS_AT_ONCE = 200, 32
+DOCUMENTS_AT_ONCE = 200
 
 
 def restore_job(records: RecordTable) -> Job:
@@ -57,8 +55,7 @@ def collect_output_facts(records: RecordTable) -> dict[tuple[str, int | None], l
     documents, found = read_sources(records.output), dict[tuple[str, int | None], list[ValueFacts]]()
     for start in range(0, documents.num_rows, DOCUMENTS_AT_ONCE):
         some = documents.slice(start, DOCUMENTS_AT_ONCE)
-        requests = read_requests(records.output, some["doc_id"], with_tokens=True).to_batches(max_chunksize=ROWS_AT_ONCE)
-        rows = (cast(LedgerRow, row) for batch in requests for row in batch.to_pylist())
+        rows = iterate_requests(read_requests(records.output, some["doc_id"], with_tokens=True))
         words = read_ocr_words(records.output, some["doc_id"]).to_pylist() if stage.plan.uses_ocr else []
         for record in stage.settle_documents(some.to_pylist(), rows, group_words(words)):
             found[str(record["_source"]), record["_page"]] = taken[:]

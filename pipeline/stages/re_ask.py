@@ -89,12 +89,6 @@ class RuleQuestion:
         return [*map(str, self.validator.find_violations(value))] or self.columns.build_row(value)[1]
 
 
-def make_record_judge(job: Job) -> RecordJudge:
-    """Return the judge of a job's records. Raises JobError for a wrong rule."""
-    columns = ArrowPlan(job.schema)
-    return RecordJudge(columns, Validator(job.schema), RuleSet(job.rules, columns.root))
-
-
 def make_rule_questions(job: Job, judge: RecordJudge) -> list[RuleQuestion]:
     """Return the questions of a job's rules with `re_ask: true`, in the order of the rules."""
     questions = []
