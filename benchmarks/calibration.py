@@ -29,8 +29,9 @@ from pipeline.demo import documents, drawing
 from pipeline.demo.documents import HELD_OUT
 from pipeline.demo.sheets import DPI, Sheet
 from pipeline.demo.truth import format_answer
-from pipeline.flow.passes import describe_run, settle
+from pipeline.flow.passes import settle
 from pipeline.flow.pending import identify_documents, list_documents, select_unanswered
+from pipeline.flow.preparation import describe_run
 from pipeline.job import DEMO_MARK, Job
 from pipeline.output import Output
 from pipeline.output.ledger import read_ledger_state, write_rows

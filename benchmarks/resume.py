@@ -64,7 +64,7 @@ def load_job(folder: Path) -> Job:
 def write_answers(folder: Path, count: int) -> None:
     """Write an output in which so many documents are answered."""
     from pipeline import engines
-    from pipeline.flow import passes
+    from pipeline.flow import preparation
     from pipeline.output import Output
     from pipeline.output.compaction import compact_shards
     from pipeline.output.ledger import LEDGER_SCHEMA
@@ -74,7 +74,7 @@ def write_answers(folder: Path, count: int) -> None:
 
     job = engines.resolve_engine(load_job(folder), 0)
     (output := Output(job.output)).create()
-    output.write_job(passes.describe_run(job))
+    output.write_job(preparation.describe_run(job))
     listing = make_listing(count)
     answered = {"attempt": 1, "first_page": 1, "last_page": 1, "status": "extracted", "asks": 1, "started_at": STARTED_AT}
     for start in range(0, count, ROWS_PER_SHARD):
@@ -92,10 +92,10 @@ def write_answers(folder: Path, count: int) -> None:
 def resume_answered(folder: Path, count: int) -> float:
     """Return the peak memory in MiB of resuming that output."""
     from pipeline import flow
-    from pipeline.flow import passes
+    from pipeline.flow import passes, pending
 
     listing = make_listing(count)
-    passes.DocumentListing.begin = lambda job: passes.DocumentListing(job, listing)  # type: ignore[method-assign]
+    pending.DocumentListing.begin = lambda job: pending.DocumentListing(job, listing)  # type: ignore[method-assign]
     passes.settle_output = lambda *_: None  # type: ignore[assignment]
     report = flow.run(load_job(folder))
     assert not report.requests_asked

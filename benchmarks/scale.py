@@ -35,7 +35,7 @@ from resume import load_job, make_listing
 
 from pipeline import cluster, flow
 from pipeline.events import attach_handler
-from pipeline.flow import ask_pass, passes
+from pipeline.flow import ask_pass, pending
 from pipeline.job import Job
 from pipeline.output.key_set import KeySet
 from pipeline.records import Completion, FinishReason, Request, Token, Usage
@@ -167,7 +167,7 @@ def measure_own_mib() -> float:
 def measure_run(documents: int, gpus: int) -> dict[str, float]:
     """Return what asking so many documents of so many simulated GPUs takes."""
     listing = make_listing(documents)
-    passes.DocumentListing.begin = lambda job: passes.DocumentListing(job, listing)  # type: ignore[method-assign]
+    pending.DocumentListing.begin = lambda job: pending.DocumentListing(job, listing)  # type: ignore[method-assign]
     ask_pass.EngineActor, ask_pass.RenderActor = SimulatedActor, SimulatedRenderer  # type: ignore[misc]
     actors = -(-gpus // GPUS_PER_ACTOR)
     SimulatedActor.gpus = gpus // actors
@@ -335,7 +335,7 @@ class MixedActor(ask_pass.EngineActor):
 def measure_mix(documents: int) -> float:
     """Return how much of an engine's places is in use once it was full, until the last request has one. No documents are tried alone."""
     listing = make_listing(documents)
-    passes.DocumentListing.begin = lambda job: passes.DocumentListing(job, listing)  # type: ignore[method-assign]
+    pending.DocumentListing.begin = lambda job: pending.DocumentListing(job, listing)  # type: ignore[method-assign]
     ask_pass.EngineActor, ask_pass.RenderActor = MixedActor, SimulatedRenderer  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as folder:
         load_job(Path(folder))

@@ -16,7 +16,8 @@ from pipeline.budget import RenderSettings
 from pipeline.demo import samples
 from pipeline.demo.truth import format_answer
 from pipeline.evidence.text_layer import pack_words
-from pipeline.flow.passes import describe_run, settle
+from pipeline.flow.passes import settle
+from pipeline.flow.preparation import describe_run
 from pipeline.job import Job
 from pipeline.output import Output
 from pipeline.output.shards import write_shard

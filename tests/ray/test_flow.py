@@ -24,7 +24,7 @@ from ray.exceptions import RayError
 from pipeline import cluster, engines, flow
 from pipeline.engines import Engine
 from pipeline.errors import DamagedShard, DocumentError, EngineDead, JobError, RunError
-from pipeline.flow import ask_pass, passes, pending, watchdog
+from pipeline.flow import ask_pass, pending, preparation, watchdog
 from pipeline.job import Job
 from pipeline.output import Output
 from pipeline.output.ledger import read_ledger_state
@@ -456,7 +456,7 @@ def test_a_run_killed_before_it_listed_anything_settles_to_nothing(workspace: Wo
     workspace.put("a.pdf")
     job = engines.resolve_engine(workspace.job(), 0)
     (output := Output(job.output)).create()
-    output.write_job(passes.describe_run(job))
+    output.write_job(preparation.describe_run(job))
     report = flow.settle(workspace.job())
     assert (report.documents, report.records, report.exit_code) == (0, 0, ExitCode.OK)
 

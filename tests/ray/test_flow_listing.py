@@ -15,7 +15,7 @@ import pytest
 from pipeline import flow
 from pipeline.engines import Engine
 from pipeline.errors import SourceError
-from pipeline.flow import ask_pass, passes, pending
+from pipeline.flow import ask_pass, pending, preparation
 from pipeline.job import Job
 from pipeline.report import Phase, Progress
 from pipeline.storage import listing
@@ -42,7 +42,7 @@ class MarkingActor(InkActor):
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask two documents as soon as there are two; a page of the store has no more."""
     monkeypatch.setattr(ask_pass, "EngineActor", MarkingActor)
-    monkeypatch.setattr(passes, "MIN_FIRST_DOCUMENTS", 1)
+    monkeypatch.setattr(preparation, "MIN_FIRST_DOCUMENTS", 1)
     monkeypatch.setattr(pending, "GRACE_S", 0.0)
     monkeypatch.setattr(listing, "PAGE_KEYS", 2)
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline import engines, flow
-from pipeline.flow import passes, pending, settle_pass
+from pipeline.flow import pending, preparation, settle_pass
 from pipeline.job import Job
 from pipeline.output import Output, compaction
 from pipeline.output.compaction import compact_shards
@@ -43,7 +43,7 @@ class AnsweredJob:
         self.job = engines.resolve_engine(workspace.job(), 0)
         self.output = Output(self.job.output)
         self.output.create()
-        self.output.write_job(passes.describe_run(self.job))
+        self.output.write_job(preparation.describe_run(self.job))
         listing = pending.list_documents(self.job).to_pylist()
         self.documents = [row | {"doc_id": f"{number * 37 % 256:02x}" * 32, "page_count": 1} for number, row in enumerate(listing)]
         replace_sources(self.output, pa.Table.from_pylist(self.documents, pending.SOURCE_SCHEMA))
@@ -235,7 +235,7 @@ def test_what_is_to_be_asked_is_found_out_before_ray_starts(answered: AnsweredJo
     def connect(job: Job) -> None:
         raise Connected
 
-    monkeypatch.setattr(passes, "connect_for_job", connect)
+    monkeypatch.setattr(preparation, "connect_for_job", connect)
     assert flow.run(answered.workspace.job()).requests_asked == 0
     (answered.workspace.inputs / "new.pdf").write_bytes(b"%PDF-new")
     with pytest.raises(Connected):
@@ -248,14 +248,14 @@ def test_demonstration_answers_are_not_taken_for_the_jobs_where_there_may_be_a_g
     job = answered.workspace.job("model.name=Qwen/Qwen2.5-VL-7B-Instruct-AWQ", "model.without_gpu=demo")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("pipeline.cluster.DEVICES", tmp_path)
-    recalled = passes.recall_model(job, answered.output)
+    recalled = preparation.recall_model(job, answered.output)
     assert recalled is not None
     assert recalled.uses_demo
     (tmp_path / "nvidia0").touch()
-    assert passes.recall_model(job, answered.output) is None
+    assert preparation.recall_model(job, answered.output) is None
     (tmp_path / "nvidia0").unlink()
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
-    assert passes.recall_model(job, answered.output) is None
+    assert preparation.recall_model(job, answered.output) is None
 
 
 def test_the_ledger_that_a_run_is_writing_is_settled_too(answered: AnsweredJob) -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import JobError
-from pipeline.flow.passes import describe_run
+from pipeline.flow.preparation import describe_run
 from pipeline.output import Output
 from pipeline.output.ledger import LEDGER_SCHEMA
 from pipeline.output.shards import write_shard

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 
 from pipeline.cli import main
 from pipeline.errors import JobError
-from pipeline.flow.passes import describe_run, settle
+from pipeline.flow.passes import settle
+from pipeline.flow.preparation import describe_run
 from pipeline.job import Job
 from pipeline.output import Output
 from pipeline.output.ledger import write_rows
