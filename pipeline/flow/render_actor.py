@@ -1,7 +1,7 @@
 """Render actor: a step of a Ray Dataset that draws documents and sends each request, with its pages, straight to an engine actor.
 
-One document is drawn at a time, in a thread; as many requests are under way as fit into a window of bytes. So a slow document or a long
-answer holds back no other, and pages that no engine has room for are not drawn yet.
+One document is drawn at a time, of a few blocks in turns; as many requests are under way as fit into a window of bytes. So a document that
+is slow to come or a long answer holds back no other block, and pages that no engine has room for are not drawn yet.
 
     block of documents -> drawn, claimed -> sent to an engine -> answered -> the block goes back to Ray Data
 """
@@ -29,6 +29,9 @@ from pipeline.records import SourceRow
 from pipeline.registry.deaths import EngineId
 from pipeline.stages.render import DrawnRequest, RenderPlan, RenderStage
 
+BLOCKS_AT_ONCE = 3
+"""Blocks whose documents are drawn in turns: one that is slow to come holds up those behind it in its own block alone. Each block reads ahead,
+so that the files of three documents of each are in memory at most."""
 POLL_S = 0.2
 """How often a renderer asks whether the trial is over, or how an engine died."""
 DEATH_KNOWN_S = 30.0
@@ -135,7 +138,7 @@ class RenderActor:
         self.registry = cast(Any, ray.get_actor(registry))
         self.metrics = RenderMetrics(plan.job)
         self.stage = RenderStage(plan, self.claim_requests)
-        self.drawing = ThreadPoolExecutor(1, "draw")
+        self.drawing = ThreadPoolExecutor(BLOCKS_AT_ONCE, "draw")
         self.router = EngineRouter(self.registry, ray.get_runtime_context().get_node_id(), limits.requests_per_engine)
         self.window, self.claims, self.blocks = ByteWindow(limits.window_bytes), ClaimBatcher(self.registry), BlocksInHand(limits.blocks)
         self.is_open, self.opening = False, asyncio.Lock()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -102,10 +103,10 @@ def make_render_settings(job: Job) -> RenderSettings:
 
 
 class RenderStage:
-    """Documents -> requests. Owns one sandboxed renderer, started at the first document."""
+    """Documents -> requests. Owns one sandboxed renderer, started at the first document, that several threads use in turns."""
 
     def __init__(self, plan: RenderPlan, claim: ClaimRequests) -> None:
-        self.plan, self.claim = plan, claim
+        self.plan, self.claim, self.turn = plan, claim, threading.Lock()
 
     @cached_property
     def sandbox(self) -> Sandbox:
@@ -114,7 +115,8 @@ class RenderStage:
     def render_documents(self, documents: Iterable[SourceRow]) -> Iterator[DrawnRequest]:
         """Yield the requests of documents, in their order; the next documents are read while one is drawn.
 
-        At most `READ_AHEAD` documents of `limits.max_file_mib` are held in memory beside the one that is drawn.
+        At most `READ_AHEAD` documents of `limits.max_file_mib` are held in memory beside the one that is drawn. While one is awaited,
+        documents of another thread are drawn.
         """
         reading: deque[tuple[SourceRow, Future[bytes]]] = deque()
         pool = ThreadPoolExecutor(READ_AHEAD, "read-ahead")
@@ -135,6 +137,12 @@ class RenderStage:
 
     def render_document(self, document: SourceRow, reading: Future[bytes]) -> Iterator[DrawnRequest]:
         """Yield the requests of a document, with their page images, one at a time: those that it shall ask as far as that is known."""
+        wait([reading])
+        with self.turn:
+            yield from self.draw_document(document, reading)
+
+    def draw_document(self, document: SourceRow, reading: Future[bytes]) -> Iterator[DrawnRequest]:
+        """Yield the requests of a document that is read, or could not be."""
         row: SourceRow = {**document, "doc_id": None, "page_count": 0}
         failure: LedgerRow | None = None
         try:

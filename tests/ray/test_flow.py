@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ from pipeline.output.status import read_status
 from pipeline.records import Completion, Request
 from pipeline.report import ExitCode, Phase, Progress, Report
 from tests.support.engines import InkEngine
+from tests.support.held_server import HeldAnswer, serve_held
 from tests.support.pdfs import make_page_pdf, make_tree_pdf
 from tests.support.ray_actors import InkActor
 from tests.support.stages import make_settle_stage
@@ -656,6 +658,32 @@ def test_long_answers_keep_no_short_one_from_being_asked_for(workspace: Workspac
     monkeypatch.setattr(ask_pass, "EngineActor", LongAnswersActor)
     report = flow.run(workspace.job("pages.per_request=2", "model.batch_size=16", "limits.canary=0", "ray.renderers=1"))
     assert (report.failures, report.statuses) == ({}, {"extracted": 2 * LongAnswersEngine.SHORT})
+
+
+# --- slow documents
+
+
+class SlowDocument(HeldAnswer):
+    asked, due = threading.Event(), threading.Event()
+    content = draw_slip(12)
+
+
+def test_a_document_that_is_slow_to_come_holds_up_no_other_block(workspace: Workspace) -> None:
+    """One renderer has all blocks, and the first document of the first of them comes when those of all others are answered."""
+    for number in range(12):
+        workspace.put(f"{number:02}.pdf", draw_slip(number))
+
+    def release(now: Progress) -> None:
+        if now.requests_done >= 9:
+            SlowDocument.due.set()
+
+    with serve_held(SlowDocument) as address:
+        paths = f"source.paths=[in, '{address}/slow.pdf']"
+        job = workspace.job(paths, "source.allow_private=true", "limits.download_s=100", "limits.canary=0", "ray.renderers=1")
+        report = flow.run(job, on_progress=release)
+    assert report.statuses == {"extracted": 13}
+    slow, *others = sorted(read_ledger(workspace), key=lambda row: row["source"].startswith("in/"))
+    assert sum(row["started_at"] < slow["started_at"] for row in others) >= 9
 
 
 # --- the first documents of a run

@@ -17,11 +17,14 @@ import pytest
 
 from pipeline.budget import RenderSettings
 from pipeline.errors import DocumentError, EngineDead, JobError, RunError
+from pipeline.records import SourceRow
 from pipeline.render.sandbox import Sandbox
+from pipeline.sources.http import DownloadPolicy
 from pipeline.stages.ask import AskStage
 from pipeline.stages.render import RenderPlan, RenderStage, make_render_settings
 from pipeline.stages.requests import compute_document_keys, compute_request_key, split_pages
 from tests.support.engines import CUT, INVALID, VALID, Reply, ScriptedEngine, list_texts, make_completion
+from tests.support.held_server import HeldAnswer, serve_held
 from tests.support.pdfs import make_page_pdf
 from tests.support.stages import Row, claim_all, grant, make_render_plan, render_rows
 from tests.support.workspace import Workspace, draw_slip, make_listing_row
@@ -105,6 +108,28 @@ def test_a_document_that_does_not_open_is_one_row(workspace: Workspace, stage: R
     assert (row["failure"]["stage"], row["failure"]["kind"], row["status"]) == ("render", kind, "failed")
     assert (row["doc_id"], row["page_count"], row["first_page"]) == (hashlib.sha256(data).hexdigest(), 0, 0)
     assert row["key"]
+
+
+class Slow(HeldAnswer):
+    asked, due = threading.Event(), threading.Event()
+    content = draw_slip(1)
+
+
+def test_a_document_that_is_slow_to_come_holds_up_no_other_thread(workspace: Workspace, sandbox: Sandbox) -> None:
+    plan = replace(make_render_plan(sandbox.settings, workspace.folder, 2), policy=DownloadPolicy(allow_private=True, download_s=300))
+    stage, rows = RenderStage(plan, claim_all), list[Row]()
+    stage.sandbox = sandbox
+    with serve_held(Slow) as address:
+        slow: SourceRow = {"source": f"{address}/slow.pdf", "size_bytes": None, "version": "", "full_url": None}  # type: ignore[typeddict-item]
+        waiting = threading.Thread(target=lambda: rows.extend(render_rows(stage, [slow])), daemon=True)
+        waiting.start()
+        assert Slow.asked.wait(60)
+        document = make_listing_row(workspace.put("a.pdf", draw_slip(2)), workspace.folder)
+        assert one(render_rows(stage, [document]))["page_count"] == 1
+        assert not rows
+        Slow.due.set()
+        waiting.join(60)
+    assert [row["source"] for row in rows] == [slow["source"]]
 
 
 def test_a_file_that_vanished_is_one_row_without_identity(workspace: Workspace, stage: RenderStage) -> None:
