@@ -30,8 +30,10 @@ from pipeline.registry.deaths import EngineId
 from pipeline.stages.render import DrawnRequest, RenderPlan, RenderStage
 
 BLOCKS_AT_ONCE = 3
-"""Blocks whose documents are drawn in turns: one that is slow to come holds up those behind it in its own block alone. The files of three documents
-of each block are in memory at most: one is drawn, and two are read ahead."""
+"""Blocks whose documents are drawn in turns: one that is slow to come holds up those behind it in its own block alone.
+
+The files of three documents of each block are in memory at most: one is drawn, and two are read ahead.
+"""
 POLL_S = 0.2
 """How often a renderer asks whether the trial is over, or how an engine died."""
 DEATH_KNOWN_S = 30.0
