@@ -11,6 +11,7 @@ not_applicable   nothing to look for: no words, a boolean, a choice whose printe
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -179,11 +180,17 @@ def drop_overlaps(places: Sequence[Place]) -> list[Place]:
     """Return the places without those inside of an earlier one; what is exact comes before what is not."""
     kept: dict[int, list[Place]] = {}
     for place in sorted(places, key=lambda place: not place.is_exact):
-        here = kept.setdefault(id(place.page), [])
-        if all(place.find.end <= other.find.start or other.find.end <= place.find.start for other in here):
-            here.append(place)
+        here = kept.setdefault(id(place.page), [])  # apart from each other, and in their order
+        at = bisect_left(here, place.find.start, key=get_start)
+        if (not at or here[at - 1].find.end <= place.find.start) and (at == len(here) or place.find.end <= here[at].find.start):
+            here.insert(at, place)
     unique = {id(place) for some in kept.values() for place in some}
     return [place for place in places if id(place) in unique]
+
+
+def get_start(place: Place) -> int:
+    """Return where a place begins in its page's text."""
+    return place.find.start
 
 
 def find_pieces(text: str, pages: Sequence[PageIndex]) -> list[Place]:
