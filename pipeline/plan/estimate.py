@@ -9,7 +9,6 @@ engines reach a share (`SHARES`):
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -252,12 +251,9 @@ def read_earlier_run(place: str, is_wanted: bool) -> EarlierRun | None:
         if is_wanted:
             raise JobError(f"{place} has no answers: --like names the output of an earlier run", place, "--like")
         return None
-    try:
-        report = json.loads(output.root.read("report.json"))
-    except (OSError, ValueError):
-        report = {}
+    asked = (report := output.read_report()).get("last_asked") or report
     sizes = sum(output.requests.list_names(".parquet").values())
-    pages_per_s = float(report.get("pages_per_s") or 0) if report.get("pages_asked") else 0.0
+    pages_per_s = float(asked.get("pages_per_s") or 0) if asked.get("pages_asked") else 0.0
     requests = max(1, answered["rule"].null_count)  # what rules asked again is counted with the request that broke them
     tokens = (pc.sum(answered["completion_tokens"]).as_py() or 0) / requests
     models = pa.array(answered["model"].to_pylist()).drop_null()

@@ -95,6 +95,14 @@ def test_an_earlier_run_says_how_long_answers_are(workspace: Workspace) -> None:
     assert found["earlier_run"]["hours"] == round(2 / 2.0 / 3600, 3)
 
 
+def test_a_later_settling_leaves_the_speed_of_the_run(workspace: Workspace) -> None:
+    write_ledger(workspace, 200, 300)
+    settled = {"pages_asked": 0, "pages_per_s": 0.0, "last_asked": {"pages_asked": 4, "pages_per_s": 0.5}}
+    Output(workspace.job().output).write_report(settled)
+    found = plan(workspace, document("a"))
+    assert found["earlier_run"]["pages_per_s"] == 0.5
+
+
 def test_what_a_rule_asked_again_is_of_the_request_that_broke_it(workspace: Workspace) -> None:
     write_ledger(workspace, 200, 300)
     row = {"key": "9", "rule": "sum", "attempt": 1, "status": "extracted", "asks": 1, "completion_tokens": 50}
