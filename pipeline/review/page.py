@@ -64,7 +64,8 @@ def write_review_page(
     finally:
         with suppress(OSError):
             new.unlink()
-    return {"file": str(file), "documents": len(documents), "with_pages": shown, "problems": problems}
+    about = {"documents": len(documents), "with_pages": shown, "corrections": f"{records.job['job']['name']}-corrections.jsonl"}
+    return {"file": str(file), **about, "problems": problems}
 
 
 def draw_review_pages(records: RecordTable, documents: list[ReviewDocument], folder: Path | None) -> Iterator[list[PageImage]]:
