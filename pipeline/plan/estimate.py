@@ -240,7 +240,7 @@ def estimate_output(schema: Schema, asked: AnswerCount, lines: Sequence[tuple[Li
 
 
 def describe_small_print(documents: Sequence[MeasuredDocument], dpi: float) -> dict[str, Any]:
-    """Return how many sampled pages have small print, and what makes most of it larger: the budget where it shrinks the pages, else the dpi."""
+    """Return how many sampled pages have small print, and the key that makes it larger: the budget where that shrinks the pages."""
     sampled = [one for one in documents if one.smallest_px is not None]
     small = [one for one in sampled if cast(float, one.smallest_px) < MIN_X_HEIGHT_PX]
     shrunk = sum(1 for one in small if one.pages[0] and one.pages[0].dpi < dpi * FULL_SIZE)
