@@ -213,8 +213,8 @@ def describe_scalar(scalar: Scalar, placed: PlacedValue, index: DocumentIndex) -
     text = format_scalar(scalar.value)
     if place := placed.chosen:
         match = Match.EXACT if place.is_exact else Match.NORMALIZED
-        if placed.is_off_line and names_number(scalar.value):
-            match = Match.SIMILAR  # the number of another item: it is printed somewhere on most pages with a table
+        if placed.is_misplaced and names_number(scalar.value):
+            match = Match.SIMILAR  # another number of a table: it is printed somewhere on most pages that have one
         found = describe_place(scalar.path, text, match, place)
         return replace(found, places=len(placed.places), label_fit=placed.label_fit, siblings_pt=placed.distance_pt)
     if hidden := find_places(scalar, index, index.hidden_pages):
