@@ -31,7 +31,7 @@ from pipeline.demo import documents, drawing
 from pipeline.demo.documents import HELD_OUT
 from pipeline.demo.sheets import DPI, Sheet
 from pipeline.demo.truth import format_answer
-from pipeline.flow.ocr_pass import OcrPass
+from pipeline.flow.ocr_pass import OcrPass, count_wanted_pages
 from pipeline.flow.passes import settle
 from pipeline.flow.pending import identify_documents, list_documents, select_unanswered
 from pipeline.flow.preparation import describe_run
@@ -220,7 +220,7 @@ def read_here(job: Job, most: int | None) -> int:
         for row in islice(stage.read_documents(cast(Iterable[OcrTaskRow], wanted.to_pylist())), most):
             write_words(output, [cast(OcrRow, row)])
             count += 1
-            print(f"\r{count} of {wanted.num_rows}", end="", flush=True)
+            print(f"\r{count} of {count_wanted_pages(wanted)}", end="", flush=True)
     finally:
         stage.close()
     return count

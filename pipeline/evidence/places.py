@@ -85,6 +85,13 @@ class PlacedValue:
     """Whether it is printed, but neither on the line of the other values of its item nor closely below it, or not in its column."""
     distance_pt: float | None = None
     """Between the place and the nearest chosen one of a value beside it in the schema, on the same page."""
+    item_fit: float | None = None
+    """0 to 1: with how many of the other values of its item it is on a line; None where there are none."""
+    rivals: int = 0
+    """Other values with the same place."""
+    has_words_before: bool = False
+    """Whether words stand closely before it that are no value's, as those of a longer text do."""
+    has_words_after: bool = False
 
 
 def choose_places(values: Sequence[PlacedValue]) -> None:
@@ -104,9 +111,32 @@ def choose_places(values: Sequence[PlacedValue]) -> None:
         if value.places and value.chosen is None:
             choose_by_label(value, groups[value.item or value.group], root)
         if value.chosen:
-            value.label_fit = measure_label(value.chosen, value.labels) if len(value.places) > 1 else value.label_fit
+            value.label_fit = measure_label(value.chosen, value.labels)
             beside = list_boxes(other for other in groups[value.item or value.group] if other is not value)
             value.distance_pt = find_nearest(value.chosen, beside)
+    compare_lines(items.values())
+    compare_words([value for value in values if value.chosen])
+
+
+def compare_lines(items: Iterable[Sequence[PlacedValue]]) -> None:
+    """Note with how many of the other values of its item each value of an item is on a line."""
+    for cells in items:
+        lines = [{(cell.chosen.page.page_no, line) for line in cell.chosen.lines} if cell.chosen else set() for cell in cells]
+        for cell, here in zip(cells, lines, strict=True):
+            if len(cells) > 1:
+                cell.item_fit = sum(not here.isdisjoint(there) for there in lines if there is not here) / (len(cells) - 1)
+
+
+def compare_words(values: Sequence[PlacedValue]) -> None:
+    """Note which values share their place with others, and beside which stand words that are no value's."""
+    places = [value.chosen for value in values if value.chosen]
+    claimed = {(place.page.page_no, word) for place in places for find in place.finds for word in place.page.list_words(find)}
+    begins = Counter((place.page.page_no, place.page.list_words(place.find)[0]) for place in places)
+    for value, place in zip(values, places, strict=True):
+        page_no, page = place.page.page_no, place.page
+        value.rivals = begins[page_no, page.list_words(place.find)[0]] - 1
+        beside = [page.get_beside(place.find, step) for step in (-1, 1)] if not place.pieces else [None, None]
+        value.has_words_before, value.has_words_after = ((page_no, word) not in claimed if word is not None else False for word in beside)
 
 
 def choose_lines(items: Mapping[str, list[PlacedValue]]) -> None:
