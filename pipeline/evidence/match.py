@@ -11,6 +11,7 @@ not_applicable   nothing to look for: no words, a boolean, a choice whose printe
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -186,12 +187,13 @@ def find_places(scalar: Scalar, index: DocumentIndex, pages: Sequence[PageIndex]
 
 def drop_overlaps(places: Sequence[Place]) -> list[Place]:
     """Return the places without those inside of an earlier one; what is exact comes before what is not."""
-    kept: dict[int, list[Place]] = {}
+    kept, unique = dict[int, list[tuple[int, int]]](), set[int]()
     for place in sorted(places, key=lambda place: not place.is_exact):
-        here = kept.setdefault(id(place.page), [])
-        if all(place.find.end <= other.find.start or other.find.end <= place.find.start for other in here):
-            here.append(place)
-    unique = {id(place) for some in kept.values() for place in some}
+        here, span = kept.setdefault(id(place.page), []), (place.find.start, place.find.end)
+        at = bisect_left(here, span)
+        if (at == 0 or here[at - 1][1] <= span[0]) and (at == len(here) or span[1] <= here[at][0]):
+            here.insert(at, span)
+            unique.add(id(place))
     return [place for place in places if id(place) in unique]
 
 
