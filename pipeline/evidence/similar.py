@@ -5,6 +5,7 @@ It places a box and verifies nothing: a text with one letter changed is found ju
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 from pipeline.evidence.page_index import Find, PageIndex, fold_text, squeeze_letters
@@ -68,27 +69,33 @@ def list_starts(letters: str, wanted: str, most: int) -> list[int]:
 def compare_inside(wanted: str, within: str, most: int) -> tuple[int, int, int]:
     """Return the fewest edits between a text and a part of another, and where this part begins and ends; -1 for more than `most` edits.
 
-    Sellers' algorithm: a row for each letter of `wanted`, whose cells hold the edits and the beginning. `within` begins up to 2 * MAX_EDITS
-    letters before the part, so that a row's cells further from its diagonal are left out.
+    The part that ends first counts, and of those that end there the one whose length is nearest to the text's.
     """
-    band, far = 2 * MAX_EDITS, (most + 1, 0)
-    row = [(0, at) for at in range(len(within) + 1)]
-    for count, letter in enumerate(wanted, 1):
-        new = [far] * len(row)
-        first, last = max(1, count - band), min(len(within), count + 2 * band)
-        left = new[first - 1] = (count, 0) if first == 1 else far
-        least = left[0]
-        for at in range(first, last + 1):
-            (edits, begin), above = row[at - 1], row[at]
-            edits += letter != within[at - 1]
-            if above[0] + 1 < edits:
-                edits, begin = above[0] + 1, above[1]
-            if left[0] + 1 < edits:
-                edits, begin = left[0] + 1, left[1]
-            left = new[at] = edits, begin
-            least = min(least, edits)
-        row = new
-        if least > most:
-            return -1, 0, 0
-    (edits, begin), end = min((cell, at) for at, cell in enumerate(row))
-    return (edits, begin, end) if edits <= most else (-1, 0, 0)
+    ends = list(count_edits(wanted, within, is_anchored=False))
+    edits = min(ends, default=most + 1)
+    if edits > most:
+        return -1, 0, 0
+    end = ends.index(edits) + 1
+    lengths = count_edits(wanted[::-1], within[max(0, end - len(wanted) - most) : end][::-1], is_anchored=True)
+    length = min((abs(length - len(wanted)), length) for length, found in enumerate(lengths, 1) if found == edits)[1]
+    return edits, end - length, end
+
+
+def count_edits(wanted: str, within: str, is_anchored: bool) -> Iterator[int]:
+    """Yield for each letter of another text the fewest edits between a text and a part that ends there; `is_anchored`: the part from 0 on.
+
+    Myers' bit vectors (1999) in the form of Hyyrö (2001): a column of the table of edits is two numbers with a bit for each letter.
+    """
+    letters: dict[str, int] = {}
+    for at, letter in enumerate(wanted):
+        letters[letter] = letters.get(letter, 0) | 1 << at
+    full, top, edits = (1 << len(wanted)) - 1, 1 << len(wanted) - 1, len(wanted)
+    up, down = full, 0
+    for letter in within:
+        same = letters.get(letter, 0)
+        across = ((same & up) + up ^ up) | same
+        right, left = down | ~(across | up) & full, up & across
+        edits += bool(right & top) - bool(left & top)
+        right, left = right << 1 | is_anchored, left << 1
+        up, down = (left | ~(same | down | right)) & full, right & (same | down) & full
+        yield edits
