@@ -2,7 +2,8 @@
 
     python docs/draw_pages.py OUTPUT
 
-The report shows the last two names of the output's path alone, `out/invoices`. Needs Chromium, and playwright and Pillow of `.[dev]`; nothing is downloaded.
+The report shows the last two names of the output's path alone, `out/invoices`.
+Needs Chromium, and playwright and Pillow of `.[dev]`; nothing is downloaded.
 """
 
 from __future__ import annotations
