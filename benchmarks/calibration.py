@@ -18,6 +18,8 @@ import json
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +31,7 @@ from pipeline.demo import documents, drawing
 from pipeline.demo.documents import HELD_OUT
 from pipeline.demo.sheets import DPI, Sheet
 from pipeline.demo.truth import format_answer
+from pipeline.flow.ocr_pass import OcrPass, count_wanted_pages
 from pipeline.flow.passes import settle
 from pipeline.flow.pending import identify_documents, list_documents, select_unanswered
 from pipeline.flow.preparation import describe_run
@@ -36,13 +39,17 @@ from pipeline.job import DEMO_MARK, Job
 from pipeline.output import Output
 from pipeline.output.ledger import read_ledger_state, write_rows
 from pipeline.output.records import read_record_table
-from pipeline.output.sources import replace_sources
-from pipeline.records import LedgerRow, Pixels, RequestRow, SourceRow
+from pipeline.output.sources import read_sources, replace_sources
+from pipeline.output.words import write_words
+from pipeline.records import LedgerRow, OcrRow, Pixels, RequestRow, SourceRow
+from pipeline.report import ProgressTracker, Report
 from pipeline.score.calibration import LabelledRecord, label_records, measure_half, score_measured
 from pipeline.score.cells import Tolerance
 from pipeline.score.statistics import Floats
 from pipeline.stages.ask import AskStage
 from pipeline.stages.calibrate import collect_output_facts
+from pipeline.stages.ocr import OcrStage, OcrTaskRow
+from pipeline.stages.record_plan import RecordPlan
 from pipeline.stages.render import RenderPlan, RenderStage
 
 JOB = Path(__file__).parents[1] / "jobs" / "invoices.yaml"
@@ -56,14 +63,22 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--documents", type=int, default=400, help="how many in all (default: %(default)s)")
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="seed of the first document (default: %(default)s)")
+    parser.add_argument("--ocr", choices=["off", "scans", "all"], default="scans", help="evidence.ocr (default: %(default)s)")
+    parser.add_argument("--pages", type=int, help="read so many pages by OCR at most; the others of FOLDER have no second witness")
     given = parser.parse_args()
     draw_tiers(given.folder, given.documents, given.first_seed)
     settings = [f"source.paths={json.dumps([str(given.folder / 'documents.csv')])}", "model.name=demo", "model.engine=transformers"]
+    settings += [f"evidence.ocr={given.ocr}"]
     job = engines.resolve_engine(Job.load(JOB, settings, given.folder / "out"), gpus=0)
     began_s = time.monotonic()
     asked = ask_here(job)
     print(f"{asked} requests asked in {time.monotonic() - began_s:.0f} s")
     settle(job)
+    if given.ocr != "off":
+        began_s = time.process_time()
+        read = read_here(job, given.pages)
+        print(f"{read} pages read by OCR in {time.process_time() - began_s:.0f} s of CPU")
+        settle(job)
     truth = given.folder / "truth.jsonl"
     records = read_record_table(str(job.output))
     labelled = label_records(records, collect_output_facts(records), truth, Tolerance())
@@ -170,24 +185,43 @@ def ask_here(job: Job) -> int:
     waiting, done = select_unanswered(job, listed, state).to_pylist(), state.done
     identified: list[LedgerRow] = []
 
-    def claim(document: SourceRow, keys: list[str]) -> dict[str, int]:
-        missing = {key: 1 for key in keys if key not in done}
-        if not missing:
+    def claim(document: SourceRow, keys: list[str]) -> Future[dict[str, int]]:
+        claimed = Future[dict[str, int]]()
+        claimed.set_result({key: 1 for key in keys if key not in done})
+        if not claimed.result():
             identified.append(cast(LedgerRow, {**document, "key": None}))
-        return missing
+        return claimed
 
     stage = RenderStage(RenderPlan.of_job(job), claim)
     engine = engines.load_engine(job)
     count = 0
     try:
         asking = AskStage(job, engine)
-        for batch in split_rows(stage.render_documents(cast(Iterable[SourceRow], waiting))):
+        drawn = stage.render_documents(cast(Iterable[SourceRow], waiting))
+        for batch in split_rows(cast(RequestRow, {**request.row, "attempt": 1}) for request in drawn):
             write_rows(output, asyncio.run(answer_rows(asking, batch)))
             count += len(batch)
             print(f"\r{count} of {len(waiting)}", end="", flush=True)
         write_rows(output, identified)
     finally:
         engine.close()
+        stage.close()
+    return count
+
+
+def read_here(job: Job, most: int | None) -> int:
+    """Read the pages by OCR that the job wants and the output lacks, in this process, and write their words; return their number."""
+    output = Output(job.output)
+    output.words.create()
+    tracker = ProgressTracker(Report("", "", "", demonstration=True), lambda _: None)
+    wanted = OcrPass(job, output, tracker, RecordPlan(job).schema).select_pages(read_sources(output))
+    stage, count = OcrStage(RenderPlan.of_job(job)), 0
+    try:
+        for row in islice(stage.read_documents(cast(Iterable[OcrTaskRow], wanted.to_pylist())), most):
+            write_words(output, [cast(OcrRow, row)])
+            count += 1
+            print(f"\r{count} of {count_wanted_pages(wanted)}", end="", flush=True)
+    finally:
         stage.close()
     return count
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import JobError
-from pipeline.evidence.match import Evidence, Match, Witness
+from pipeline.evidence.match import UNWITNESSED, Evidence, Match, Witness
 from pipeline.records import PageRow, WordMark
 from pipeline.schema.certainty import TokenScore
 
@@ -100,17 +100,16 @@ def list_features(facts: Sequence[ValueFacts]) -> list[dict[str, float]]:
     """Return the features of each value of one record by their names, those that are 0 left out."""
     totals = [compute_logit(one.score.total) for one in facts]
     worst = sorted(totals)[: max(1, len(totals) // 10)]
-    groups: dict[str, list[float]] = {}
+    groups: dict[str, list[tuple[float, Evidence | None]]] = {}
     for one, total in zip(facts, totals, strict=True):
-        groups.setdefault(one.path.rpartition("]")[0], []).append(total)
+        groups.setdefault(one.path.rpartition("]")[0], []).append((total, one.evidence))
     rows = []
     for one, total in zip(facts, totals, strict=True):
-        group = groups[one.path.rpartition("]")[0]]
-        row = describe_tokens(one, total)
-        row |= {"document": sum(worst) / len(worst), "beside": sum(group) / len(group), "least beside": min(group)}
+        row = describe_tokens(one, total) | {"document": sum(worst) / len(worst)}
+        row |= describe_beside(groups[one.path.rpartition("]")[0]], is_in_list="]" in one.path)
         row |= {f"type {one.type}": 1.0, f"field {one.field}": 1.0, f"kind {one.kind}": 1.0, f"kind {one.kind} sum": total}
         row |= {"null": 1.0} if one.value is None else {}
-        row |= describe_evidence(one.evidence)
+        row |= describe_evidence(one)
         row |= {"disputed": float(one.is_disputed)}
         row |= {f"rule {name} {'passed' if holds else 'broken'}": 1.0 for name, holds in one.rules.items()}
         if one.quality:
@@ -134,14 +133,35 @@ def describe_tokens(one: ValueFacts, total: float) -> dict[str, float]:
     }
 
 
-def describe_evidence(found: Evidence | None) -> dict[str, float]:
+def describe_beside(group: Sequence[tuple[float, Evidence | None]], is_in_list: bool) -> dict[str, float]:
+    """Return the features that the values of an item of a list, or those outside of lists, have in common."""
+    totals, found = [total for total, _ in group], [evidence for _, evidence in group if evidence]
+    row = {"beside": sum(totals) / len(totals), "least beside": min(totals)}
+    if found:
+        row |= {"unwitnessed beside": sum(one.match in UNWITNESSED for one in found) / len(found)}
+    if found and is_in_list:
+        row |= {"most rivals": max(one.rivals for one in found)}
+        row |= {"least item": min((one.item_fit for one in found if one.item_fit is not None), default=1.0)}
+    return row
+
+
+def describe_evidence(one: ValueFacts) -> dict[str, float]:
     """Return the features of a value's evidence; none where there was nothing to look in or for."""
-    if found is None or found.match is Match.NOT_APPLICABLE:
+    found = one.evidence
+    if found is None:
         return {}
+    row = {f"match {found.match}": 1.0, f"{one.type} {found.match}": 1.0}
+    if found.distance is not None:
+        row |= {"edits": found.distance / max(1, len(found.value))}
+    if found.places:
+        row |= {"rivals": math.log1p(found.rivals), "misplaced": float(found.is_misplaced)}
+        row |= {f"{one.type} after words": float(found.has_words_before), f"{one.type} before words": float(found.has_words_after)}
+        row |= {f"label of {one.field}": found.label_fit}
+        row |= {"item": found.item_fit, "in item": 1.0} if found.item_fit is not None else {}
     if found.match not in (Match.EXACT, Match.NORMALIZED):
-        return {f"match {found.match}": 1.0}
+        return row
     name = "witnessed" if found.witness in (None, Witness.TEXT) else "witnessed by OCR"
-    row = {name: 1.0, f"match {found.match}": 1.0}
+    row |= {name: 1.0, f"{name} sum": compute_logit(one.score.total)}
     if found.places > 1:
         row |= {"places": math.log(found.places), "label": found.label_fit, "several": 1.0}
     if found.siblings_pt is not None:

@@ -11,6 +11,7 @@ not_applicable   nothing to look for: no words, a boolean, a choice whose printe
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -81,9 +82,18 @@ class Evidence:
     distance: int | None = None
     """Edits between a similar text and the value."""
     label_fit: float = 0.0
-    """0 to 1, where the value has several places: how much of its label stands beside or above the chosen one."""
+    """0 to 1: how much of its label stands beside or above the chosen place."""
     siblings_pt: float | None = None
     """From the place to the nearest of the values beside this one in the schema."""
+    item_fit: float | None = None
+    """0 to 1, of a value in a list's item: with how many of the item's other values that are printed it is on a line."""
+    is_misplaced: bool = False
+    """Whether it is in the line or the column of other values of its list alone."""
+    rivals: int = 0
+    """Other values of the record with the same place."""
+    has_words_before: bool = False
+    """Whether words stand closely before the place that are no value of the record."""
+    has_words_after: bool = False
 
     @property
     def is_witnessed(self) -> bool:
@@ -179,11 +189,17 @@ def drop_overlaps(places: Sequence[Place]) -> list[Place]:
     """Return the places without those inside of an earlier one; what is exact comes before what is not."""
     kept: dict[int, list[Place]] = {}
     for place in sorted(places, key=lambda place: not place.is_exact):
-        here = kept.setdefault(id(place.page), [])
-        if all(place.find.end <= other.find.start or other.find.end <= place.find.start for other in here):
-            here.append(place)
+        here = kept.setdefault(id(place.page), [])  # apart from each other, and in their order
+        at = bisect_left(here, place.find.start, key=get_start)
+        if (not at or here[at - 1].find.end <= place.find.start) and (at == len(here) or place.find.end <= here[at].find.start):
+            here.insert(at, place)
     unique = {id(place) for some in kept.values() for place in some}
     return [place for place in places if id(place) in unique]
+
+
+def get_start(place: Place) -> int:
+    """Return where a place begins in its page's text."""
+    return place.find.start
 
 
 def find_pieces(text: str, pages: Sequence[PageIndex]) -> list[Place]:
@@ -213,10 +229,20 @@ def describe_scalar(scalar: Scalar, placed: PlacedValue, index: DocumentIndex) -
     text = format_scalar(scalar.value)
     if place := placed.chosen:
         match = Match.EXACT if place.is_exact else Match.NORMALIZED
-        if placed.is_off_line and names_number(scalar.value):
-            match = Match.SIMILAR  # the number of another item: it is printed somewhere on most pages with a table
+        if placed.is_misplaced and names_number(scalar.value):
+            match = Match.SIMILAR  # another number of a table: it is printed somewhere on most pages that have one
         found = describe_place(scalar.path, text, match, place)
-        return replace(found, places=len(placed.places), label_fit=placed.label_fit, siblings_pt=placed.distance_pt)
+        return replace(
+            found,
+            places=len(placed.places),
+            label_fit=placed.label_fit,
+            siblings_pt=placed.distance_pt,
+            item_fit=placed.item_fit,
+            is_misplaced=placed.is_misplaced,
+            rivals=placed.rivals,
+            has_words_before=placed.has_words_before,
+            has_words_after=placed.has_words_after,
+        )
     if hidden := find_places(scalar, index, index.hidden_pages):
         return replace(describe_place(scalar.path, text, Match.HIDDEN, hidden[0]), places=len(hidden))
     if isinstance(scalar.value, bool) or any("enum" in schema or "const" in schema for schema in scalar.schemas):

@@ -23,6 +23,8 @@ SPACED = re.compile(r"(?<![\d.,])\d{1,3}(?:[ \u00a0\u202f]\d{3})+(?:[.,]\d+)?(?!
 MINUS = r"\-\u2010\u2011\u2012\u2013\u2212"
 SIGN_BEFORE = re.compile(rf"(?:^|[^\w])(?P<sign>[{MINUS}(])[^\w\s{MINUS}]?$")
 YEAR_DIGITS = 4
+PADDED = re.compile(r"00+[1-9]")
+"""Digits that begin so are a code: 0000003 is no amount."""
 SPACES = re.compile("[ \u00a0\u202f]")
 NO_MARKS = dict.fromkeys(map(ord, ".,'’ \u00a0\u202f"))
 PARTS = re.compile(r"(\d+)([.,'’])?")
@@ -75,7 +77,7 @@ class NumberIndex:
         digits, before = self.text[start:end], self.text[max(0, start - BEFORE) : start]
         if SPACES.search(digits):
             return PrintedNumber(start, end, tuple(list_readings("".join(digits.split()))), find_sign(before[-SIGN_CHARACTERS:]))
-        keys = list_readings(digits)
+        keys = list_readings(digits) if not PADDED.match(digits) else []
         if not keys or not (edge := BEFORE_NUMBER.search(before)):
             return None
         after = found[0] if (found := AFTER_NUMBER.match(self.text, end)) else ""

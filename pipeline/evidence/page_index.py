@@ -126,6 +126,19 @@ class PageIndex:
         """Return the first and the last word of what was found."""
         return bisect_right(self.starts, find.start) - 1, bisect_right(self.starts, find.end - 1) - 1
 
+    def list_words(self, find: Find) -> list[int]:
+        """Return the words of what was found, by their positions on the page, which are the same in each order of reading."""
+        first, last = self.get_words(find)
+        return self.order[first : last + 1]
+
+    def get_beside(self, find: Find, step: int) -> int | None:
+        """Return the position of the word closely before (-1) or after (1) what was found, on its line; None if there is none."""
+        beside = self.get_words(find)[step > 0] + step
+        if not 0 <= beside < len(self.words) or not RUN.search(self.words[beside]):
+            return None
+        gap = self.starts[max(beside, beside - step)] - 1
+        return self.order[beside] if self.text[gap] == " " else None
+
     def get_marks(self, find: Find) -> list[int]:
         """Return the marks of the words of what was found."""
         first, last = self.get_words(find)

@@ -1,13 +1,16 @@
 """Choice of a place: the values of a record and all places where each is printed come in, one place for each value goes out.
 
 A value that is printed once is there. Of several places of a value in a list of objects, that on the line with most of the object's
-other values is taken; of other values, the one that fits its label and stands nearest to the values beside it in the schema.
+other values is taken, and there the one in the column of the same property of the other objects; of other values, the one that fits its
+label and stands nearest to the values beside it in the schema.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,6 +26,12 @@ PIECES_WEIGHT = 0.5
 """Of a text in pieces for the line of its first piece, which may be another item's; what is printed once as a whole has 2."""
 MIN_ON_LINE = 2
 """Values of an item that show which line is its own."""
+MIN_IN_COLUMN = 3
+"""Items of a list that show where on a page the column of a property is."""
+COLUMN_GAP_PT = 2.0
+"""How far beside the others of its column a cell may stand."""
+LINE_SHARES = 27720
+"""Of a value on its line, to be divided by the number of its places there: by 1 to 12 without a rest."""
 STOP_WORDS = frozenset("the of a an in and or to for is at on by".split())
 NAME_PARTS = re.compile(r"[^\W\d_][a-zà-ÿ]*|\d+")
 
@@ -70,10 +79,19 @@ class PlacedValue:
     chosen: Place | None = None
     label_fit: float = 0.0
     """0 to 1: how much of its label stands to the left of the place or above it."""
-    is_off_line: bool = False
-    """Whether it is printed, but neither on the line of the other values of its item nor closely below it."""
+    on_line: Sequence[Place] = ()
+    """Its places on the line of its item, if it is in one."""
+    is_misplaced: bool = False
+    """Whether it is printed, but neither on the line of the other values of its item nor closely below it, or not in its column."""
     distance_pt: float | None = None
     """Between the place and the nearest chosen one of a value beside it in the schema, on the same page."""
+    item_fit: float | None = None
+    """0 to 1: with how many of the other values of its item it is on a line; None where there are none."""
+    rivals: int = 0
+    """Other values with the same place."""
+    has_words_before: bool = False
+    """Whether words stand closely before it that are no value's, as those of a longer text do."""
+    has_words_after: bool = False
 
 
 def choose_places(values: Sequence[PlacedValue]) -> None:
@@ -87,19 +105,44 @@ def choose_places(values: Sequence[PlacedValue]) -> None:
         if len(value.places) == 1:
             value.chosen = value.places[0]
     choose_lines(items)
+    choose_columns(items)
     root = [value for value in values if not value.item]
     for value in values:
         if value.places and value.chosen is None:
             choose_by_label(value, groups[value.item or value.group], root)
         if value.chosen:
-            value.label_fit = measure_label(value.chosen, value.labels) if len(value.places) > 1 else value.label_fit
+            value.label_fit = measure_label(value.chosen, value.labels)
             beside = list_boxes(other for other in groups[value.item or value.group] if other is not value)
             value.distance_pt = find_nearest(value.chosen, beside)
+    compare_lines(items.values())
+    compare_words([value for value in values if value.chosen])
+
+
+def compare_lines(items: Iterable[Sequence[PlacedValue]]) -> None:
+    """Note with how many of the other values of its item each value of an item is on a line."""
+    for cells in items:
+        lines = [{(cell.chosen.page.page_no, line) for line in cell.chosen.lines} if cell.chosen else set() for cell in cells]
+        for cell, here in zip(cells, lines, strict=True):
+            if len(cells) > 1:
+                cell.item_fit = sum(not here.isdisjoint(there) for there in lines if there is not here) / (len(cells) - 1)
+
+
+def compare_words(values: Sequence[PlacedValue]) -> None:
+    """Note which values share their place with others, and beside which stand words that are no value's."""
+    places = [value.chosen for value in values if value.chosen]
+    claimed = {(place.page.page_no, word) for place in places for find in place.finds for word in place.page.list_words(find)}
+    begins = Counter((place.page.page_no, place.page.list_words(place.find)[0]) for place in places)
+    for value, place in zip(values, places, strict=True):
+        page_no, page = place.page.page_no, place.page
+        value.rivals = begins[page_no, page.list_words(place.find)[0]] - 1
+        beside = [page.get_beside(place.find, step) for step in (-1, 1)] if not place.pieces else [None, None]
+        value.has_words_before, value.has_words_after = ((page_no, word) not in claimed if word is not None else False for word in beside)
 
 
 def choose_lines(items: Mapping[str, list[PlacedValue]]) -> None:
     """Choose the line of a page for each item of a list, the items in order, and on it or below it the places of its values."""
     reached: dict[str, tuple[int, int]] = {}
+    chosen: dict[str, tuple[int, int]] = {}
     for item, cells in items.items():
         if len(cells) < 2:
             continue
@@ -109,22 +152,68 @@ def choose_lines(items: Mapping[str, list[PlacedValue]]) -> None:
             for line in {(place.page.page_no, line) for place in cell.places for line in place.lines}:
                 votes[line] = votes.get(line, 0) + weight
         before = reached.get(name := item.rpartition("[")[0], (0, -1))
-        best = max(votes, key=lambda line: (votes[line] + 0.5 * (line > before) - 0.5 * (line == before), (-line[0], -line[1])))
-        reached[name] = best
-        found = [find_cell(cell.places, best) for cell in cells]
-        for cell, place in zip(cells, found, strict=True):
-            cell.is_off_line = place is None and len(found) - found.count(None) >= MIN_ON_LINE
+        chosen[item] = max(votes, key=lambda line: (votes[line] + 0.5 * (line > before) - 0.5 * (line == before), (-line[0], -line[1])))
+        reached[name] = chosen[item]
+    lines = {*chosen.values()}
+    for item, best in chosen.items():
+        found = [find_cell(cell, best, lines) for cell in items[item]]
+        for cell, place in zip(items[item], found, strict=True):
+            cell.is_misplaced = place is None and len(found) - found.count(None) >= MIN_ON_LINE
             cell.chosen = cell.chosen or place
 
 
-def find_cell(places: Sequence[Place], line: tuple[int, int]) -> Place | None:
-    """Return the place on a line, or the next one closely below it; None if there is none."""
-    here = [place for place in places if place.page.page_no == line[0]]
-    on = next((place for place in here if line[1] in place.lines), None)
-    if on or not here:
-        return on
-    top = here[0].page.get_line_top(line[1])
-    return min((place for place in here if 0 <= place.box[1] - top <= CELL_BELOW_PT), key=lambda place: place.box[1], default=None)
+def find_cell(cell: PlacedValue, best: tuple[int, int], lines: Container[tuple[int, int]]) -> Place | None:
+    """Return the first place of a value on the line of its item, or the next one closely below it; None if there is none.
+
+    Those on the line are noted. `lines` are those of all items: what stands on that of another one is not below this one's.
+    """
+    here = [place for place in cell.places if place.page.page_no == best[0]]
+    cell.on_line = [place for place in here if best[1] in place.lines]
+    if cell.on_line or not here:
+        return next(iter(cell.on_line), None)
+    top = here[0].page.get_line_top(best[1])
+    below = [place for place in here if not any((best[0], line) in lines for line in place.lines)]
+    return min((place for place in below if 0 <= place.box[1] - top <= CELL_BELOW_PT), key=lambda place: place.box[1], default=None)
+
+
+def choose_columns(items: Mapping[str, list[PlacedValue]]) -> None:
+    """Choose of several places on the line of an item the one in the column of its property, and note what stands in no column of it.
+
+    The column of a property on a page is where most items have the value on their lines; a value in several places of a line counts for
+    each in part.
+    """
+    columns: dict[tuple[str, int], list[PlacedValue]] = {}
+    for item, cells in items.items():
+        for cell in cells:
+            if cell.on_line:
+                name = item.rpartition("[")[0] + cell.path[len(item) :]
+                columns.setdefault((name, cell.on_line[0].page.page_no), []).append(cell)
+    taken: set[tuple[str, int]] = set()
+    for cells in columns.values():
+        at = group_places([place for cell in cells for place in cell.on_line])
+        weights = Counter[int]()
+        for cell in cells:
+            for place in cell.on_line:
+                weights[at[place]] += LINE_SHARES // len(cell.on_line)
+        best = list[Place]()
+        for cell in cells:
+            best.append(max(cell.on_line, key=lambda place: (weights[at[place]], (cell.item, place.find.start) not in taken)))
+            taken.add((cell.item, best[-1].find.start))
+        counts = Counter(at[place] for place in best)
+        most = max(counts.values())
+        for cell, place in zip(cells, best, strict=True):
+            cell.is_misplaced |= counts[at[place]] == 1 and most >= MIN_IN_COLUMN and 2 * most >= len(cells)
+            cell.chosen = place if cell.chosen in cell.on_line else cell.chosen
+
+
+def group_places(places: Sequence[Place]) -> dict[Place, int]:
+    """Return the number of the column of each place, from the left; between two columns there is a gap."""
+    found, column, right = dict[Place, int](), -1, -math.inf
+    for place in sorted(places, key=lambda place: place.box[0]):
+        column += place.box[0] > right + COLUMN_GAP_PT
+        right = max(right, place.box[2])
+        found[place] = column
+    return found
 
 
 def choose_by_label(value: PlacedValue, group: Sequence[PlacedValue], root: Sequence[PlacedValue]) -> None:

@@ -117,3 +117,17 @@ def test_a_value_is_described_by_its_neighbours_too() -> None:
 def test_a_rule_counts_as_it_was_judged() -> None:
     (row,) = list_features([make_facts(rules={"adds_up": True, "in_order": False})])
     assert (row["rule adds_up passed"], row["rule in_order broken"], row.get("rule in_order passed")) == (1.0, 1.0, None)
+
+
+def test_where_a_value_stands_among_others_is_known_of_it() -> None:
+    def witness(path: str, **about: Any) -> ValueFacts:
+        return make_facts(path, evidence=Evidence(path, "x", Match.EXACT, witness=Witness.OCR, places=1, **about))
+
+    one, other = witness("$.lines[0].item", item_fit=0.5, has_words_after=True), witness("$.lines[0].count", item_fit=0.0, rivals=2)
+    absent = make_facts("$.total", evidence=Evidence("$.total", "x", Match.ABSENT))
+    item, count, total = list_features([one, other, absent])
+    assert item["text before words"] == 1.0
+    assert item["least item"] == 0.0
+    assert (item["most rivals"], count["most rivals"]) == (2, 2)
+    assert (item["unwitnessed beside"], total["unwitnessed beside"]) == (0.0, 1.0)
+    assert "most rivals" not in total

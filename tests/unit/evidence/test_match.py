@@ -93,6 +93,7 @@ def test_a_day_is_found_in_any_form(printed: str) -> None:
         (Decimal("5"), "-5.00"),
         (Decimal("1.23"), "123"),
         (Decimal("1234"), "12,34"),
+        (Decimal("3"), "0000003"),
         ("2014-04-20", "april 2014"),
         ("2014-02-31", "31.02.2014"),
     ],
@@ -223,3 +224,59 @@ def test_a_number_that_stands_on_another_items_line_is_only_similar() -> None:
     matches = {found.path: found.match for found in match_values({}, {"lines": lines}, [page])}
     assert matches.pop("$.lines[1].price") == Match.SIMILAR
     assert {*matches.values()} <= {Match.EXACT, Match.NORMALIZED}
+
+
+TABLE = """\
+Item   Qty  Price  Tax  Amount
+Tea    2    3.50   19   7.00
+Milk   4    1.25   19   5.00
+Bread  1    2.75   19   2.75
+Salt   3    4.00   19   12.00"""
+ITEMS = [("Tea", 2, 3.5, 7), ("Milk", 4, 1.25, 5), ("Bread", 1, 2.75, 2.75), ("Salt", 3, 4, 12)]
+
+
+def match_table(**changed: float) -> dict[str, Evidence]:
+    """Return the evidence for the items of `TABLE`, the last of which has other values."""
+    lines = [{"item": item, "count": count, "price": price, "tax": 19, "amount": amount} for item, count, price, amount in ITEMS]
+    lines[-1] |= changed
+    return {found.path: found for found in match_values({}, {"lines": lines}, [print_page(TABLE)])}
+
+
+def test_of_two_places_on_a_line_the_one_in_the_column_is_chosen() -> None:
+    found = match_table()
+    price, amount, other = (found[f"$.lines[{item}].{name}"].box for item, name in ((2, "price"), (2, "amount"), (1, "amount")))
+    assert price
+    assert amount
+    assert other
+    assert price[0] < amount[0] == other[0]
+    assert all(one.is_witnessed for one in found.values())
+
+
+def test_a_number_in_the_column_of_another_property_is_only_similar() -> None:
+    found = match_table(count=12)
+    assert (found["$.lines[3].count"].match, found["$.lines[3].count"].words) == (Match.SIMILAR, "12.00")
+
+
+def test_a_number_on_the_line_of_the_next_item_is_not_below_this_one() -> None:
+    page = print_page("Tea   2  3.50\nMilk  4  1.25")
+    lines = [{"item": "Tea", "count": 2, "price": 1.25}, {"item": "Milk", "count": 4, "price": 1.25}]
+    found = {one.path: one.match for one in match_values({}, {"lines": lines}, [page])}
+    assert found["$.lines[0].price"] == Match.SIMILAR
+
+
+def test_words_beside_a_place_are_noted_unless_they_are_another_value() -> None:
+    lines = [{"item": "Drill", "count": 4, "note": "red"}, {"item": "Carpet", "count": 2, "note": "blue"}]
+    found = {one.path: one for one in match_values({}, {"lines": lines}, [print_page("Drill J59   4 red\nCarpet     2 blue")])}
+    assert [one.path for one in found.values() if one.has_words_after] == ["$.lines[0].item"]
+    assert [one.path for one in found.values() if one.has_words_before] == []
+
+
+def test_values_of_one_place_are_rivals_and_an_item_of_two_lines_does_not_fit() -> None:
+    page = print_page("Desk  6  2.12  12.72\nLamp  6  12.40  74.40")
+    lines = [{"item": "Desk", "count": 6, "price": 12.4, "amount": 74.4}, {"item": "Lamp", "count": 6, "price": 12.4, "amount": 74.4}]
+    found = {one.path: one for one in match_values({}, {"lines": lines}, [page])}
+    assert {path for path, one in found.items() if one.rivals} >= {
+        f"$.lines[{item}].{name}" for item in (0, 1) for name in ("price", "amount")
+    }
+    assert found["$.lines[0].item"].item_fit == 0
+    assert found["$.lines[1].item"].item_fit == 1
