@@ -259,7 +259,7 @@ def time_steps(engine: TransformersEngine) -> Iterator[StepTimes]:
     def run_pass(model: Any, cache: Any, staged: Any, words: Any, images: Any) -> Any:
         before = times.vision
         result, seconds = spend(lambda: compute(model, cache, staged, words, images))
-        if staged.is_first:
+        if staged.is_reading:
             times.prefill += seconds - (times.vision - before)
         else:
             times.decode += seconds
@@ -398,7 +398,7 @@ def count_rows(engine: Any, counts: StepTimes) -> Callable[[], None]:
     compute = generate.compute_pass
 
     def run_pass(model: Any, cache: Any, staged: Any, words: Any, images: Any) -> Any:
-        if not staged.is_first:
+        if not staged.is_reading:
             counts.passes, counts.row_passes = counts.passes + 1, counts.row_passes + staged.stop - staged.start
         return compute(model, cache, staged, words, images)
 
@@ -549,10 +549,10 @@ def check_memory_recovery(checks: Checks, engine: TransformersEngine, load: Work
     encoder, limit = engine._model.encoder, large.width_px * large.height_px
     build = encoder.build_pixel_values
 
-    def refuse_large(prompts: Any) -> Any:
-        if any(image.shape[0] * image.shape[1] >= limit for one in prompts for image in one.images):
+    def refuse_large(images: Any) -> Any:
+        if any(image.shape[0] * image.shape[1] >= limit for image in images):
             raise torch.OutOfMemoryError("injected: no memory for this page")
-        return build(prompts)
+        return build(images)
 
     is_real = engine._model.device.type == "cuda"
     if is_real:

@@ -32,6 +32,8 @@ class ExitCode(IntEnum):
     """SIGTERM; the same command resumes the run."""
 
 
+LAST_ASKED = ("requests_asked", "pages_asked", "elapsed_s", "pages_per_s", "requests_in_flight", "engine_busy_share")
+"""What is kept of the last run that asked anything."""
 PENDING_FAILURE = "settle/pending"
 """Failure kind of a record whose requests are not all answered yet."""
 
@@ -139,6 +141,8 @@ class Report:
     """Mean number of requests at the engines, from the start of the first to the end of the last."""
     engine_busy_share: float | None = None
     """Share of the engines' time, from loaded to last answer, in which they had a request."""
+    last_asked: dict[str, float | None] = field(default_factory=dict)
+    """These figures (`LAST_ASKED`) of the last run that asked anything: this one, or an earlier one of the same output."""
 
     @property
     def exit_code(self) -> ExitCode:
@@ -153,6 +157,11 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """Return the content of `report.json` and of `--json`."""
         return {**asdict(self), "pages_per_s": round(self.pages_per_s, 3), "exit_code": int(self.exit_code)}
+
+    def keep_last_asked(self, before: Mapping[str, Any]) -> None:
+        """Note what this run asked, or, if nothing, what the last one that did asked; `before` is what `report.json` held until now."""
+        asked = self.as_dict() if self.requests_asked else before.get("last_asked") or before  # 0.1.0 wrote no `last_asked`
+        self.last_asked = {name: asked.get(name) for name in LAST_ASKED} if asked.get("requests_asked") else {}
 
     def to_pandas(self, explode: str | None = None) -> pd.DataFrame:
         """Return the records of the output as a DataFrame, with a row for each item of an array if `explode` names one: `pipeline.read`."""

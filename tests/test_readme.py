@@ -292,13 +292,6 @@ def test_commands_are_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         main.commands[name].make_context(name, shlex.split(arguments, comments=True))
 
 
-def test_python_blocks_compile() -> None:
-    for page in PAGES:
-        for kind, text in CODE_BLOCK.findall(page.read_text()):
-            if kind == "python":
-                compile(text, str(page), "exec")
-
-
 if __name__ == "__main__":
     for place in {*DOCS.values()}:
         place.write_text(fill_page(place))

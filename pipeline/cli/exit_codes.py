@@ -112,7 +112,7 @@ def convert_to_exit_code(command: Callable[..., ExitCode | None], stopped: str =
 
 PREFIXES = {ErrorKind.DOCUMENT: "failed: ", ErrorKind.INTERRUPTED: "", ErrorKind.TERMINATED: ""}
 """What precedes the sentence on stderr; of all other kinds it is `error: `."""
-EXTRAS = {"duckdb": "export", "matplotlib": "eval", "openpyxl": "export", "scipy": "eval"}
+EXTRAS = {"duckdb": "export", "matplotlib": "eval", "openpyxl": "export"}
 """The extra of this package that installs what only some commands import."""
 
 

@@ -81,7 +81,7 @@ def show_plan(found: RunPlan) -> None:
     small = found["small_print"]
     if small["share"] > 0:
         share = f"{small['share']:.0%} of {small['sampled']:.0f} sampled pages"
-        print_message(f"warning: {share} have print of less than 8 px at this budget; raise pages.max_pixels")
+        print_message(f"warning: {share} have print of less than 8 px at this size of page; raise {small['key']}")
 
 
 def format_range(found: Range) -> str:

@@ -62,7 +62,7 @@ def review_command(output: str, file: Path, with_pages: int, documents: Path | N
         print_message(f"not shown: {problem}")
     if (more := len(written["problems"]) - MAX_PROBLEMS_SHOWN) > 0:
         print_message(f"{more} more pages are not shown; --documents DIR says where the files are")
-    print_message("then: pipeline settle JOB --corrections FILE")
+    print_message(f"then, with what is saved there: pipeline settle JOB --corrections {written['corrections']}")
 
 
 def serve_review(output: str, documents: Path | None, port: int, as_json: bool) -> None:

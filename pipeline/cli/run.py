@@ -91,7 +91,8 @@ def keep_corrections(job: Job, file: Path, as_json: bool) -> None:
     output = Output(job.output)
     added = add_corrections(output, file, ArrowPlan(job.schema), read_sources(output)["source"].to_pylist())
     if not as_json:
-        print_message(f"{sum(len(found.paths) for found in added)} values in {len(added)} records corrected by {file}")
+        values = sum(len(found.paths) for found in added)
+        print_message(f"{values} value{'s' * (values != 1)} in {len(added)} record{'s' * (len(added) != 1)} corrected by {file}")
 
 
 def show_run(work: Callable[[ProgressDisplay], Report], stopping: str, as_json: bool, bar: bool = True) -> ExitCode:
@@ -128,8 +129,9 @@ def show_report(ended: Report, console: Console | None = None) -> None:
     table.add_row("requests asked", str(ended.requests_asked))
     if ended.rule_requests:
         table.add_row("  of them about broken rules", str(ended.rule_requests))
-    table.add_row("pages asked", f"{ended.pages_asked} ({ended.pages_per_s:.1f} pages/s, start-up included)")
-    table.add_row("tokens read, written", f"{ended.prompt_tokens}, {ended.completion_tokens}")
+    if ended.requests_asked:
+        table.add_row("pages asked", f"{ended.pages_asked} ({ended.pages_per_s:.1f} pages/s, start-up included)")
+        table.add_row("tokens read, written", f"{ended.prompt_tokens}, {ended.completion_tokens}")
     table.add_row("model", ended.model + (" (demonstration)" if ended.demonstration else ""))
     console = console or make_console()
     console.print(table)

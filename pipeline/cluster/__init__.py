@@ -47,6 +47,8 @@ RAISED = re.compile(r"^((?:\w+\.)*)([A-Z]\w*): (.+)$", re.MULTILINE)
 """The line of a traceback that says what was raised."""
 UNNEEDED_STARTS = ("start_monitor", "start_log_monitor", "start_api_server")
 """Methods of Ray's `Node` that start what serves a cluster that grows, a log on the terminal, and a dashboard."""
+STARTED: set[str] = set()
+"""Address of the Ray that this process started and has not stopped."""
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
@@ -213,6 +215,7 @@ def start_ray() -> None:
         except Exception as error:  # any: a raylet that is late is a bare Exception
             if not left or "timed out during startup" not in str(error):
                 raise RunError(f"Ray does not start on this machine: {error}") from error
+    STARTED.add(read_gcs_address())
     if open_to := [found for node in ray.nodes() if not ip_address(found := node["NodeManagerAddress"]).is_loopback]:
         ray.shutdown()
         raise RunError(f"Ray {ray.__version__} listens on {open_to[0]} in place of loopback: install a version that pyproject.toml allows")
@@ -266,6 +269,11 @@ def make_driver_affinity() -> Any:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
+def is_started_here() -> bool:
+    """Say whether the Ray that this process is connected to was started by it, for one run."""
+    return read_gcs_address() in STARTED
+
+
 def is_node_alive(node: str | None) -> bool:
     """Say whether a node, by its id, is alive."""
     import ray
@@ -284,6 +292,9 @@ def stop_ray(threads: Set[threading.Thread]) -> None:
     for thread in {thread for thread in threading.enumerate() if not thread.name.startswith((IDLE_THREAD, LISTING_THREAD))} - threads:
         thread.join(max(0.0, deadline - time.monotonic()))
     ray.shutdown()
+    STARTED.clear()
+    if helpers := sys.modules.get(f"{__name__}.helper_actors"):
+        helpers.restore_helper_actors()
     reload_ray_token()  # the next Ray of this process has another than one that was started here
 
 

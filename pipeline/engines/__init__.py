@@ -236,6 +236,7 @@ def load_transformers_engine(job: Job, threads: int | None) -> Engine:
         rope_scaling=model.rope_scaling,
         lora=find_adapter(job),
         keep_int4=model.weights == "int4",
+        part_tokens=model.max_num_batched_tokens,
         logprobs=model.logprobs is not False,
     )
 

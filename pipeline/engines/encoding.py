@@ -44,6 +44,24 @@ class EncodedPrompt:
     positions: NDArray[np.int64]
     """(3, tokens): time, height and width of each token, as Qwen's multimodal rotary embedding counts them."""
     images: tuple[Pixels, ...]
+    image_spans: tuple[range, ...]
+    """Where in `ids` each image's visual tokens stand."""
+
+    def cut_part(self, start: int, most: int) -> int:
+        """Return where a part of the prompt that begins at `start` ends: after `most` tokens, but within no image.
+
+        The vision tower reads an image as a whole, so the first image of a part is taken whole, and another that would be cut is left out.
+        """
+        stop = start + most
+        spans = [span for span in self.image_spans if span.start >= start]
+        for at, span in enumerate(spans):
+            if span.start < stop < span.stop:
+                return span.start if at else span.stop
+        return stop
+
+    def list_images(self, start: int, stop: int) -> list[Pixels]:
+        """Return the images whose visual tokens begin within these tokens."""
+        return [image for image, span in zip(self.images, self.image_spans, strict=True) if start <= span.start < stop]
 
 
 class Encoder:
@@ -74,19 +92,19 @@ class Encoder:
         if ids.count(self._image_token) != len(images):
             raise DocumentError("prompt", f"the chat template shows {ids.count(self._image_token)} of {len(images)} images")
         positions = compute_positions(ids, grids, self._image_token)
-        return EncodedPrompt(list(expand_image_tokens(ids, grids, self._image_token)), ids, positions, images)
+        spans = tuple(find_image_spans(ids, grids, self._image_token))
+        return EncodedPrompt(list(expand_image_tokens(ids, grids, self._image_token)), ids, positions, images, spans)
 
     def encode_sample_page(self) -> EncodedPrompt:
         """Return a prompt about a blank page of one visual token: the least that a chat template must support."""
         page = np.zeros((self._unit_px, self._unit_px, 3), np.uint8)
         return self.encode([Message("system", ("Read.",)), Message("user", (page, "What does it say?"))])
 
-    def build_pixel_values(self, prompts: Sequence[EncodedPrompt]) -> dict[str, torch.Tensor]:
-        """Return a batch's images as keyword arguments of the vision tower, on the model's device; empty without images.
+    def build_pixel_values(self, images: Sequence[Pixels]) -> dict[str, torch.Tensor]:
+        """Return images as keyword arguments of the vision tower, on the model's device; empty without images.
 
         `pixel_values` (patches, values of a patch) and `image_grid_thw` (images, 3). Raises DocumentError when the grid has changed.
         """
-        images = [image for prompt in prompts for image in prompt.images]
         if not images:
             return {}
         batch = self._processor.image_processor(
@@ -149,6 +167,16 @@ def expand_image_tokens(ids: Sequence[int], grids: Sequence[Grid], image_token: 
             yield from [image_token] * (rows * columns)
         else:
             yield token
+
+
+def find_image_spans(ids: Sequence[int], grids: Sequence[Grid], image_token: int) -> Iterator[range]:
+    """Yield where each image's visual tokens stand in the ids that `expand_image_tokens` makes of these."""
+    remaining, added = iter(grids), 0
+    for at, token in enumerate(ids):
+        if token == image_token:
+            rows, columns = next(remaining)
+            yield range(at + added, at + added + rows * columns)
+            added += rows * columns - 1
 
 
 def compute_positions(ids: Sequence[int], grids: Sequence[Grid], image_token: int) -> NDArray[np.int64]:

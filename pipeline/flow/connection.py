@@ -19,4 +19,8 @@ def connect_for_job(job: Job, address: str | None = None) -> cluster.Resources:
     context.execution_no_progress_timeout_s = -1  # a block of documents may take longer to be answered; the watchdog looks
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0  # a pool grows when its actors have all they take
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    if cluster.is_started_here():
+        from pipeline.cluster.helper_actors import replace_helper_actors
+
+        replace_helper_actors()
     return resources

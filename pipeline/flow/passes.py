@@ -129,6 +129,7 @@ def settle(job: Job, on_progress: OnProgress | None = None) -> Report:
 
 def write_reports(output: Output, report: Report) -> None:
     """Write what a run or a settling has come to, for programs and for people. Raises RunError."""
+    report.keep_last_asked(output.read_report())
     output.write_report(report.as_dict())
     write_report_page(output, report)
 

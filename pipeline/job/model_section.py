@@ -113,8 +113,9 @@ class ModelSection(Section):
         ge=256,
         le=1_048_576,
         description="Tokens that `vllm` computes in a step, and visual tokens that it puts through the vision tower in one. Default: all "
-        "pages of a request, at least 8,192 from 70 GB of GPU memory on and 4,096 below; where that is not known vLLM's own, 2,048. More "
-        "fill the GPU better, cost memory that the cache could have, and delay the answers under way.",
+        "pages of a request, at least 8,192 from 70 GB of GPU memory on and 4,096 below; where that is not known vLLM's own, 2,048. In "
+        "`transformers`, tokens of prompts that are read between two tokens of the answers under way, and one page at least; default: "
+        "4,096, on a CPU 1,024. More fill the GPU better, cost memory that the cache could have, and delay the answers under way.",
     )
     mm_processor_cache_gb: float | None = Field(
         None,

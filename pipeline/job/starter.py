@@ -35,7 +35,7 @@ JOB_TEXT = """\
 # {title} -> one typed row each.
 #
 #     pipeline check job.yaml                        what this file means, spelled out; starts nothing
-#     pipeline preview job.yaml {documents}/FILE     one page as the model sees it, and what it answers
+#     pipeline preview job.yaml {documents}/FILE       one page as the model sees it, and what it answers
 #     pipeline run job.yaml                          reads everything; run it again and nothing is asked twice
 #
 # Relative paths start at this file. Keys that are commented out show their defaults; `docs/job.md` has all of them.

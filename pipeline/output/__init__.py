@@ -97,11 +97,19 @@ class Output:
 
     def read_listing(self) -> dict[str, Any]:
         """Return the content of `listing.json`; nothing where it is not there or cannot be read, because all can be listed again."""
-        try:
-            found = json.loads(self.root.read("listing.json"))
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        return self.read_facts("listing.json")
 
     def write_report(self, content: dict[str, Any]) -> None:
         self.root.put("report.json", (json.dumps(content, indent=2) + "\n").encode())
+
+    def read_report(self) -> dict[str, Any]:
+        """Return the content of `report.json`; nothing where it is not there or cannot be read."""
+        return self.read_facts("report.json")
+
+    def read_facts(self, name: str) -> dict[str, Any]:
+        """Return a JSON object; an empty one where its file is not there or holds none."""
+        try:
+            found = json.loads(self.root.read(name))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}

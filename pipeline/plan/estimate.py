@@ -9,7 +9,6 @@ engines reach a share (`SHARES`):
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -34,6 +33,8 @@ from pipeline.schema.prompt import build_messages
 from pipeline.stages.requests import split_pages
 from pipeline.storage.location import parse_location
 
+FULL_SIZE = 0.97
+"""Of `pages.dpi`: a page with less is one that the budget shrinks, and not one that the grid of cells rounds."""
 GPUS = {"h200": 790.0, "h100": 791.0, "a100": 250.0, "a10g": 56.0, "l4": 97.0}
 """TFLOP/s of large bf16 matrix products: measured on an H200, else 0.8 of the dense peak."""
 SHARES = (0.15, 0.30)
@@ -85,8 +86,8 @@ class RunPlan(TypedDict):
     context_tokens: int
     dpi: dict[str, float]
     """Least, median and largest effective resolution of the pages."""
-    small_print: dict[str, float]
-    """Pages that were sampled for it, and the share of those with print of less than 8 px."""
+    small_print: dict[str, Any]
+    """Pages that were sampled for it, the share of those with print of less than 8 px, and the job's key that makes it larger."""
     gpu: str
     gpu_hours: Range
     cost: Range | None
@@ -132,8 +133,7 @@ def estimate_run(
     seconds = [sum_seconds(job, visual, read, written, len(requests), GPUS[gpu] * share) for read, written, share in ends]
     hours = make_range([second / 3600 for second in seconds], f"roofline of one {gpu}, at {SHARES[0]:.0%} to {SHARES[1]:.0%} of its bound")
     dpis = sorted(page.dpi for page in pages)
-    sampled = [one.smallest_px for one in documents if one.smallest_px is not None]
-    small = sum(height < MIN_X_HEIGHT_PX for height in sampled)
+    small_print = describe_small_print(documents, job.sections.pages.dpi)
     held = min(len(requests), MAX_REQUESTS_HELD)
     ledger = earlier.ledger_bytes if earlier else LEDGER_BYTES[0] + LEDGER_BYTES[1] * output["likely"] / max(1, len(requests))
     return {
@@ -150,7 +150,7 @@ def estimate_run(
         "beyond_context": beyond,
         "context_tokens": context,
         "dpi": {"least": dpis[0], "median": dpis[len(dpis) // 2], "largest": dpis[-1]} if dpis else {},
-        "small_print": {"sampled": len(sampled), "share": small / len(sampled) if sampled else 0.0},
+        "small_print": small_print,
         "gpu": gpu,
         "gpu_hours": hours,
         "cost": None if price is None else make_range([hour * price for hour in list_values(hours)], f"{price:g} an hour"),
@@ -239,6 +239,15 @@ def estimate_output(schema: Schema, asked: AnswerCount, lines: Sequence[tuple[Li
     return make_range([round(value * share) for value, share in spread], f"{source}; an earlier run says it better (--like OUTPUT)")
 
 
+def describe_small_print(documents: Sequence[MeasuredDocument], dpi: float) -> dict[str, Any]:
+    """Return how many sampled pages have small print, and the key that makes it larger: the budget where that shrinks the pages."""
+    sampled = [one for one in documents if one.smallest_px is not None]
+    small = [one for one in sampled if cast(float, one.smallest_px) < MIN_X_HEIGHT_PX]
+    shrunk = sum(1 for one in small if one.pages[0] and one.pages[0].dpi < dpi * FULL_SIZE)
+    key = "pages.max_pixels" if 2 * shrunk >= len(small) else "pages.dpi"
+    return {"sampled": len(sampled), "share": len(small) / len(sampled) if sampled else 0.0, "key": key}
+
+
 # ---- An earlier run -------------------------------------------------------------------------------------------------
 
 
@@ -252,12 +261,9 @@ def read_earlier_run(place: str, is_wanted: bool) -> EarlierRun | None:
         if is_wanted:
             raise JobError(f"{place} has no answers: --like names the output of an earlier run", place, "--like")
         return None
-    try:
-        report = json.loads(output.root.read("report.json"))
-    except (OSError, ValueError):
-        report = {}
+    asked = (report := output.read_report()).get("last_asked") or report
     sizes = sum(output.requests.list_names(".parquet").values())
-    pages_per_s = float(report.get("pages_per_s") or 0) if report.get("pages_asked") else 0.0
+    pages_per_s = float(asked.get("pages_per_s") or 0) if asked.get("pages_asked") else 0.0
     requests = max(1, answered["rule"].null_count)  # what rules asked again is counted with the request that broke them
     tokens = (pc.sum(answered["completion_tokens"]).as_py() or 0) / requests
     models = pa.array(answered["model"].to_pylist()).drop_null()

@@ -34,6 +34,8 @@ class ReviewResult(TypedDict):
     """Documents whose pages are shown."""
     problems: list[str]
     """Pages that could not be drawn, a sentence each."""
+    corrections: str
+    """Name under which a browser saves the corrections."""
 
 
 def write_review_page(
@@ -64,7 +66,8 @@ def write_review_page(
     finally:
         with suppress(OSError):
             new.unlink()
-    return {"file": str(file), "documents": len(documents), "with_pages": shown, "problems": problems}
+    corrections = f"{records.job['job']['name']}-corrections.jsonl"
+    return {"file": str(file), "documents": len(documents), "with_pages": shown, "problems": problems, "corrections": corrections}
 
 
 def draw_review_pages(records: RecordTable, documents: list[ReviewDocument], folder: Path | None) -> Iterator[list[PageImage]]:

@@ -80,7 +80,7 @@ def generate(network: Any, encoder: Any, request: Request) -> str:
             suppress_tokens=[*control, *range(len(words), VOCABULARY)],
             do_sample=False,
             max_new_tokens=request.sampling.max_tokens,
-            **encoder.build_pixel_values([made]),
+            **encoder.build_pixel_values(made.images),
         )[0, len(made.ids) :].tolist()
     return str(words.decode(written, skip_special_tokens=True))
 
@@ -99,14 +99,14 @@ def test_the_prompt_is_that_of_the_familys_own_processor(engine: TransformersEng
     expected = processor(text=[text], images=[Image.fromarray(image)], do_resize=False, return_tensors="pt")
     made = encoder.encode((Message("system", ("Read.",)), Message("user", (image, "Go."))))
     assert made.ids == expected["input_ids"][0].tolist()
-    assert torch.equal(encoder.build_pixel_values([made])["pixel_values"], expected["pixel_values"])
+    assert torch.equal(encoder.build_pixel_values(made.images)["pixel_values"], expected["pixel_values"])
 
 
 def test_positions_are_those_of_the_familys_own_code(engine: TransformersEngine, family: str) -> None:
     made = engine._model.encoder.encode(make_request(FAMILIES[family], 2, pages=3).messages)
     ids = torch.tensor([made.ids])
     kinds = (ids == engine._model.network.config.image_token_id).int()
-    grids = engine._model.encoder.build_pixel_values([made])["image_grid_thw"]
+    grids = engine._model.encoder.build_pixel_values(made.images)["image_grid_thw"]
     expected, _ = engine._model.network.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grids)
     assert np.array_equal(made.positions, expected[:, 0].numpy())
 
@@ -138,6 +138,18 @@ def test_a_batch_answers_as_each_request_alone(engine: TransformersEngine, famil
     together = [answer.text for answer in complete_all(engine, *requests)]
     assert together == [complete_all(engine, request)[0].text for request in requests]
     assert all(json.loads(text) for text in together)
+
+
+def test_a_prompt_that_is_read_in_parts_gives_the_same_answer(engine: TransformersEngine, folder: Path, family: str) -> None:
+    requests = [make_request(FAMILIES[family], key, FLAT, 60, pages=1 + 2 * key) for key in range(3)]
+    parted = TransformersEngine(str(folder), threads=1, batch_size=4, part_tokens=20)
+    network, widths = parted._model.network.model.language_model, list[int]()
+    network.register_forward_hook(lambda _m, _a, out: widths.append(out.last_hidden_state.shape[1]))
+    for whole, found in zip(complete_all(engine, *requests), complete_all(parted, *requests), strict=True):
+        assert found.text == whole.text
+        assert [token.logprob for token in found.tokens] == pytest.approx([token.logprob for token in whole.tokens], abs=1e-4)
+    parted.close()
+    assert max(widths) <= 20 + 3 * 4  # the text before a page's 12 tokens may fill the budget
 
 
 def test_an_awq_copy_answers_as_its_unpacked_weights(folder: Path, family: str, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from pipeline.engines.transformers import TransformersEngine
 from pipeline.engines.transformers import generate as generation
 from pipeline.engines.transformers.attention import NAME, attend_grouped, build_mask
-from pipeline.engines.transformers.batch import Batch, BatchRow, choose_width, stage_pass
+from pipeline.engines.transformers.batch import Batch, BatchRow, StagedPass, choose_width, stage_pass
 from pipeline.engines.transformers.cache import COLUMN_STEP, KeyValueCache
 from pipeline.engines.transformers.generate import LoadedModel, compute_pass, run_step
 from pipeline.records import Request, Sampling
@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoadedModel]:
 
 def start_batch(model: LoadedModel, rows: int = 4, side_px: int = 84, **sampling: Any) -> Batch:
     """Return a batch after its first passes, until a row has forced tokens pending; its rows have prompts of different lengths."""
-    batch = Batch(model.make_cache())
+    batch = Batch(model.make_cache(), 1024)
     for key in range(rows):
         messages = prompt.build_messages("s", [make_noise(key, 28 * (2 + key), side_px)])
         request = Request(str(key), messages, FLAT, Sampling(**{"max_tokens": 60, **sampling}))
@@ -79,6 +79,11 @@ def test_a_step_copies_once_to_the_device_and_once_back(model: LoadedModel, samp
     batch = start_batch(model, **sampling)
     masks = model.vocabulary.compute_masks([row.constraint for row in batch.rows if min(len(row.pending), width) == len(row.pending)])
     staged = stage_pass(batch.rows, 0, width, masks, 64, model.pad_id, model.vocabulary.size, pinned=False)
+    assert count_copies(model, staged) == [("cpu", "cuda"), ("cuda", "cpu")]
+
+
+def count_copies(model: LoadedModel, staged: StagedPass) -> list[tuple[str, str]]:
+    """Return the copies of a pass on a fake GPU, from and to."""
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.inference_mode():
         network = copy_to_fake_gpu(model.network, fake)
         there = replace(model, network=network, device=torch.device("cuda"))
@@ -87,7 +92,17 @@ def test_a_step_copies_once_to_the_device_and_once_back(model: LoadedModel, samp
         with CopyCounter() as counter:
             words = fake.from_tensor(staged.words).to(there.device)
             compute_pass(there, cache, staged, words, {}).cpu()
-    assert counter.copies == [("cpu", "cuda"), ("cuda", "cpu")]
+    return counter.copies
+
+
+def test_a_part_of_a_prompt_is_copied_once_to_the_device(model: LoadedModel) -> None:
+    batch = start_batch(model, rows=1)
+    row = batch.rows[0]
+    row.cached, row.pending, row.tokens, row.unscored = len(row.prompt.ids) - 12, row.prompt.ids[-12:], [], 0
+    masks = model.vocabulary.compute_masks([])
+    staged = stage_pass(batch.rows, 0, 8, masks, 64, model.pad_id, model.vocabulary.size, pinned=False)
+    assert (staged.is_reading, staged.is_first, staged.choosing) == (True, False, ())
+    assert count_copies(model, staged) == [("cpu", "cuda"), ("cuda", "cpu")]
 
 
 def copy_to_fake_gpu(network: Any, fake: FakeTensorMode) -> Any:
@@ -219,6 +234,19 @@ def test_grouped_attention_is_that_of_repeated_keys(width: int) -> None:
         query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), attn_mask=visible, scale=0.3
     )
     torch.testing.assert_close(found, expected.transpose(1, 2))
+
+
+def test_a_row_alone_attends_without_copies_of_its_keys() -> None:
+    width, columns, groups = 16, 4096, 3
+    query, key, value = torch.randn(1, 6, width, 64), torch.randn(1, 2, columns, 64), torch.randn(1, 2, columns, 64)
+    mask = build_mask(torch.tensor([columns - width]), width, columns, 1, torch.float32)
+    assert mask.shape == (1, 1, width, columns)
+    found = list[Any]()
+    assert list_large_allocations(lambda: found.append(attend_grouped(None, query, key, value, mask, scaling=0.3)[0]), key.nbytes) == []
+    whole = torch.cat([torch.zeros(1, 6, columns - width, 64), query], 2)
+    repeated = (key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
+    expected = torch.nn.functional.scaled_dot_product_attention(whole, *repeated, is_causal=True, scale=0.3)[:, :, -width:]
+    torch.testing.assert_close(found[0], expected.transpose(1, 2))
 
 
 def test_only_the_language_model_has_grouped_attention(model: LoadedModel) -> None:

@@ -85,4 +85,4 @@ def test_minute_print_is_warned_of(tmp_path: Path) -> None:
     document.select([3])
     workspace.put("small.pdf", bytes(document.tobytes()))
     shown = CliRunner().invoke(main, ["plan", str(workspace.file)], catch_exceptions=False).stderr
-    assert "100% of 1 sampled pages have print of less than 8 px at this budget; raise pages.max_pixels" in " ".join(shown.split())
+    assert "100% of 1 sampled pages have print of less than 8 px at this size of page; raise pages.max_pixels" in " ".join(shown.split())

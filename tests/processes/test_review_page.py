@@ -291,7 +291,7 @@ def test_what_was_corrected_is_settled_and_is_a_truth(reviewer: Reviewer, output
     file.write_text("".join(json.dumps(line, default=str).replace('"19.99"', "19.99") + "\n" for line in reviewer.save()))
     job = tmp_path / "work/job.yaml"
     found = CliRunner().invoke(main, ["settle", str(job), "--set", RULES, "--corrections", str(file)])
-    assert "1 values in 1 records corrected" in found.stderr
+    assert "1 value in 1 record corrected" in found.stderr
     frame = pipeline.read(str(output.root)).set_index("_source")
     corrected = frame.loc["in/c.pdf"]
     assert (corrected["_status"], corrected["total"], list(corrected["_corrected"])) == ("extracted", Decimal("0.00"), ["$.total"])

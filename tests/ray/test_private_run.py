@@ -237,6 +237,7 @@ def test_no_socket_listens_off_loopback(runs: list[Observed]) -> None:
 def test_ray_starts_no_process_that_a_run_on_one_machine_does_not_need(runs: list[Observed]) -> None:
     assert any("/raylet" in title for title in runs[1].titles)
     assert not [title for title in runs[1].titles if re.search(r"/(log_)?monitor\.py|/dashboard\.py", title)]
+    assert not [title for title in runs[1].titles if re.search("StatsActor|AutoscalingCoordinator|ActorLocationTracker", title)]
 
 
 def test_a_process_without_the_token_is_refused(runs: list[Observed]) -> None:

@@ -1,4 +1,4 @@
-"""The wheel, installed where the repository is not: it contains the sample jobs, and runs them from any folder."""
+"""The wheel, installed where the repository is not: it contains the sample jobs, and a new user gets from them to corrected records."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+
+from tests.test_readme import CODE_BLOCK, PAGES
 
 ROOT = Path(__file__).parents[2]
 BUILT_FROM = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "pipeline", "jobs", "schemas")
@@ -134,10 +136,59 @@ def test_init_writes_what_the_repository_has(installed: InstalledWheel, sample: 
     assert all((installed.folder / file).read_bytes() == (ROOT / file.relative_to("my samples")).read_bytes() for file in written)
 
 
-def test_the_sample_job_runs_as_init_says(installed: InstalledWheel, sample: subprocess.CompletedProcess[str]) -> None:
+# ---- What a new user does ---------------------------------------------------------------------------------------------
+
+KEPT = ("invoice-01.pdf", "invoice-04.pdf")
+"""The samples that are run."""
+
+
+@pytest.fixture(scope="module")
+def home(installed: InstalledWheel, sample: subprocess.CompletedProcess[str]) -> InstalledWheel:
+    """The samples, fewer of them, and beside them the guide's folder with the same documents, as `init` says to go on; both are run."""
     next_command = json.loads(sample.stdout)["next"]
     assert next_command == "pipeline run 'my samples/jobs/invoices.yaml'"
-    ended = installed.run("run", "my samples/jobs/invoices.yaml", "--limit", "2", "--json")
-    report = json.loads(ended.stdout)
-    assert (ended.returncode, report["statuses"], report["demonstration"]) == (0, {"extracted": 2}, True)
-    assert len([*(installed.folder / "my samples/out/invoices/records").glob("*.parquet")]) == 1
+    folder = installed.folder / "my samples"
+    for file in (folder / "jobs/samples/invoices").iterdir():
+        if file.name not in KEPT:
+            file.unlink()
+    made = replace(installed, folder=folder)
+    assert made.run("init", "contracts").returncode == 0
+    for name in KEPT:
+        shutil.copy(folder / "jobs/samples/invoices" / name, folder / "contracts/documents")
+    for job in ("jobs/invoices.yaml", "contracts/job.yaml"):
+        ended = made.run("run", job, "--json")
+        report = json.loads(ended.stdout)
+        assert (ended.returncode, report["statuses"], report["demonstration"]) == (0, {"extracted": 2}, True), ended.stderr
+    return made
+
+
+def test_a_run_writes_where_its_job_says(home: InstalledWheel) -> None:
+    assert [len([*(home.folder / name / "records").glob("*.parquet")]) for name in ("out/invoices", "contracts/out")] == [1, 1]
+
+
+PYTHON_BLOCKS = {page.name: [text for kind, text in CODE_BLOCK.findall(page.read_text()) if kind == "python"] for page in PAGES}
+
+
+def test_python_stands_in_these_pages() -> None:
+    assert {name for name, blocks in PYTHON_BLOCKS.items() if blocks} == {"commands.md", "guide.md", "records.md"}
+
+
+@pytest.mark.parametrize("page", [name for name, blocks in PYTHON_BLOCKS.items() if blocks])
+def test_python_runs_as_it_is_written(home: InstalledWheel, page: str) -> None:
+    ended = run_python("-c", "\n".join(PYTHON_BLOCKS[page]), folder=home.folder, python=home.bin / "python")
+    assert ended.returncode == 0, ended.stderr
+    assert "Warning" not in ended.stderr
+
+
+def test_a_correction_is_scored_and_settled(home: InstalledWheel) -> None:
+    assert home.run("review", "out/invoices").returncode == 0
+    lines = (home.folder / "jobs/samples/truth/invoices.jsonl").read_text().splitlines()
+    truth = next(json.loads(line) for line in lines if KEPT[1] in line)
+    about = {"_source": f"samples/invoices/{KEPT[1]}", "_corrected": ["$.invoice_date"], "invoice_date": truth["invoice_date"]}
+    (home.folder / "corrections.jsonl").write_text(json.dumps(about) + "\n")
+    score = ("eval", "out/invoices", "--truth", "jobs/samples/truth/invoices.jsonl", "--json")
+    before = json.loads(home.run(*score).stdout)
+    settled = home.run("settle", "jobs/invoices.yaml", "--corrections", "corrections.jsonl")
+    assert (settled.returncode, settled.stderr.splitlines()[0]) == (0, "1 value in 1 record corrected by corrections.jsonl")
+    after = json.loads(home.run(*score).stdout)
+    assert [found["scores"]["fields"]["invoice_date"]["outcomes"]["wrong"] for found in (before, after)] == [1, 0]

@@ -6,6 +6,9 @@ row leaves the batch when its answer ends, and is replaced while the others go o
 
     waiting  7 6 5        batch  | 1 |   | 3 | 4 |        2 has ended; 5 replaces it once a quarter of the batch is free
 
+A step is a pass over the rows that answer, which gives each a token, and a pass over prompts of rows that have joined, bounded in tokens
+(`PART_TOKENS`): however long the prompts are, the others go on writing meanwhile.
+
 The batch has at most `batch_size` rows, and as many as its cache has room for (`count_cache_tokens`). Where memory runs out nevertheless,
 the youngest row leaves and is asked again, and the limit is lowered for a while.
 """
@@ -34,9 +37,8 @@ from pipeline.records import Completion, FinishReason, Request
 
 GATHER_S = 0.02
 """How long an idle engine waits after the first request for others to join its batch, which then takes seconds."""
-MAX_PREFILL_TOKENS = 16_384
-"""Most prompt tokens, padding included, in one forward pass: the memory of attention and vision tower grows with them."""
-
+PART_TOKENS = {"cuda": 4096, "cpu": 1024}
+"""Tokens of prompts, padding included, that a step reads; a page more where that would cut the first one."""
 ANSWER_ROOM = COLUMN_STEP
 """Tokens of an answer for which a row that joins must find room. Answers that become longer may cost the youngest row its place."""
 GPU_CACHE_SHARE = 0.7
@@ -72,13 +74,13 @@ class TransformersEngine:
         self, model: str, *, revision: str | None = None, dtype: str = "auto", batch_size: int = 8, threads: int | None = None,
         device: str | None = None, max_model_len: int | None = None, max_request_tokens: int | None = None,
         rope_scaling: dict[str, Any] | None = None, lora: str | None = None, keep_int4: bool = False, cache_tokens: int | None = None,
-        logprobs: bool = True,
+        part_tokens: int | None = None, logprobs: bool = True,
     ) -> None:  # fmt: skip
         """Load a checkpoint (hub id or folder) and start the engine's thread.
 
         `threads` is the number of cores for this engine: with more threads than cores every small operation waits for the scheduler.
-        `cache_tokens` bounds rows x tokens of the batch; by default free memory does. `logprobs` says whether completions have tokens
-        with their log-probabilities. Raises JobError for a checkpoint that cannot be used.
+        `cache_tokens` bounds rows x tokens of the batch; by default free memory does. `part_tokens` replaces `PART_TOKENS`. `logprobs`
+        says whether completions have tokens with their log-probabilities. Raises JobError for a checkpoint that cannot be used.
         """
         self.model = model
         self._threads = threads or torch.get_num_threads()
@@ -88,7 +90,7 @@ class TransformersEngine:
         self.max_model_len = max_model_len or checkpoint.count_context_tokens(self._model.network.config)
         self.max_request_tokens, self._logprobs = max_request_tokens, logprobs
         self._cache_tokens = cache_tokens or count_cache_tokens(self._model.make_cache().bytes_per_token, on)
-        self._batch_size = batch_size
+        self._batch_size, self._part_tokens = batch_size, part_tokens or PART_TOKENS.get(on.type, PART_TOKENS["cuda"])
         self._lowered_limit: int | None = None
         self._calm_passes = 0
         self._changed, self._clock = Condition(), TokenClock()
@@ -141,12 +143,12 @@ class TransformersEngine:
     def _serve(self) -> None:
         """Run the batch until the engine is closed; then fail every open request, also when an exception ends this thread."""
         torch.set_num_threads(self._threads)
-        batch = Batch(self._model.make_cache(self._cache_tokens))
+        batch = Batch(self._model.make_cache(self._cache_tokens), self._part_tokens)
         try:
             while self._stopped is None:
                 joining = self._admit(batch)
-                self._advance_all(batch)
-                self._let_join(batch, joining)
+                self._write_tokens(batch)
+                self._read_prompts(batch, joining)
                 self._regrow_limit()
                 self._clock.note_token()
         except BaseException as error:  # any: the callers learn of it by EngineDead, and by nothing else
@@ -196,12 +198,12 @@ class TransformersEngine:
         self._active[row] = pending
         return row
 
-    def _advance_all(self, batch: Batch) -> None:
-        """Run one pass over the batch. Where memory runs out the youngest row is evicted, and asked again later, until the pass fits."""
-        is_done = not batch.rows
-        while batch.rows and not is_done:
+    def _write_tokens(self, batch: Batch) -> None:
+        """Run one pass over the rows that answer. Where memory runs out the youngest row of all is evicted, and asked again later."""
+        is_done = False
+        while batch.answering and not is_done:
             try:
-                self._advance(batch, range(len(batch)))
+                self._advance(batch, batch.answering)
                 is_done = True
             except Exception as error:
                 if not is_out_of_memory(error):
@@ -210,23 +212,23 @@ class TransformersEngine:
                 self._evict(batch, [row for row in self._active if row in batch.rows][-1:], error)
         self._remove_finished(batch)
 
-    def _let_join(self, batch: Batch, joining: list[BatchRow]) -> None:
-        """Run the first pass over rows that join. Where memory runs out the later half of them waits again, until the pass fits."""
-        while joining:
-            start = len(batch)
+    def _read_prompts(self, batch: Batch, joining: list[BatchRow]) -> None:
+        """Add rows to the batch and run one pass over prompts. Where memory runs out the later half of those not read waits again."""
+        is_done = False
+        while not is_done:
             try:
                 batch.add(joining)
-                self._advance(batch, range(start, len(batch)))
                 joining = []
+                if reading := batch.select_reading():
+                    self._advance(batch, reading)
+                is_done = True
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 self._remove_finished(batch)
-                joining = [row for row in joining if row in self._active and not row.cached]
-                batch.remove([row for row in joining if row in batch.rows])
-                kept = len(joining) // 2
-                self._evict(batch, joining[kept:], error)
-                joining = joining[:kept]
+                unread = [*batch.rows[len(batch.answering) :], *joining]
+                self._evict(batch, unread[len(unread) // 2 :], error)
+                joining = [row for row in joining if row in self._active]
         self._remove_finished(batch)
 
     def _advance(self, batch: Batch, span: range) -> None:
@@ -296,14 +298,6 @@ def count_cache_tokens(bytes_per_token: int, device: torch.device) -> int:
 
 
 def select_nearest(waiting: Sequence[PendingRequest], count: int) -> list[PendingRequest]:
-    """Return the oldest request and those nearest to it in length: `count` at most, and no more than fit into one pass."""
-    if not waiting:
-        return []
-    length = len(waiting[0].prompt.ids)
-    nearest = sorted(waiting, key=lambda pending: abs(len(pending.prompt.ids) - length))[:count]
-    longest = 0
-    for at, pending in enumerate(nearest):
-        longest = max(longest, len(pending.prompt.ids))
-        if at and longest * (at + 1) > MAX_PREFILL_TOKENS:
-            return nearest[:at]
-    return nearest
+    """Return the oldest request and those nearest to it in length: `count` at most."""
+    length = len(waiting[0].prompt.ids) if waiting else 0
+    return sorted(waiting, key=lambda pending: abs(len(pending.prompt.ids) - length))[:count]

@@ -4,6 +4,10 @@ transformers' own `sdpa` repeats keys and values once for each query head of a g
 token, 7-fold for Qwen2.5-VL-7B. Here the query heads of a group are rows of one matrix instead:
 
     query (rows, 28 heads, width, 128) -> (rows, 4 heads, 7 x width, 128)      keys (rows, 4 heads, columns, 128), a view of the cache
+
+A row alone, whose width may be thousands of tokens of a prompt, has a mask of one head's size instead of a group's:
+
+    query (1, 28 heads, width, 128) -> (4, 7 heads, width, 128)      keys (4, 7 times the same head, columns, 128), still a view
 """
 
 from __future__ import annotations
@@ -39,14 +43,20 @@ def attend_grouped(
 ) -> tuple[Tensor, None]:
     """Return softmax(query · keyᵀ · scaling + mask) · value as (rows, width, heads, size), and no weights.
 
-    The mask is that of `build_mask`; without one, tokens see the tokens before them, and a single token sees all.
+    The mask is that of `build_mask`, for a row alone with one group; without a mask, tokens see the tokens before them, and a single token
+    sees all.
     """
     rows, heads, width, size = query.shape
-    groups = heads // key.shape[1]
+    kinds = key.shape[1]
+    groups = heads // kinds
     if attention_mask is None and width > 1:
         output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1)
+    elif rows == 1 and width > 1:
+        grouped = query.view(kinds, groups, width, size)
+        key, value = (states.transpose(0, 1).expand(-1, groups, -1, -1) for states in (key, value))
+        output = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling).reshape(query.shape)
     else:
-        grouped = query.reshape(rows, key.shape[1], groups * width, size)
+        grouped = query.reshape(rows, kinds, groups * width, size)
         output = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling).view(rows, heads, width, size)
     return output.transpose(1, 2).contiguous(), None
 

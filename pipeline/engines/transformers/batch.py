@@ -1,8 +1,10 @@
 """Batch of answers in progress: its rows, and what a forward pass takes of each.
 
-A pass takes a row's pending tokens: its whole prompt at first, then one token, or one and the forced tokens after it. Rows with fewer
-pending tokens are padded on the right, where nothing attends to the padding. Rows can leave, join and take different numbers of tokens
-at any step; where their keys and values are, `cache.py` says.
+A pass takes a row's pending tokens: at first its prompt, whole or in parts, then one token, or one and the forced tokens after it. Rows
+with fewer pending tokens are padded on the right, where nothing attends to the padding. Rows can leave, join and take different numbers of
+tokens at any step; where their keys and values are, `cache.py` says. Rows that answer stand before those that are still at their prompts:
+
+    answer  answer  answer | prompt, half of it read  prompt  prompt
 
 Everything that a pass needs on the device goes there as one tensor of 32-bit words (`StagedPass`), and one comes back.
 """
@@ -55,6 +57,11 @@ class BatchRow:
     point: float | None = None
     """The random number in [0, 1) for the next token, kept until that token is chosen: a pass that fails is repeated with the same."""
 
+    @property
+    def is_reading(self) -> bool:
+        """Whether a part of the prompt is not in the cache yet."""
+        return self.cached < len(self.prompt.ids) and not isinstance(self.outcome, DocumentError)
+
     def __post_init__(self) -> None:
         self.generator.manual_seed(self.sampling.seed)
         self.pending = list(self.prompt.ids)
@@ -92,6 +99,12 @@ class BatchRow:
         self.unscored -= scored
         return scored
 
+    def measure_part(self, most_tokens: int) -> int:
+        """Return how many pending tokens a pass takes of a row that reads its prompt: all of them, or a part of the prompt."""
+        if len(self.pending) <= most_tokens:
+            return len(self.pending)
+        return min(self.prompt.cut_part(self.cached, most_tokens) - self.cached, len(self.pending))
+
     def list_scored(self, fed: int) -> range:
         """Return the indices of the pending tokens among the first `fed` after which a forced token stands."""
         last = len(self.pending) - 1
@@ -113,9 +126,10 @@ class BatchRow:
 class Batch:
     """Rows and their cache: row r of the batch is row r of the cache's buffers."""
 
-    def __init__(self, cache: KeyValueCache) -> None:
+    def __init__(self, cache: KeyValueCache, part_tokens: int) -> None:
+        """`part_tokens` is how many tokens of prompts, padding included, a pass takes."""
         self.rows: list[BatchRow] = []
-        self.cache = cache
+        self.cache, self.part_tokens = cache, part_tokens
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -125,6 +139,22 @@ class Batch:
         """The longest row's tokens: those in the cache and those that a pass adds."""
         return max((row.cached + len(row.pending) for row in self.rows), default=0)
 
+    @property
+    def answering(self) -> range:
+        """The rows that have read their prompts; those behind them have not."""
+        return range(sum(not row.is_reading for row in self.rows))
+
+    def select_reading(self) -> range:
+        """Return the rows behind those that answer whose prompts the next pass reads: several whole ones, or a part of the first."""
+        start = stop = len(self.answering)
+        widest = 0
+        while stop < len(self.rows) and not (stop > start and (self.rows[start].cached or self.rows[stop].cached)):
+            widest = max(widest, len(self.rows[stop].pending))
+            if stop > start and widest * (stop + 1 - start) > self.part_tokens:
+                break
+            stop += 1
+        return range(start, stop)
+
     def add(self, rows: Sequence[BatchRow]) -> None:
         """Append rows. Raises OutOfMemoryError, and appends none, where the cache has no room for them."""
         longest = max(self.tokens, *(row.cached + len(row.pending) for row in rows)) if rows else 0
@@ -132,12 +162,14 @@ class Batch:
         self.rows += rows
 
     def remove(self, leaving: Sequence[BatchRow]) -> None:
-        """Remove rows. Each one's place is taken by the last row; no other row is copied."""
+        """Remove rows. The place of one that answers is taken by the last that does, and the place of that by the last row of all."""
         for row in leaving:
-            at, last = self.rows.index(row), len(self.rows) - 1
-            if at != last:
-                self.cache.move_row(last, at)
-                self.rows[at] = self.rows[last]
+            at, count = self.rows.index(row), len(self.answering)
+            for last in (count - 1, len(self.rows) - 1) if at < count else (len(self.rows) - 1,):
+                if at != last:
+                    self.cache.move_row(last, at)
+                    self.rows[at] = self.rows[last]
+                at = last
             self.rows.pop()
         if leaving:
             with suppress(torch.OutOfMemoryError):  # no memory for the smaller copy: the buffers stay as they are
@@ -155,6 +187,8 @@ class StagedPass:
     stop: int
     width: int
     columns: int
+    is_reading: bool
+    """The pass takes prompts, or a part of one."""
     is_first: bool
     """The rows' first pass: nothing of them is in the cache."""
     is_even: bool
@@ -235,7 +269,10 @@ def stage_pass(
     np.concatenate([array.ravel().view(np.int32) for array in arrays.values()], out=words.numpy())
     is_first = all(not row.cached for row in rows)
     is_even = width == 1 and {row.cached for row in rows} == {columns - 1}
-    return StagedPass(start, start + len(rows), width, columns, is_first, is_even, tuple(fed), tuple(choosing), is_drawing, layout, words)
+    return StagedPass(
+        start, start + len(rows), width, columns, rows[0].is_reading, is_first, is_even, tuple(fed), tuple(choosing), is_drawing, layout,
+        words,
+    )  # fmt: skip
 
 
 def list_used(row: BatchRow, offset: int) -> list[int]:

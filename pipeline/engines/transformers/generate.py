@@ -4,7 +4,8 @@ One pass takes pending tokens, scores those that were forced, chooses one token 
 the tokens that are then forced. Log-probabilities are the model's own, before mask and temperature, and are computed from the logits of
 this pass alone: logits of earlier passes are not kept.
 
-A step copies one tensor to the device and one back; between the two nothing waits for the device. A row's first pass copies its images too.
+A step copies one tensor to the device and one back; between the two nothing waits for the device. A pass over a prompt copies its images
+too.
 """
 
 from __future__ import annotations
@@ -49,20 +50,21 @@ class LoadedModel:
 def run_step(model: LoadedModel, batch: Batch, span: range) -> None:
     """Run one forward pass over the batch's rows in `span` and append a token to every one that goes on.
 
-    They are either all at their first pass or all beyond it. An error of one row becomes its outcome. An exception (out of memory, for
-    example) leaves all rows unchanged.
+    They either all read their prompts, as `Batch.select_reading` returns them, or all answer. An error of one row becomes its outcome. An
+    exception (out of memory, for example) leaves all rows unchanged.
     """
     # 1) All that the pass needs, the grammars' masks among it, is computed on the CPU and copied at once.
     rows = [batch.rows[at] for at in span]
-    is_first = not rows[0].cached
+    is_reading = rows[0].is_reading
     pass_cost = PASS_COST_TOKENS.get(model.device.type, PASS_COST_TOKENS["cuda"])
-    widest = max(len(row.pending) for row in rows) if is_first else choose_width(rows, pass_cost)
+    widest = max(row.measure_part(batch.part_tokens) for row in rows) if is_reading else choose_width(rows, pass_cost)
     needed = max(row.cached for row in rows) + widest
     batch.cache.reserve(len(batch), max(needed, max(row.cached for row in batch.rows)))
-    columns = needed if len(rows) == 1 else min(round_up(needed, VIEW_STEP), batch.cache.shape[1])
+    columns = needed if len(rows) == widest == 1 else min(round_up(needed, VIEW_STEP), batch.cache.shape[1])
     masks = model.vocabulary.compute_masks([row.constraint for row in rows if is_choosing(row, min(widest, len(row.pending)))])
     staged = stage_pass(rows, span.start, widest, masks, columns, model.pad_id, model.vocabulary.size, model.device.type == "cuda")
-    images = model.encoder.build_pixel_values([row.prompt for row in rows]) if is_first else {}
+    shown = [image for row in rows for image in row.prompt.list_images(row.cached, row.cached + widest)] if is_reading else []
+    images = model.encoder.build_pixel_values(shown)
     # 2) The device computes, and its answer is one tensor.
     words = staged.words.to(model.device, non_blocking=True)
     numbers = compute_pass(model, batch.cache, staged, words, images).cpu().numpy()
@@ -92,7 +94,7 @@ def compute_pass(model: LoadedModel, cache: KeyValueCache, staged: StagedPass, w
         places = (rows, cached.unsqueeze(1) + torch.arange(staged.width, device=words.device))
     if not staged.is_first and not staged.is_even:
         config = model.network.config.get_text_config()
-        groups = config.num_attention_heads // config.num_key_value_heads
+        groups = 1 if len(cached) == 1 else config.num_attention_heads // config.num_key_value_heads
         mask = build_mask(cached, staged.width, staged.columns, groups, cache.dtype)
     cache.open_window(PassWindow(staged.start, staged.stop, staged.columns, places))
     hidden = model.network.model(

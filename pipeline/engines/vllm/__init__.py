@@ -99,7 +99,7 @@ class VLLMEngine:
         """Set the encoder, made of the checkpoint's chat template and tokenizer; return the tokenizer."""
         processor = checkpoint.load_processor(folder)
         self._encoder = Encoder(processor, image_token, torch.device("cpu"))
-        self._cutter = PageCutter(image_token, int(processor.image_processor.patch_size), int(processor.image_processor.merge_size))
+        self._cutter = PageCutter(int(processor.image_processor.patch_size), int(processor.image_processor.merge_size))
         checkpoint.check_chat_template(self._encoder, folder)
         return processor.tokenizer
 

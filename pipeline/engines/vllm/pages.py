@@ -28,7 +28,6 @@ FRAMES = 2
 class PageCutter:
     """What a checkpoint says of its images."""
 
-    image_token: int
     patch_px: int
     merge: int
     """Patches of a visual token in a row, and in a column."""
@@ -50,10 +49,7 @@ class PageCutter:
             "image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
         }
         items = MultiModalKwargsItems.from_hf_inputs({"pixel_values": patches, "image_grid_thw": grids}, fields)
-        lengths, places, before = (sizes // self.merge**2).tolist(), list[Any](), 0
-        for at, length in zip(np.flatnonzero(np.array(prompt.unexpanded_ids) == self.image_token).tolist(), lengths, strict=True):
-            places.append(PlaceholderRange(offset=at + before, length=length))
-            before += length - 1
+        places = [PlaceholderRange(offset=span.start, length=len(span)) for span in prompt.image_spans]
         made: dict[str, Any] = mm_input(prompt.ids, items, {"image": names}, {"image": places})
         return made
 

@@ -482,9 +482,9 @@ def fail(error: BaseException) -> Callable[[], Any]:
             "error: the package ray is not installed here: pip install -c constraints.txt . in a copy of this repository",
         ),
         (
-            ModuleNotFoundError(name="scipy.optimize"),
+            ModuleNotFoundError(name="matplotlib.pyplot"),
             2,
-            "error: the package scipy.optimize is not installed here: pip install 'pipeline-documents[eval]'",
+            "error: the package matplotlib.pyplot is not installed here: pip install 'pipeline-documents[eval]'",
         ),
         (KeyboardInterrupt(), 130, "stopped"),
     ],

@@ -20,7 +20,9 @@ from pipeline.output.compaction import compact_shards
 from pipeline.output.ledger import LEDGER_SCHEMA
 from pipeline.output.shards import write_shard
 from pipeline.output.sources import replace_sources
+from pipeline.output.summary import OutputSummary, summarize_output
 from pipeline.report import ExitCode, ProgressTracker, Report
+from pipeline.review import report_page
 from pipeline.stages.record_plan import RecordPlan
 from pipeline.stages.requests import compute_document_keys
 from pipeline.stages.settle import SettleStage
@@ -185,6 +187,53 @@ def test_settling_renews_the_report_for_people(answered: AnsweredJob) -> None:
     answered.output.root.put("report.html", b"")
     flow.settle(answered.job)
     assert answered.output.root.read("report.html").decode() == written
+
+
+@pytest.fixture
+def summarized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The outputs that are read for a report for people from now on."""
+    read: list[str] = []
+
+    def summarize_noted(output: Output) -> OutputSummary:
+        read.append(str(output.root))
+        return summarize_output(output)
+
+    monkeypatch.setattr(report_page, "summarize_output", summarize_noted)
+    return read
+
+
+def test_a_report_for_people_that_is_as_it_was_is_not_made_again(answered: AnsweredJob, summarized: list[str]) -> None:
+    flow.run(answered.workspace.job())
+    before = answered.output.root.read("report.html")
+    flow.run(answered.workspace.job())
+    flow.settle(answered.job)
+    assert (len(summarized), answered.output.root.read("report.html")) == (1, before)
+
+
+@pytest.mark.parametrize("change", ["corrected", "asked", "settled otherwise", "an older page"])
+def test_a_report_for_people_is_made_again_when_the_output_has_changed(answered: AnsweredJob, summarized: list[str], change: str) -> None:
+    flow.settle(answered.job)
+    root, job = answered.output.root, answered.job
+    if change == "corrected":
+        right = {"_source": answered.documents[0]["source"], "_corrected": ["$.total"], "total": 7}
+        root.put("corrections.jsonl", json.dumps(right).encode())
+    elif change == "asked":  # by a run that was killed before it settled
+        answered.answer(3, attempt=2)
+    elif change == "settled otherwise":
+        job = answered.workspace.job('extract.rules=[{name: few, expression: "total < 0", message: Negative.}]').with_demo()
+    else:
+        root.put("report.html", b"<!doctype html>")
+    flow.settle(job)
+    assert len(summarized) == 2
+
+
+def test_settling_keeps_what_the_last_run_asked(answered: AnsweredJob) -> None:
+    asked = {"requests_asked": 40, "pages_asked": 40, "elapsed_s": 80.0, "pages_per_s": 0.5, "engine_busy_share": 0.93}
+    answered.output.write_report({"model": "demo", **asked, "requests_in_flight": 3.5})  # as 0.1.0 wrote it
+    for _ in range(2):
+        report = flow.settle(answered.job)
+        assert (report.requests_asked, report.last_asked) == (0, {**asked, "requests_in_flight": 3.5})
+        assert "<dd>93%</dd>" in answered.output.root.read("report.html").decode()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"a": 1}', b"\xff"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,12 @@ def test_a_request_that_exceeds_the_context_is_named(workspace: Workspace) -> No
 
 def test_small_print_is_a_share_of_the_sampled_pages(workspace: Workspace) -> None:
     found = plan(workspace, document("a", smallest_px=7.9), document("b", smallest_px=8.0), document("c"))
-    assert found["small_print"] == {"sampled": 2, "share": 0.5}
+    assert found["small_print"] == {"sampled": 2, "share": 0.5, "key": "pages.max_pixels"}
+
+
+def test_small_print_on_a_page_that_the_budget_leaves_as_it_is_wants_more_dpi(workspace: Workspace) -> None:
+    slip = MeasuredDocument("a", "a", 9, (replace(A4, dpi=198.0),), smallest_px=7.0)
+    assert plan(workspace, slip)["small_print"]["key"] == "pages.dpi"
 
 
 def test_a_page_takes_what_the_roofline_says(workspace: Workspace) -> None:
@@ -93,6 +99,14 @@ def test_an_earlier_run_says_how_long_answers_are(workspace: Workspace) -> None:
     found = plan(workspace, document("a"), document("b"))
     assert (found["output_tokens"]["likely"], found["output_tokens"]["source"][:10]) == (500, "2 requests")
     assert found["earlier_run"]["hours"] == round(2 / 2.0 / 3600, 3)
+
+
+def test_a_later_settling_leaves_the_speed_of_the_run(workspace: Workspace) -> None:
+    write_ledger(workspace, 200, 300)
+    settled = {"pages_asked": 0, "pages_per_s": 0.0, "last_asked": {"pages_asked": 4, "pages_per_s": 0.5}}
+    Output(workspace.job().output).write_report(settled)
+    found = plan(workspace, document("a"))
+    assert found["earlier_run"]["pages_per_s"] == 0.5
 
 
 def test_what_a_rule_asked_again_is_of_the_request_that_broke_it(workspace: Workspace) -> None:
