@@ -139,10 +139,17 @@ def label_records(records: RecordTable, facts: FactsByRecord, truth: Path, toler
 
 
 def measure_half(labelled: Sequence[LabelledRecord]) -> list[tuple[LabelledRecord, Floats]]:
-    """Return the records of every second document of each kind with the confidences that a fit on the others gives them."""
-    order = sorted(labelled, key=lambda record: (record.kind, hashlib.sha256(record.source.encode()).digest()))
-    fitted = fit_calibration(order[::2])
-    return [(record, np.array(fitted.rate_values(record.facts))) for record in order[1::2]]
+    """Return the records of every second document of each kind with the confidences that a fit on the others gives them.
+
+    All records of a document are in one half. Which one depends on its file's name, and not on the folder, so that figures can be repeated.
+    """
+    kinds: dict[str, str] = {}
+    for record in labelled:
+        kinds.setdefault(record.source, record.kind)
+    order = sorted(kinds, key=lambda source: (kinds[source], hashlib.sha256(source.rpartition("/")[2].encode()).digest(), source))
+    taught = {*order[::2]}
+    fitted = fit_calibration([record for record in labelled if record.source in taught])
+    return [(record, np.array(fitted.rate_values(record.facts))) for record in labelled if record.source not in taught]
 
 
 def score_measured(measured: Sequence[tuple[LabelledRecord, Floats]]) -> HeldOutScores:

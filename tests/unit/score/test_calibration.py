@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -62,6 +64,14 @@ def test_the_measured_half_is_not_the_fitted_one() -> None:
     assert (len(measured), len(fitted)) == (30, 30)
     flipped = [LabelledRecord(r.source, r.facts, tuple(not right for right in r.rights)) if r.source in measured else r for r in records]
     assert [found.tolist() for _, found in measure_half(flipped)] == [found.tolist() for _, found in measure_half(records)]
+
+
+def test_the_pages_of_a_document_are_in_one_half_which_its_folder_does_not_change() -> None:
+    pages = [replace(record, source=f"in/{number // 3}.pdf") for number, record in enumerate(make_records(90))]
+    moved = [replace(record, source=record.source.replace("in/", "s3://other/")) for record in pages]
+    measured, again = measure_half(pages), measure_half(moved)
+    assert len(measured) == 3 * len({record.source for record, _ in measured}) == 45
+    assert [found.tolist() for _, found in again] == [found.tolist() for _, found in measured]
 
 
 def test_the_same_records_give_the_same_calibration() -> None:
