@@ -104,7 +104,7 @@ class ModelSection(Section):
         None,
         ge=1,
         le=4096,
-        description="Requests that `vllm` answers together; as many again wait, and each has its pages in memory, about 12 MB a page. "
+        description="Requests that `vllm` answers together; as many again wait, and each has its pages in memory, 3 MB a page. "
         "Default: as many as the GPU's cache has room for, at most 256; 64 where its memory is not known. From where the cache is full "
         "on, more make `vllm` do work twice.",
     )

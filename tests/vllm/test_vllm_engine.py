@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -36,7 +37,7 @@ from pipeline.budget import PixelBudget, compute_area_bounds, fit_image
 from pipeline.demo import evaluate, samples
 from pipeline.engines import Engine, checkpoint
 from pipeline.engines.model_files import DEMO_CHECKPOINT
-from pipeline.engines.vllm import build_sampling_params, launch
+from pipeline.engines.vllm import TokenWindow, VLLMEngine, build_sampling_params, launch
 from pipeline.engines.vllm.launch import read_reason_since
 from pipeline.errors import DocumentError, JobError, RunError
 from pipeline.flow import capacity
@@ -269,9 +270,10 @@ def test_a_failed_start_shows_vllms_reason(workspace: Workspace) -> None:
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMEngine]:
     job = Workspace(tmp_path_factory.mktemp("workspace")).job(*SMALL, "model.max_model_len=4096")
     one = engines.load_engine(job, threads=1)
+    assert isinstance(one, VLLMEngine)
     yield one
     one.close()
 
@@ -350,6 +352,74 @@ def judge_answer(one: samples.DrawnDocument, row: dict[str, Any]) -> evaluate.Ve
     valid = row["status"] == "extracted"
     record = {**json.loads(row["answer"]), "_failure": None} if valid else {"_failure": row["failure"]}
     return evaluate.judge_record(one, record)
+
+
+# What waits
+
+
+def test_requests_are_let_through_in_their_order_while_there_is_room() -> None:
+    async def pass_through() -> str:
+        window, passed = TokenWindow(10), list[str]()
+
+        async def ask(name: str, tokens: int) -> None:
+            await window.enter(tokens)
+            passed.append(name)
+
+        waiting = {name: asyncio.ensure_future(ask(name, tokens)) for name, tokens in zip("abcde", (99, 6, 6, 1, 2), strict=True)}
+        for left in (99, 6):
+            await asyncio.sleep(0.01)
+            passed.append("|")
+            window.leave(left)
+        await asyncio.gather(*waiting.values())
+        assert window.within == 6 + 1 + 2
+        return "".join(passed)
+
+    assert asyncio.run(pass_through()) == "a|b|cde"
+
+
+def test_a_request_that_is_cancelled_while_it_waits_takes_no_room() -> None:
+    async def leave_early() -> int:
+        window = TokenWindow(10)
+        await window.enter(8)
+        large, small = (asyncio.ensure_future(window.enter(tokens)) for tokens in (9, 2))
+        await asyncio.sleep(0.01)
+        large.cancel()
+        await small  # which only the large one was holding up
+        return window.within
+
+    assert asyncio.run(leave_early()) == 10
+
+
+@needs_vllm
+def test_pages_that_wait_take_little_more_than_their_pixels(engine: VLLMEngine) -> None:
+    """vLLM is stopped meanwhile: what it has been sent stays as large as it is."""
+    cores = [child.pid for child in multiprocessing.active_children() if child.pid]
+    room, engine._window.most = engine._window.most, 2048
+
+    async def measure() -> float:
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        pages = [make_noise_page(448, 448) for _ in range(120)]
+        requests = [Request(str(at), prompt.build_messages("Read.", [page]), "", Sampling(max_tokens=1)) for at, page in enumerate(pages)]
+        asked = [asyncio.ensure_future(engine.complete(one)) for one in requests]
+        while engine._window.within + sum(tokens for tokens, _ in engine._window._waiting) < 120 * 256:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(2)  # the last patches are made in another thread
+        held = (tracemalloc.get_traced_memory()[0] - before) / sum(page.nbytes for page in pages)
+        tracemalloc.stop()
+        for pid in cores:
+            os.kill(pid, signal.SIGCONT)
+        assert all(one.usage.completion_tokens == 1 for one in await asyncio.gather(*asked))
+        return held
+
+    try:
+        for pid in cores:
+            os.kill(pid, signal.SIGSTOP)
+        assert 1.0 < asyncio.run(measure()) <= 1.3
+    finally:
+        engine._window.most = room
+        for pid in cores:
+            os.kill(pid, signal.SIGCONT)
 
 
 # A run

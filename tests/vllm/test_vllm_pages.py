@@ -30,13 +30,13 @@ def test_patches_are_those_of_the_image_processor(patch_px: int, merge: int, row
     page = make_noise(1, rows * merge * patch_px, columns * merge * patch_px)
     processor = Qwen2VLImageProcessor(patch_size=patch_px, merge_size=merge, do_resize=False, do_rescale=False, do_normalize=False)
     expected = processor(images=[page], return_tensors="pt", input_data_format="channels_last")["pixel_values"]
-    assert torch.equal(torch.from_numpy(cut_patches(page, patch_px, merge)), expected.to(torch.uint8))
+    assert torch.equal(torch.from_numpy(cut_patches([page], patch_px, merge)), expected.to(torch.uint8))
 
 
 def test_a_page_that_nobody_may_write_to_is_cut() -> None:
     page = make_noise(1, 56, 28)
     page.flags.writeable = False
-    assert cut_patches(page, 14, 2).shape == (8, 1176)
+    assert cut_patches([page], 14, 2).shape == (8, 1176)
 
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")

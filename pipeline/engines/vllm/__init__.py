@@ -7,6 +7,9 @@ for which vLLM has planned its memory, are refused.
 
     Message("user", (page of 56 x 84 px, "Return …"))  ->  [… 6 x <|image_pad|> …] + 24 patches  ->  vLLM
 
+Patches are twice as large as pages. They are made when vLLM is about to need them: it has two steps' worth of prompts that it has not begun
+to answer (`TokenWindow`), and all others wait as pages.
+
 vLLM masks the logits by the grammar before it computes log-probabilities, with any `logprobs_mode`: under a schema they are relative to
 the tokens that the grammar allows.
 """
@@ -15,8 +18,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
@@ -42,6 +46,9 @@ from pipeline.engines.vllm.pages import PageCutter
 from pipeline.errors import DocumentError, EngineDead, JobError, PipelineError, RunError
 from pipeline.records import Completion, FinishReason, Pixels, Request
 from pipeline.schema.grammar import ANY_TEXT, KEPT_GRAMMARS, Vocabulary, compile_schema
+
+STEPS_AHEAD = 2
+"""Steps of vLLM's scheduler for which it has prompts: one is computed while the next is sent."""
 
 
 class VLLMEngine:
@@ -80,6 +87,7 @@ class VLLMEngine:
                 raise RunError(f"vLLM does not start: {read_reason_since(self._log_offset) or error}") from error
             raise
         self.max_model_len = int(self._llm.model_config.max_model_len)
+        self._window = TokenWindow(STEPS_AHEAD * int(self._llm.vllm_config.scheduler_config.max_num_batched_tokens))
 
     async def complete(self, request: Request) -> Completion:
         """Return the answer to one request; called from any event loop."""
@@ -108,7 +116,7 @@ class VLLMEngine:
     async def _complete(self, request: Request) -> Completion:
         """Return the answer to one request. An error becomes this request's DocumentError, or EngineDead if vLLM's processes died."""
         try:
-            return await self._generate(request, *await asyncio.to_thread(self._prepare, request))
+            return await self._generate(request, await asyncio.to_thread(self._prepare, request))
         except PipelineError:
             raise
         except Exception as error:  # any: vLLM's exceptions have no common class, and change between versions
@@ -117,33 +125,38 @@ class VLLMEngine:
                 raise EngineDead(f"vLLM cannot go on: {reason}") from error
             raise convert_request_error(error.__cause__ if isinstance(error.__cause__, Exception) else error) from None
 
-    def _prepare(self, request: Request) -> tuple[EncodedPrompt, dict[str, Any]]:
-        """Return a request's prompt, and as vLLM's engine takes it. Raises DocumentError for one that cannot be answered."""
+    def _prepare(self, request: Request) -> EncodedPrompt:
+        """Return a request's prompt. Raises DocumentError for one that cannot be answered."""
         prompt = self._encoder.encode(request.messages)
         check_token_length(len(prompt.ids), request.sampling.max_tokens, self.max_model_len, self.max_request_tokens)
-        if not prompt.images:
-            return prompt, {"prompt_token_ids": prompt.ids}
-        if self._page_areas:
+        if prompt.images and self._page_areas:
             check_page_areas(prompt.images, self._page_areas)
-        return prompt, self._cutter.build_input(prompt, request.page_ids)
+        return prompt
 
-    async def _generate(self, request: Request, prompt: EncodedPrompt, given: dict[str, Any]) -> Completion:
-        """Stream vLLM's answer and return it. Raises DocumentError for an answer that loops."""
+    async def _generate(self, request: Request, prompt: EncodedPrompt) -> Completion:
+        """Wait for this request's turn, stream vLLM's answer and return it. Raises DocumentError for an answer that loops."""
         tokens, logprobs, reason = list[int](), list[float](), None
         sampling, number = build_sampling_params(request, self._logprobs), str(next(self._request_ids))
-        outputs = self._llm.generate(given, sampling, number, lora_request=make_lora_request(self._lora))
-        async with aclosing(outputs):
-            async for output in outputs:
-                given.pop("mm_kwargs", None)  # the patches: vLLM's generator holds its arguments to the end
-                self._clock.note_token()
-                [added], before = output.outputs, len(tokens)
-                tokens += added.token_ids
-                if self._logprobs:
-                    logprobs += [scores[token].logprob for token, scores in zip(added.token_ids, added.logprobs, strict=True)]
-                reason = added.finish_reason
-                if reason is None and len(tokens) // LOOP_EVERY > before // LOOP_EVERY and (repeated := find_loop(tokens)):
-                    text = b"".join(map(self._vocabulary.decode_token, repeated)).decode(errors="replace")
-                    raise make_loop_error(text, len(repeated), len(tokens))
+        await self._window.enter(len(prompt.ids))
+        with ExitStack() as unanswered:
+            unanswered.callback(self._window.leave, len(prompt.ids))
+            given: dict[str, Any] = {"prompt_token_ids": prompt.ids}
+            if prompt.images:
+                given = await asyncio.to_thread(self._cutter.build_input, prompt, request.page_ids)
+            outputs = self._llm.generate(given, sampling, number, lora_request=make_lora_request(self._lora))
+            async with aclosing(outputs):
+                async for output in outputs:
+                    given.pop("mm_kwargs", None)  # the patches: vLLM's generator holds its arguments to the end
+                    unanswered.close()
+                    self._clock.note_token()
+                    [added], before = output.outputs, len(tokens)
+                    tokens += added.token_ids
+                    if self._logprobs:
+                        logprobs += [scores[token].logprob for token, scores in zip(added.token_ids, added.logprobs, strict=True)]
+                    reason = added.finish_reason
+                    if reason is None and len(tokens) // LOOP_EVERY > before // LOOP_EVERY and (repeated := find_loop(tokens)):
+                        text = b"".join(map(self._vocabulary.decode_token, repeated)).decode(errors="replace")
+                        raise make_loop_error(text, len(repeated), len(tokens))
         return self._build_completion(request, prompt, tokens, logprobs, reason)
 
     def _build_completion(
@@ -156,6 +169,40 @@ class VLLMEngine:
         finished = FinishReason.STOP if reason == "stop" else FinishReason.LENGTH
         scores = logprobs[:length] if self._logprobs else None
         return build_completion(tokens[:length], scores, finished, len(prompt.ids), self._vocabulary.decode_token)
+
+
+class TokenWindow:
+    """Lets requests through in their order while those within have no more tokens than a bound; one alone may have any number."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.within = most, 0
+        self._waiting = deque[tuple[int, asyncio.Future[None]]]()
+
+    async def enter(self, tokens: int) -> None:
+        """Wait for room. Every `enter` that returns is followed by one `leave`."""
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append((tokens, turn))
+        self._let_through()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            self.leave(0 if turn.cancelled() else tokens)
+            raise
+
+    def leave(self, tokens: int) -> None:
+        """Give room back."""
+        self.within -= tokens
+        self._let_through()
+
+    def _let_through(self) -> None:
+        while self._waiting:
+            tokens, turn = self._waiting[0]
+            if not turn.cancelled():
+                if self.within and self.within + tokens > self.most:
+                    return
+                self.within += tokens
+                turn.set_result(None)
+            self._waiting.popleft()
 
 
 def make_lora_request(folder: Path | None) -> Any:

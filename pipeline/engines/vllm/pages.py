@@ -42,7 +42,7 @@ class PageCutter:
 
         names = list(page_ids) if len(page_ids) == len(prompt.images) else [hashlib.sha256(page.data).hexdigest() for page in prompt.images]
         grids = torch.tensor([[1, page.shape[0] // self.patch_px, page.shape[1] // self.patch_px] for page in prompt.images])
-        patches = torch.from_numpy(np.concatenate([cut_patches(page, self.patch_px, self.merge) for page in prompt.images]))
+        patches = torch.from_numpy(cut_patches(prompt.images, self.patch_px, self.merge))
         sizes = grids.prod(1)
         fields = {
             "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", sizes),
@@ -54,16 +54,19 @@ class PageCutter:
         return made
 
 
-def cut_patches(page: Pixels, patch_px: int, merge: int) -> NDArray[np.uint8]:
-    """Return a page's patches, (patches, 3 * FRAMES * patch_px * patch_px), those of one visual token in a row.
+def cut_patches(pages: Sequence[Pixels], patch_px: int, merge: int) -> NDArray[np.uint8]:
+    """Return the patches of pages, (patches, 3 * FRAMES * patch_px * patch_px), those of one visual token in a row.
 
     A patch has the rows of its red values, twice, then green and blue. Its rows are moved whole: 2 ms of CPU for 1,280 visual tokens.
     """
-    height_px, width_px, _ = page.shape
-    rows, columns = height_px // (merge * patch_px), width_px // (merge * patch_px)
-    lines = np.ascontiguousarray(page.transpose(2, 0, 1)).view(f"V{patch_px}").reshape(3, rows, merge, patch_px, columns, merge)
-    patches = np.empty((rows, columns, merge, merge, 3, FRAMES, patch_px), f"V{patch_px}")
-    patches[..., 0, :] = lines.transpose(1, 4, 2, 5, 0, 3)
-    frames = patches.view(f"V{patch_px * patch_px}")
+    cells = [(page.shape[0] // (merge * patch_px), page.shape[1] // (merge * patch_px)) for page in pages]
+    tokens = sum(rows * columns for rows, columns in cells)
+    all_patches, start = np.empty((tokens, merge, merge, 3, FRAMES, patch_px), f"V{patch_px}"), 0
+    for page, (rows, columns) in zip(pages, cells, strict=True):
+        lines = np.ascontiguousarray(page.transpose(2, 0, 1)).view(f"V{patch_px}").reshape(3, rows, merge, patch_px, columns, merge)
+        patches = all_patches[start : start + rows * columns].reshape(rows, columns, merge, merge, 3, FRAMES, patch_px)
+        patches[..., 0, :] = lines.transpose(1, 4, 2, 5, 0, 3)
+        start += rows * columns
+    frames = all_patches.view(f"V{patch_px * patch_px}")
     frames[..., 1, :] = frames[..., 0, :]
-    return patches.view(np.uint8).reshape(rows * columns * merge * merge, -1)
+    return all_patches.view(np.uint8).reshape(tokens * merge * merge, -1)
