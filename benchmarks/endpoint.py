@@ -3,15 +3,17 @@ server that answers at once. Prints a table; needs no GPU and no weights. Linux 
 
     python benchmarks/endpoint.py [--documents 400] [--pages 5] [--rounds 3]
     python benchmarks/endpoint.py --real FOLDER [--documents 296]      real pages, one request a page
+    python benchmarks/endpoint.py ... --olmocr PYTHON                  and olmOCR, installed for this interpreter
 
 With `--real` the documents are single pages of the PDFs in a folder and its folders, of each its first six; without, they are made.
 
 The server is a process of its own on loopback, whose CPU time is nobody's: a valid record of one token an event, with
 log-probabilities for whoever asks for them, as `pipeline.run` does. The plain client is what one writes in an afternoon: PyMuPDF at
 200 dpi, Pillow's `resize` to the size the model would resize to, PNG, base64, httpx2, 16 requests at once; it keeps the answers'
-text. `pipeline.run` draws in its sandbox, checks every answer, and writes ledger and records.
+text. `pipeline.run` draws in its sandbox, checks every answer, and writes ledger and records. olmOCR draws by poppler, at the size that its
+own model wants, asks without a schema, and writes text.
 
-Both take turns, each time in fresh processes. CPU time is that of all processes of a run: what the kernel says of those that
+They take turns, each time in fresh processes. CPU time is that of all processes of a run: what the kernel says of those that
 were waited for, orphans too, for they come to this process; or what /proc showed of them last, where that is more. A run over the
 first document alone is what starting costs, Ray's processes above all. `parts.py` measures the parts of our way in one process; what a run
 takes beyond them, starting left out, is Ray's and that of the parts side by side. Each run of ours also says what its
@@ -46,6 +48,7 @@ CONCURRENCY = 16
 PAGE_MS, REAL_S, REAL_CPU_S = 45.0, 15.0, 25.0
 """Bounds: CPU a page of a long run; time and CPU time of a run over 296 real pages on two cores."""
 PR_SET_CHILD_SUBREAPER = 36
+NAMES = {"ours": "pipeline.run", "plain": "plain asyncio client", "olmocr": "olmOCR"}
 TICKS = os.sysconf("SC_CLK_TCK")
 SCHEMA = Path(__file__).parents[1] / "schemas" / "invoice.json"
 DRAWING = threading.Lock()
@@ -73,6 +76,7 @@ def main() -> int:
     parser.add_argument("--pages", type=int, default=5)
     parser.add_argument("--real", type=Path, help="a folder with PDFs")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--olmocr", type=Path, metavar="PYTHON", help="interpreter that has olmocr")
     parser.add_argument("--only", choices=("ours", "plain", "server"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--address", help=argparse.SUPPRESS)
@@ -84,12 +88,12 @@ def main() -> int:
     elif chosen.only == "plain":
         asyncio.run(plain(chosen.folder, chosen.address, chosen.documents))
     else:
-        return compare(chosen.documents, chosen.pages, chosen.rounds, chosen.real)
+        return compare(chosen.documents, chosen.pages, chosen.rounds, chosen.real, chosen.olmocr)
     return 0
 
 
-def compare(documents: int | None, pages: int, rounds: int, real: Path | None) -> int:
-    """Run both in turns and print what they took, and what the parts of ours take."""
+def compare(documents: int | None, pages: int, rounds: int, real: Path | None, olmocr: Path | None) -> int:
+    """Run them in turns and print what they took, and what the parts of ours take."""
     import parts  # not by the plain client, whose start is measured
 
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -100,9 +104,15 @@ def compare(documents: int | None, pages: int, rounds: int, real: Path | None) -
             documents, pages = documents or (296 if real else 400), 1 if real else pages
             documents = write_pages(folder / "in", documents, real) if real else write_documents(folder / "in", documents, pages)
             taken: dict[tuple[str, int], list[Spent]] = {}
-            for who, count in [(who, count) for _ in range(rounds) for count in (1, documents) for who in ("ours", "plain")]:
-                command = me(who, "--folder", name, "--address", address, "--documents", str(count), "--pages", str(pages))
-                spent = metered(command, {server.pid})
+            peers = [who for who in NAMES if olmocr or who != "olmocr"]
+            for round_no, count, who in [(round_no, count, who) for round_no in range(rounds) for count in (1, documents) for who in peers]:
+                if who == "olmocr":
+                    workspace = folder / f"olmocr-{round_no}-{count}"
+                    spent = metered(ask_olmocr(str(olmocr), folder, workspace, address, count), {server.pid}, folder / "olmocr.log")
+                    check_olmocr(workspace, count)
+                else:
+                    command = me(who, "--folder", name, "--address", address, "--documents", str(count), "--pages", str(pages))
+                    spent = metered(command, {server.pid})
                 print(f"    {who}, {count} documents: {spent.wall_s:.1f} s, {spent.cpu_s:.1f} s of CPU", flush=True)
                 taken.setdefault((who, count), []).append(spent)
             parts_ms = parts.measure_parts(folder / "in", address, documents * pages, pages, rounds)
@@ -128,7 +138,9 @@ def table(taken: dict[tuple[str, int], list[Spent]], documents: int, pages: int)
     print(f"{documents} documents of {pages} pages, medians of {len(taken['ours', 1])} runs each")
     print(f"{'':22}{'documents/s':>12}{'CPU ms/page':>13}{'start s':>9}{'start CPU s':>13}{'then documents/s':>18}{'then CPU ms/page':>18}")
     start_s, then_ms = dict[str, float](), dict[str, float]()
-    for who, name in (("ours", "pipeline.run"), ("plain", "plain asyncio client")):
+    for who, name in NAMES.items():
+        if (who, documents) not in taken:
+            continue
         whole, start = median(taken[who, documents]), median(taken[who, 1])
         start_s[who], then_ms[who] = start.cpu_s, (whole.cpu_s - start.cpu_s) / (documents - 1) / pages * 1000
         print(
@@ -149,11 +161,15 @@ def median(runs: list[Spent]) -> Spent:
 # ---- What a run takes -------------------------------------------------------------------------------------------------
 
 
-def metered(command: list[str], others: set[int]) -> Spent:
-    """Return what a command took, all the processes that came of it included; waits until the last of them has ended."""
+def metered(command: list[str], others: set[int], log: Path | None = None) -> Spent:
+    """Return what a command took, all the processes that came of it included; waits until the last of them has ended.
+
+    What it prints goes to `log`, if there is one.
+    """
     before, seen, started = waited_s(), dict[int, float](), time.monotonic()
     own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    process = subprocess.Popen(command, env=own)
+    with open(log or os.devnull, "wb") as kept:
+        process = subprocess.Popen(command, env=own, **({"stdout": kept, "stderr": kept} if log else {}))
     try:
         while process.poll() is None:
             seen |= alive(others)
@@ -191,7 +207,7 @@ def alive(others: set[int]) -> dict[int, float]:
     return {pid: used[pid] for pid in ours - {os.getpid()}}
 
 
-# ---- The two ----------------------------------------------------------------------------------------------------------
+# ---- Who asks ----------------------------------------------------------------------------------------------------------
 
 
 def ours(folder: Path, address: str, documents: int, pages: int) -> None:
@@ -219,6 +235,20 @@ def ours(folder: Path, address: str, documents: int, pages: int) -> None:
         f"    driver: {driver_s:.2f} s of CPU, {each[0]:.2f} ms a request; while it asked {asking:.2f} s, {each[1]:.2f} ms a request",
         flush=True,
     )
+
+
+def ask_olmocr(python: str, folder: Path, workspace: Path, address: str, documents: int) -> list[str]:
+    """Return the command by which olmOCR asks for the first so many documents."""
+    files = [str(file) for file in sorted((folder / "in").iterdir())[:documents]]
+    own = ["--server", address, "--model", "stub", "--max_concurrent_requests", str(CONCURRENCY)]
+    return [python, "-m", "olmocr.pipeline", str(workspace), *own, "--pdfs", *files]
+
+
+def check_olmocr(workspace: Path, documents: int) -> None:
+    """Say how many of the documents it has written, if it has not written all of them."""
+    written = sum(len(file.read_text().splitlines()) for file in workspace.rglob("*.jsonl"))
+    if written != documents:
+        print(f"    olmocr wrote {written} of {documents} documents", flush=True)
 
 
 async def plain(folder: Path, address: str, documents: int) -> None:
@@ -316,6 +346,7 @@ def write_pages(folder: Path, most: int, real: Path) -> int:
 async def serve() -> None:
     """Answer every request at once, and say where."""
     answers = {scored: answer(json.dumps(RECORD, separators=(",", ":")), scored) for scored in (True, False)}
+    whole, models = reply(answer_olmocr()), reply({"object": "list", "data": [{"id": "stub", "object": "model"}]})
 
     async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -323,13 +354,32 @@ async def serve() -> None:
                 head = await reader.readuntil(b"\r\n\r\n")
                 length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
                 body = await reader.readexactly(int(length[1])) if length else b""
-                writer.write(answers[b'"logprobs":true' in body] if body else b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+                if body:
+                    is_streamed = re.search(rb'"stream": *true', body)
+                    writer.write(answers[b'"logprobs":true' in body] if is_streamed else whole)
+                else:
+                    writer.write(models if b"/models" in head.split(b"\r\n")[0] else b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
                 await writer.drain()
         writer.close()
 
     server = await asyncio.start_server(connection, "127.0.0.1", 0, limit=2**22)
     print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
     await server.serve_forever()
+
+
+def reply(content: dict[str, Any]) -> bytes:
+    """Return a reply with a JSON object."""
+    body = json.dumps(content).encode()
+    return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+def answer_olmocr() -> dict[str, Any]:
+    """Return what olmOCR wants to read: what a page is like, then its text."""
+    about = {"primary_language": "en", "is_rotation_valid": True, "rotation_correction": 0, "is_table": False, "is_diagram": False}
+    content = "\n".join(["---", *(f"{name}: {value}" for name, value in about.items()), "---", json.dumps(RECORD, indent=1)])
+    message = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 6000, "completion_tokens": 254, "total_tokens": 6254}
+    return {"id": "chatcmpl-1", "object": "chat.completion", "created": 0, "model": "stub", "choices": [message], "usage": usage}
 
 
 def answer(text: str, scored: bool) -> bytes:

@@ -183,6 +183,11 @@ def read_records(output: Path) -> list[dict[str, Any]]:
     return [row for file in sorted((output / "records").glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
 
 
+def read_values(output: Path) -> list[dict[str, Any]]:
+    """Return the rows of the records without the columns of confidence."""
+    return [{name: value for name, value in row.items() if "confidence" not in name} for row in read_records(output)]
+
+
 def record_bytes(output: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in (output / "records").glob("*")}
 

@@ -2,6 +2,7 @@
 
     python docs/draw_pages.py OUTPUT
 
+The report shows the last two names of the output's path alone, `out/invoices`.
 Needs Chromium, and playwright and Pillow of `.[dev]`; nothing is downloaded.
 """
 
@@ -30,7 +31,8 @@ def main(place: str) -> int:
         browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         review, report = Path(folder) / "review.html", Path(folder) / "report.html"
         write_review_page(place, review, 3)
-        report.write_bytes((Path(place) / "report.html").read_bytes())
+        output = Path(place).resolve()
+        report.write_text((output / "report.html").read_text().replace(f"{output.parents[1]}/", ""))
         for page, file in ((review, "review.png"), (report, "report.png")):
             (DOCS / file).write_bytes(draw_page(browser, page))
     return 0

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from textwrap import fill
 from typing import IO, TYPE_CHECKING, TextIO
 
@@ -168,3 +169,9 @@ def describe_demo_model(replaced: str) -> str:
         f"No GPU here: the DEMONSTRATION MODEL of this package answers instead of {replaced}.\n"
         "It reads the synthetic slips of jobs/samples; every other document fails with generate/demo."
     )
+
+
+def shorten_path(output: str) -> str:
+    """Return an output's path relative to the current folder, if it is inside."""
+    here = Path(output)
+    return str(here.relative_to(Path.cwd())) if here.is_relative_to(Path.cwd()) else output

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli.console import print_json, print_message
+from pipeline.cli.console import print_json, print_message, shorten_path
 from pipeline.cli.exit_codes import convert_to_exit_code
 from pipeline.cli.options import JOB, JSON, LIMIT, SET, load_job
 from pipeline.cli.progress import show_waiting
@@ -66,13 +66,15 @@ def show_plan(found: RunPlan) -> None:
         rows.append(
             [
                 "hours as before",
-                f"{earlier['hours']:,.2f}",
+                format_amount(earlier["hours"]),
                 f"{earlier['pages_per_s']:.2f} pages/s of {earlier['output']} ({earlier['model']})",
             ]
         )
     rows += [["disk", f"{found['disk_mib']:,} MiB", "the ledger"], ["driver's memory", f"{found['driver_mib']:,} MiB", "6 kB a request"]]
     if dpi := found["dpi"]:
         rows.append(["effective dpi", f"{dpi['least']:.0f} to {dpi['largest']:.0f}", f"median {dpi['median']:.0f}"])
+    if earlier:
+        rows = [[what, amount, source.replace(earlier["output"], shorten_path(earlier["output"]))] for what, amount, source in rows]
     show_table(f"plan of {found['job']}", ["what", "how much", "from"], rows)
     for kind, count in found["failures"].items():
         print_message(f"{count} documents cannot be opened: {kind}")

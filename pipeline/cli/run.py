@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli.console import capture_ray_output, describe_demo_model, make_console, print_json, print_message, print_text
+from pipeline.cli.console import capture_ray_output, describe_demo_model, make_console, print_json, print_message, print_text, shorten_path
 from pipeline.cli.exit_codes import call_on_signal, convert_to_exit_code
 from pipeline.cli.options import CLUSTER, JOB, JSON, LIMIT, OUTPUT, RETRY, SET, SHARED, load_job
 from pipeline.cli.progress import show_progress
@@ -144,9 +144,3 @@ def show_report(ended: Report, console: Console | None = None) -> None:
     output = shorten_path(ended.output)
     print_text(console, f"report: {output}/report.html")
     print_text(console, f"records: {output}/records")
-
-
-def shorten_path(output: str) -> str:
-    """Return an output's path relative to the current folder, if it is inside."""
-    here = Path(output)
-    return str(here.relative_to(Path.cwd())) if here.is_relative_to(Path.cwd()) else output

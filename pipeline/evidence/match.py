@@ -187,19 +187,14 @@ def find_places(scalar: Scalar, index: DocumentIndex, pages: Sequence[PageIndex]
 
 def drop_overlaps(places: Sequence[Place]) -> list[Place]:
     """Return the places without those inside of an earlier one; what is exact comes before what is not."""
-    kept: dict[int, list[Place]] = {}
+    kept, unique = dict[int, list[tuple[int, int]]](), set[int]()
     for place in sorted(places, key=lambda place: not place.is_exact):
-        here = kept.setdefault(id(place.page), [])  # apart from each other, and in their order
-        at = bisect_left(here, place.find.start, key=get_start)
-        if (not at or here[at - 1].find.end <= place.find.start) and (at == len(here) or place.find.end <= here[at].find.start):
-            here.insert(at, place)
-    unique = {id(place) for some in kept.values() for place in some}
+        here, span = kept.setdefault(id(place.page), []), (place.find.start, place.find.end)
+        at = bisect_left(here, span)
+        if (at == 0 or here[at - 1][1] <= span[0]) and (at == len(here) or span[1] <= here[at][0]):
+            here.insert(at, span)
+            unique.add(id(place))
     return [place for place in places if id(place) in unique]
-
-
-def get_start(place: Place) -> int:
-    """Return where a place begins in its page's text."""
-    return place.find.start
 
 
 def find_pieces(text: str, pages: Sequence[PageIndex]) -> list[Place]:

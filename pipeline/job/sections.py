@@ -96,7 +96,7 @@ class RuleSection(Section):
     re_ask: bool = Field(
         False,
         description="Ask once more for its fields alone where an answer breaks it ([asking again](#asking-again-where-a-rule-is-broken)). "
-        "Costs a request of its own for each such document.",
+        "Costs a request of its own for each such document; one that takes several requests (`pages.per_request`) is not asked again.",
     )
 
 

@@ -104,6 +104,8 @@ class EarlierRun:
     requests: int
     output_tokens: float
     """Of a request, on average."""
+    spread: float
+    """How far that may be from the mean of other documents, as a share of it: two standard errors, a tenth at the least."""
     pages_per_s: float
     model: str
     ledger_bytes: float
@@ -231,7 +233,8 @@ def estimate_output(schema: Schema, asked: AnswerCount, lines: Sequence[tuple[Li
     """Return the tokens of all answers: as many as in the earlier run, or as the schema and the pages let expect."""
     requests = asked.first + asked.later
     if earlier:
-        return scale_range((0.9, 1.0, 1.1), earlier.output_tokens * requests, f"{earlier.requests} requests of {earlier.place}")
+        factors = (1 - earlier.spread, 1.0, 1 + earlier.spread)
+        return scale_range(factors, earlier.output_tokens * requests, f"{earlier.requests} requests of {earlier.place}")
     known = sum(map(bool, lines))
     factors, source = (READ_ITEMS, f"the schema, and the lines of {known} pages") if known else (GUESSED_ITEMS, "the schema")
     values = [count_answer_tokens(schema, asked, lines, factor) for factor in factors]
@@ -266,8 +269,10 @@ def read_earlier_run(place: str, is_wanted: bool) -> EarlierRun | None:
     pages_per_s = float(asked.get("pages_per_s") or 0) if asked.get("pages_asked") else 0.0
     requests = max(1, answered["rule"].null_count)  # what rules asked again is counted with the request that broke them
     tokens = (pc.sum(answered["completion_tokens"]).as_py() or 0) / requests
+    deviation = pc.stddev(answered["completion_tokens"], ddof=1).as_py()  # None of one answer
+    spread = min(1.0, max(0.1, 2 * (tokens / 2 if deviation is None else deviation) / math.sqrt(requests) / max(1.0, tokens)))
     models = pa.array(answered["model"].to_pylist()).drop_null()
-    return EarlierRun(place, requests, tokens, pages_per_s, str(models[0]) if len(models) else "?", sizes / requests)
+    return EarlierRun(place, requests, tokens, spread, pages_per_s, str(models[0]) if len(models) else "?", sizes / requests)
 
 
 def describe_earlier_run(earlier: EarlierRun | None, pages: int) -> dict[str, Any] | None:

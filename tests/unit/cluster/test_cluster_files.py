@@ -33,16 +33,26 @@ def test_the_rayjob_has_the_shape_that_kuberay_publishes() -> None:
     jsonschema.Draft202012Validator(RAYJOB_SCHEMA).validate(RAYJOB)
 
 
-@pytest.mark.parametrize(
-    "at", ["spec", "spec.rayClusterSpec", "spec.rayClusterSpec.headGroupSpec", "spec.rayClusterSpec.autoscalerOptions"]
-)
-def test_a_field_that_kuberay_does_not_know_is_noticed(at: str) -> None:
-    broken: Any = json.loads(json.dumps(RAYJOB))
-    place = broken
-    for name in at.split("."):
-        place = place[name]
-    place["maxReplica"] = 1
-    assert not jsonschema.Draft202012Validator(RAYJOB_SCHEMA).is_valid(broken)
+def list_objects(value: Any) -> list[dict[str, Any]]:
+    """Return all objects in a document, itself included."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [*([value] if isinstance(value, dict) else []), *(found for part in inside for found in list_objects(part))]
+
+
+def test_a_field_that_kuberay_does_not_know_is_noticed_wherever_it_stands() -> None:
+    """But where names are anyone's: options of `ray start`, resources of a container."""
+    checked, rayjob = jsonschema.Draft202012Validator(RAYJOB_SCHEMA), json.loads(json.dumps(RAYJOB))
+    unnoticed = []
+    for place in list_objects(rayjob):
+        place["maxReplica"] = "1"
+        unnoticed += [place] if checked.is_valid(rayjob) else []
+        del place["maxReplica"]
+    cluster = rayjob["spec"]["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    containers = [container for group in groups for container in group["template"]["spec"]["containers"]]
+    free = [group["rayStartParams"] for group in groups]
+    free += [amounts for container in containers for amounts in container["resources"].values()]
+    assert sorted(map(str, unnoticed)) == sorted(map(str, free))
 
 
 def test_what_the_rayjob_runs_is_a_command_of_this_package() -> None:

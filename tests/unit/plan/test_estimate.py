@@ -101,6 +101,15 @@ def test_an_earlier_run_says_how_long_answers_are(workspace: Workspace) -> None:
     assert found["earlier_run"]["hours"] == round(2 / 2.0 / 3600, 3)
 
 
+@pytest.mark.parametrize(("tokens", "low", "high"), [((250,) * 9, 225, 275), ((100, 200, 300), 85, 315), ((200,), 0, 400)])
+def test_the_fewer_and_the_more_different_answers_were_the_wider_the_range(
+    workspace: Workspace, tokens: tuple[int, ...], low: int, high: int
+) -> None:
+    write_ledger(workspace, *tokens)
+    found = plan(workspace, document("a"))["output_tokens"]
+    assert (round(found["low"]), round(found["high"])) == (low, high)
+
+
 def test_a_later_settling_leaves_the_speed_of_the_run(workspace: Workspace) -> None:
     write_ledger(workspace, 200, 300)
     settled = {"pages_asked": 0, "pages_per_s": 0.0, "last_asked": {"pages_asked": 4, "pages_per_s": 0.5}}
