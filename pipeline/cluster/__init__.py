@@ -78,6 +78,7 @@ def connect_ray(address: str | None = None) -> Resources:
     if not ray.is_initialized():
         if (wanted := address or read_ray_address()) == LOCAL:
             start_ray()
+            STARTED.add(read_gcs_address())
         else:
             join_cluster(wanted)
     return read_resources()
@@ -215,7 +216,6 @@ def start_ray() -> None:
         except Exception as error:  # any: a raylet that is late is a bare Exception
             if not left or "timed out during startup" not in str(error):
                 raise RunError(f"Ray does not start on this machine: {error}") from error
-    STARTED.add(read_gcs_address())
     if open_to := [found for node in ray.nodes() if not ip_address(found := node["NodeManagerAddress"]).is_loopback]:
         ray.shutdown()
         raise RunError(f"Ray {ray.__version__} listens on {open_to[0]} in place of loopback: install a version that pyproject.toml allows")

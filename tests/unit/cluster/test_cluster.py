@@ -37,9 +37,10 @@ class Starts:
 
 @pytest.fixture(autouse=True)
 def nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
-    """Ray's nodes, as they are where it listens on loopback."""
+    """Ray's nodes, as they are where it listens on loopback, and the address at which it does."""
     found = [{"NodeManagerAddress": "127.0.0.1"}]
     monkeypatch.setattr(ray, "nodes", lambda: found)
+    monkeypatch.setattr(cluster, "read_gcs_address", lambda: "127.0.0.1:6379")
     return found
 
 
