@@ -22,7 +22,6 @@ from urllib.parse import urlsplit
 
 from pipeline.errors import JobError, RunError
 from pipeline.scratch import PRIVATE_UMASK, open_scratch_folder
-from pipeline.sources import LISTING_THREAD
 
 LOCAL, AUTO = "local", "auto"
 PACKAGE = Path(__file__).parents[1]
@@ -287,6 +286,8 @@ def stop_ray(threads: Set[threading.Thread]) -> None:
     Those that list documents call nothing of Ray.
     """
     import ray
+
+    from pipeline.sources import LISTING_THREAD  # not for the registry's process, which needs little of this
 
     deadline = time.monotonic() + THREADS_S
     for thread in {thread for thread in threading.enumerate() if not thread.name.startswith((IDLE_THREAD, LISTING_THREAD))} - threads:

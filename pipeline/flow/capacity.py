@@ -116,8 +116,11 @@ def compute_actor_cpus(job: Job, resources: Resources) -> float:
 
 
 def compute_renderer_cpus(job: Job, resources: Resources) -> float:
-    """Return the CPUs of a render task: other than an engine actor's, so that Ray does not fuse the two steps."""
-    cpus = 1.0 if resources.gpus else 0.5
+    """Return the CPUs of a renderer: one, which it keeps busy, or half of one beside a model on the CPU, for which it mostly waits.
+
+    Other than an engine actor's, so that Ray does not fuse the two steps.
+    """
+    cpus = min(1.0, resources.cpus / 2) if resources.gpus or job.sections.model.engine == "openai" else 0.5
     return 0.9 * cpus if cpus == compute_actor_cpus(job, resources) and not compute_actor_gpus(job, resources) else cpus
 
 

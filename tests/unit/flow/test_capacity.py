@@ -82,7 +82,7 @@ def test_an_engine_that_asks_a_server_needs_no_gpu_and_one_cpu(workspace: Worksp
 SERVER = "model={engine: openai, base_url: 'http://127.0.0.1:1/v1'}"
 
 
-@pytest.mark.parametrize(("setting", "renderers"), [("ray.actors=1", 4), ("ray.actors=[1, 2]", 2), ("ray.renderers=1", 1)])
+@pytest.mark.parametrize(("setting", "renderers"), [("ray.actors=1", 2), ("ray.actors=[1, 2]", 1), ("ray.renderers=1", 1)])
 def test_renderers_leave_room_for_the_engines(workspace: Workspace, setting: str, renderers: int) -> None:
     needed = capacity.compute_reservations(workspace.job(SERVER, "ray.cpus_per_actor=1", setting), Resources(3, 0))
     assert (needed.max_renderers, needed.expected_renderers) == (renderers, renderers)
