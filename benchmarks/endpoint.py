@@ -240,7 +240,7 @@ def ours(folder: Path, address: str, documents: int, pages: int) -> None:
 def ask_olmocr(python: str, folder: Path, workspace: Path, address: str, documents: int) -> list[str]:
     """Return the command by which olmOCR asks for the first so many documents."""
     files = [str(file) for file in sorted((folder / "in").iterdir())[:documents]]
-    own = ["--server", address, "--model", "stub", "--max_concurrent_requests", str(CONCURRENCY)]
+    own = ["--server", address, "--model", "stub", "--max_concurrent_requests", str(CONCURRENCY), "--max_server_ready_timeout", "60"]
     return [python, "-m", "olmocr.pipeline", str(workspace), *own, "--pdfs", *files]
 
 

@@ -132,10 +132,14 @@ def hide_ray_addresses() -> Iterator[None]:
 
 @contextmanager
 def keep_signal_handlers() -> Iterator[None]:
-    """Restore the SIGTERM handler that Ray replaces by one that ends the process at once."""
+    """Restore the SIGTERM handler that Ray replaces by one that ends the process at once, and call it if the signal came meanwhile."""
     listener = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except SystemExit:  # raised by Ray's handler
+        if callable(listener):
+            listener(signal.SIGTERM, None)
+        raise
     finally:
         if callable(listener) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, listener)

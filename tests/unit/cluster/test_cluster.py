@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,25 @@ def test_ray_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch, ou
     monkeypatch.setattr(ray, "init", Starts(*outcomes))
     with pytest.raises(RunError, match=f"Ray does not start on this machine: .*{said}"):
         cluster.start_ray()
+
+
+class Stopped(BaseException):
+    """What a process's own handler of SIGTERM raises."""
+
+
+def test_a_signal_that_comes_while_ray_starts_reaches_the_handler_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    def start(*_: object, **__: object) -> None:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # so does Ray
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
+    monkeypatch.setattr(ray, "init", start)
+    with pytest.raises(Stopped):
+        cluster.start_ray()
+    assert signal.getsignal(signal.SIGTERM) is stop
 
 
 def test_the_signal_handler_stays(monkeypatch: pytest.MonkeyPatch, listener: Any) -> None:
