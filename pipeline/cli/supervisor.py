@@ -20,12 +20,13 @@ from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
+from pipeline import cluster
 from pipeline.processes import adopt_orphans, die_with_parent, kill_children, send_signal
 from pipeline.scratch import open_scratch_folder, remove_scratch_folder
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LEAVE_S = 1.0
-"""How long Ray's exit handlers may take when the command is over: they wait for processes that the keeper kills anyway."""
+"""How long Ray's exit handlers may take when the command is over and leaves a cluster."""
 
 
 def run_supervised(work: Callable[[], int], broken: Callable[[str], int]) -> int:
@@ -73,12 +74,19 @@ def run_keeper(work: Callable[[], int], broken: Callable[[str], int], parent: in
 
 
 def run_work(work: Callable[[], int], writing: int, parent: int) -> NoReturn:
-    """The command: run it, and send its exit status to the keeper before an exit handler can end this process."""
+    """The command: run it, and send its exit status to the keeper before an exit handler can end this process.
+
+    The processes of a Ray that was started for it are killed by the keeper; to stop them takes a second.
+    """
     os.setpgid(0, 0)
     die_with_parent(parent)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     code = work()
     os.write(writing, bytes([code]))
+    if cluster.STARTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends this process
     signal.setitimer(signal.ITIMER_REAL, LEAVE_S)
     sys.exit(code)

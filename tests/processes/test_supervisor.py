@@ -56,6 +56,12 @@ def test_exit_handlers_have_a_limited_time() -> None:
     assert (run.communicate(timeout=PATIENCE_S)[0], run.returncode) == ("", 0)
 
 
+def test_exit_handlers_are_left_out_where_the_command_has_started_ray() -> None:
+    handler = "import atexit\natexit.register(print, 'handler')"
+    run = start_program(f"{handler}\nfrom pipeline import cluster\ncluster.STARTED.add('here')\nprint('done')\nreturn 1")
+    assert (run.communicate(timeout=PATIENCE_S)[0], run.returncode) == ("done\n", 1)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_are_forwarded(number: signal.Signals) -> None:
     run = start_program(f"signal.signal({int(number)}, lambda *_: sys.exit(9))\nprint('ready', flush=True)\ntime.sleep({PATIENCE_S})")
