@@ -7,7 +7,6 @@ compiles the model, and only there (`warming_up_model` in its cpu_model_runner.p
 from __future__ import annotations
 
 import asyncio
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -47,6 +46,11 @@ def answer_all(engine: Engine) -> list[str]:
         engine.close()
 
 
+def list_workers() -> set[psutil.Process]:
+    """Return vLLM's workers among the descendants of this process."""
+    return {child for child in psutil.Process().children(recursive=True) if "VLLM::Worker" in " ".join(child.cmdline())}
+
+
 @pytest.mark.parametrize(("split", "is_eager"), [("tensor", True), ("pipeline", False)])
 def test_two_ranks_answer_as_one(split: str, is_eager: bool, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_checkpoint.build_checkpoint(tmp_path)
@@ -56,8 +60,9 @@ def test_two_ranks_answer_as_one(split: str, is_eager: bool, workspace: Workspac
     keys = (f"model.name={folder}", "model.without_gpu=cpu", "model.engine=vllm", f"model.{split}_parallel_size=2", "model.dtype=float32")
     small = (f"model.enforce_eager={str(is_eager).lower()}", "model.max_num_seqs=8", "model.max_model_len=1024")
     job = workspace.job(*keys, *small, "pages.min_pixels=784", "model.engine_args={kv_cache_memory_bytes: 268435456}")
+    before = list_workers()  # of engines that other tests share
     engine = engines.load_engine(engines.resolve_engine(job, 0), threads=1)
-    workers = [child for child in psutil.Process(os.getpid()).children(recursive=True) if "Worker" in " ".join(child.cmdline())]
+    workers = list_workers() - before
     answers = answer_all(engine)
     assert len(workers) == 2
     assert answers == answer_all(TransformersEngine(str(folder), threads=1))
