@@ -25,9 +25,9 @@ def to_driver(number: signal.Signals, times: int = 1) -> Strike:
     """Send the driver a signal, perhaps again shortly after."""
 
     def strike(run: Run, output: Path, rng: random.Random) -> bool:
-        for _ in range(times):
+        for sent in range(times):
             if not run.going:
-                return False
+                return sent > 0
             run.driver.send_signal(number)
             time.sleep(rng.uniform(0, 0.5) if times > 1 else 0)
         return True

@@ -7,6 +7,7 @@ compiles the model, and only there (`warming_up_model` in its cpu_model_runner.p
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,7 +49,12 @@ def answer_all(engine: Engine) -> list[str]:
 
 def list_workers() -> set[psutil.Process]:
     """Return vLLM's workers among the descendants of this process."""
-    return {child for child in psutil.Process().children(recursive=True) if "VLLM::Worker" in " ".join(child.cmdline())}
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it has ended, as a zombie has
+            if "VLLM::Worker" in " ".join(child.cmdline()):
+                found.add(child)
+    return found
 
 
 @pytest.mark.parametrize(("split", "is_eager"), [("tensor", True), ("pipeline", False)])
