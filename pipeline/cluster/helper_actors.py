@@ -25,7 +25,7 @@ ORIGINALS: list[tuple[Any, str, Any]] = []
 
 
 class OneMachine(ClusterAutoscaler):
-    """What Ray Data asks for machines: there is one, all of whose resources are its."""
+    """In place of Ray Data's cluster autoscaler: one machine, which does not grow, with all its resources for Datasets."""
 
     def __init__(self) -> None:
         self.resources: ExecutionResources = ExecutionResources.from_resource_dict(ray.cluster_resources())
@@ -69,7 +69,7 @@ def find_actors(actors: Sequence[str]) -> ray.ObjectRef[dict[str, str]]:
 
 
 def ignore_call(*_: object, **__: object) -> None:
-    """Take a call whose answer nobody waits for."""
+    """Take a call that has no answer."""
 
 
 def replace_helper_actors() -> None:

@@ -131,10 +131,11 @@ def compare_words(values: Sequence[PlacedValue]) -> None:
     """Note which values share their place with others, and beside which stand words that are no value's."""
     places = [value.chosen for value in values if value.chosen]
     claimed = {(place.page.page_no, word) for place in places for find in place.finds for word in place.page.list_words(find)}
-    begins = Counter((place.page.page_no, place.page.list_words(place.find)[0]) for place in places)
-    for value, place in zip(values, places, strict=True):
+    first_words = [(place.page.page_no, place.page.list_words(place.find)[0]) for place in places]
+    counts = Counter(first_words)
+    for value, place, first_word in zip(values, places, first_words, strict=True):
         page_no, page = place.page.page_no, place.page
-        value.rivals = begins[page_no, page.list_words(place.find)[0]] - 1
+        value.rivals = counts[first_word] - 1
         beside = [page.get_beside(place.find, step) for step in (-1, 1)] if not place.pieces else [None, None]
         value.has_words_before, value.has_words_after = ((page_no, word) not in claimed if word is not None else False for word in beside)
 

@@ -13,6 +13,8 @@ def connect_for_job(job: Job, address: str | None = None) -> cluster.Resources:
     resources = cluster.connect_ray(address or job.sections.ray.address)
     import ray.data
 
+    from pipeline.cluster import helper_actors
+
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -20,7 +22,7 @@ def connect_for_job(job: Job, address: str | None = None) -> cluster.Resources:
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0  # a pool grows when its actors have all they take
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     if cluster.is_started_here():
-        from pipeline.cluster.helper_actors import replace_helper_actors
-
-        replace_helper_actors()
+        helper_actors.replace_helper_actors()
+    else:
+        helper_actors.restore_helper_actors()  # an earlier run of this process may have replaced them
     return resources

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import numpy as np
 
-from pipeline.records import Pixels
+from pipeline.engines import Engine
+from pipeline.records import Pixels, Request
 
 FLAT = json.dumps({
     "type": "object",
@@ -22,3 +24,15 @@ FLAT = json.dumps({
 
 def make_noise(seed: int = 0, height: int = 56, width: int = 84) -> Pixels:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def answer_and_close(engine: Engine, *requests: Request) -> list[str]:
+    """Return the answers to requests that are asked together, and close the engine."""
+
+    async def gather() -> list[str]:
+        return [completion.text for completion in await asyncio.gather(*map(engine.complete, requests))]
+
+    try:
+        return asyncio.run(gather())
+    finally:
+        engine.close()

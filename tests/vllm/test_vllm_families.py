@@ -17,7 +17,7 @@ from pipeline.records import Request, Sampling
 from pipeline.schema import prompt
 from tests.engines.test_families import add_adapter
 from tests.support import tiny_checkpoint
-from tests.support.requests import make_noise
+from tests.support.requests import answer_and_close, make_noise
 from tests.support.tiny_checkpoint import FAMILIES
 
 pytestmark = [
@@ -39,16 +39,6 @@ def load(folder: Path, family: str, **given: Any) -> Engine:
         "mm_processor_kwargs": {"size": {"shortest_edge": cell, "longest_edge": 64 * cell}},
     }  # fmt: skip
     return VLLMEngine(str(folder), arguments, threads=1, max_request_tokens=4096, **given)
-
-
-def ask(engine: Engine, *requests: Request) -> list[str]:
-    async def gather() -> list[str]:
-        return [completion.text for completion in await asyncio.gather(*map(engine.complete, requests))]
-
-    try:
-        return asyncio.run(gather())
-    finally:
-        engine.close()
 
 
 def make_requests(family: str) -> list[Request]:
@@ -76,7 +66,7 @@ def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(folder: Path, family: str) -> list[str]:
     """The answers of the engine `transformers`, without adapter and YaRN."""
-    return ask(TransformersEngine(str(folder), threads=1), *make_requests(family))
+    return answer_and_close(TransformersEngine(str(folder), threads=1), *make_requests(family))
 
 
 def test_answers_agree_and_pages_are_known_by_their_names(folder: Path, family: str, plain: list[str]) -> None:
@@ -101,9 +91,9 @@ def test_answers_agree_and_pages_are_known_by_their_names(folder: Path, family: 
 @pytest.mark.skipif(find_spec("peft") is None, reason="needs peft")
 def test_an_adapter_and_yarn_change_the_answers_in_both_engines_alike(folder: Path, family: str, plain: list[str], tmp_path: Path) -> None:
     adapter, requests = str(add_adapter(folder, tmp_path / "adapter")), make_requests(family)
-    adapted = ask(TransformersEngine(str(folder), threads=1, lora=adapter), *requests)
+    adapted = answer_and_close(TransformersEngine(str(folder), threads=1, lora=adapter), *requests)
     assert adapted != plain
-    assert ask(load(folder, family, lora=adapter), *requests) == adapted
-    stretched = ask(TransformersEngine(str(folder), threads=1, rope_scaling=YARN), *requests)
+    assert answer_and_close(load(folder, family, lora=adapter), *requests) == adapted
+    stretched = answer_and_close(TransformersEngine(str(folder), threads=1, rope_scaling=YARN), *requests)
     assert stretched != plain
-    assert ask(load(folder, family, rope_scaling=YARN), *requests) == stretched
+    assert answer_and_close(load(folder, family, rope_scaling=YARN), *requests) == stretched

@@ -6,7 +6,6 @@ compiles the model, and only there (`warming_up_model` in its cpu_model_runner.p
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,12 +14,11 @@ import psutil
 import pytest
 
 from pipeline import engines
-from pipeline.engines import Engine
 from pipeline.engines.transformers import TransformersEngine
 from pipeline.records import Request, Sampling
 from pipeline.schema import prompt
 from tests.support import tiny_checkpoint
-from tests.support.requests import FLAT, make_noise
+from tests.support.requests import FLAT, answer_and_close, make_noise
 from tests.support.workspace import Workspace
 
 pytestmark = [
@@ -33,18 +31,6 @@ REQUESTS = [
     )
     for key in range(4)
 ]
-
-
-def answer_all(engine: Engine) -> list[str]:
-    """Return the answers to all requests, and close the engine."""
-
-    async def gather() -> list[str]:
-        return [answer.text for answer in await asyncio.gather(*map(engine.complete, REQUESTS))]
-
-    try:
-        return asyncio.run(gather())
-    finally:
-        engine.close()
 
 
 def list_workers() -> set[psutil.Process]:
@@ -69,6 +55,6 @@ def test_two_ranks_answer_as_one(split: str, is_eager: bool, workspace: Workspac
     before = list_workers()  # of engines that other tests share
     engine = engines.load_engine(engines.resolve_engine(job, 0), threads=1)
     workers = list_workers() - before
-    answers = answer_all(engine)
+    answers = answer_and_close(engine, *REQUESTS)
     assert len(workers) == 2
-    assert answers == answer_all(TransformersEngine(str(folder), threads=1))
+    assert answers == answer_and_close(TransformersEngine(str(folder), threads=1), *REQUESTS)
