@@ -20,7 +20,7 @@ from itertools import islice
 from typing import Any, TypedDict
 
 from pipeline.evidence.numbers import parse_number_text
-from pipeline.evidence.page_index import RUN, Box, Find, PageIndex, fold_text
+from pipeline.evidence.page_index import RUN, Box, Find, PageIndex, PageSet, fold_text, read_query
 from pipeline.evidence.places import Place, PlacedValue, choose_places, measure_gap, split_label
 from pipeline.evidence.searches import DocumentIndex, Scalar, choose_searches
 from pipeline.evidence.similar import find_similar
@@ -172,10 +172,10 @@ def place_scalar(scalar: Scalar, index: DocumentIndex) -> PlacedValue:
     return PlacedValue(scalar.path, scalar.group, scalar.item, split_label(scalar.name, *titles), find_places(scalar, index, index.pages))
 
 
-def find_places(scalar: Scalar, index: DocumentIndex, pages: Sequence[PageIndex]) -> list[Place]:
+def find_places(scalar: Scalar, index: DocumentIndex, pages: PageSet) -> list[Place]:
     """Return where a value is printed on these pages, once for each place, in their order; the first form of it that is printed counts."""
     for search in choose_searches(scalar, index):
-        found = list(islice((place for page in pages for place in search(page)), MAX_PLACES))
+        found = list(islice(search(pages), MAX_PLACES))
         if not found and pages is index.pages and search.__name__ == "search_text":
             runs = RUN.findall(fold_text(str(scalar.value)))
             lines = (index.read_by_line(page) for page in pages if all(run in page.text for run in runs))
@@ -197,13 +197,14 @@ def drop_overlaps(places: Sequence[Place]) -> list[Place]:
     return [place for place in places if id(place) in unique]
 
 
-def find_pieces(text: str, pages: Sequence[PageIndex]) -> list[Place]:
+def find_pieces(text: str, pages: PageSet) -> list[Place]:
     """Return the place of a text whose pieces, between its commas and lines, stand near each other: an address in a column of its own."""
     pieces = [piece for piece in PIECES.split(text) if len(piece) > 1]
     if not 2 <= len(pieces) <= MAX_PIECES:
         return []
+    printed = [dict(pages.find_text(read_query(piece))) for piece in pieces]
     for page in pages:
-        finds = [page.find_text(piece) for piece in pieces]
+        finds = [found.get(page, []) for found in printed]
         if not all(finds):
             continue
         for start in finds[0]:
@@ -238,7 +239,7 @@ def describe_scalar(scalar: Scalar, placed: PlacedValue, index: DocumentIndex) -
             has_words_before=placed.has_words_before,
             has_words_after=placed.has_words_after,
         )
-    if hidden := find_places(scalar, index, index.hidden_pages):
+    if index.hidden_pages and (hidden := find_places(scalar, index, index.hidden_pages)):
         return replace(describe_place(scalar.path, text, Match.HIDDEN, hidden[0]), places=len(hidden))
     if isinstance(scalar.value, bool) or any("enum" in schema or "const" in schema for schema in scalar.schemas):
         return Evidence(scalar.path, text, Match.NOT_APPLICABLE)

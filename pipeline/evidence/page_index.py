@@ -1,4 +1,4 @@
-"""Index of a page: its words, read once, and where a text, a number or a day stands among them.
+"""Index of a document's pages: their words, read once, and where a text, a number or a day stands among them.
 
     words           Total:  EUR  1,234.50      (the next word far to the right)  22.05.20
     text            total: eur 1,234.50⏎22.05.20
@@ -7,7 +7,8 @@
     days            (2020, 5, 22) -> 20 to 28
 
 Texts are compared by their letters and digits alone, from the start of a run of them to the end of one: case, spacing, punctuation and
-hyphens at the end of a line make no difference, but `12` does not stand in `2012`.
+hyphens at the end of a line make no difference, but `12` does not stand in `2012`. Pages are searched together, so that a value costs
+as much in a document of a hundred pages, on one of which it is printed, as in one of two.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from __future__ import annotations
 import re
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -24,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.evidence.dates import Day, PrintedDate, scan_dates
-from pipeline.evidence.numbers import YEAR_DIGITS, NumberIndex
+from pipeline.evidence.numbers import YEAR_DIGITS, NumberIndex, PrintedNumber, strip_digits
 from pipeline.evidence.text_layer import PageWords
 
 RUN = re.compile(r"[^\W_]+")
@@ -49,6 +51,24 @@ class Find:
     end: int
 
 
+@dataclass(frozen=True, slots=True)
+class TextQuery:
+    """A text to look for, as `read_query` prepares it once for all pages."""
+
+    letters: str
+    """Its letters and digits, with `~` between numbers."""
+    sign: str
+    """All of its characters, for a text without any."""
+    head: str
+    tail: str
+    """The marks before its first letter or digit and after its last one."""
+    is_number_first: bool
+    is_number_last: bool
+    """Whether a digit begins or ends it, which must not be part of a longer number."""
+    joining: str
+    """The marks that would make it one."""
+
+
 class PageIndex:
     """Some words of a page in an order of reading, and what is printed there."""
 
@@ -56,7 +76,7 @@ class PageIndex:
         """Index the words with these positions in the page, in this order; there must be one."""
         self.is_ocr = page.is_ocr
         self.page_no, self.order = page.page_no, list(order)
-        self.words = [page.texts[index] for index in order]
+        self.words = [page.texts[index] for index in self.order]
         self.boxes = page.boxes[self.order]
         self.marks = page.marks[self.order]
         folded = fold_words(self.words)
@@ -72,12 +92,12 @@ class PageIndex:
 
     @cached_property
     def letters(self) -> LetterIndex:
-        return LetterIndex(self.text, "~")
+        return LetterIndex(self.text)
 
     @cached_property
     def loose_letters(self) -> LetterIndex:
         """The same without a mark between numbers."""
-        return LetterIndex(self.text, "")
+        return self.letters.drop_marks()
 
     @cached_property
     def numbers(self) -> NumberIndex:
@@ -87,40 +107,19 @@ class PageIndex:
     def dates(self) -> list[PrintedDate]:
         return list(scan_dates(self.text))
 
-    def find_text(self, text: str, is_loose: bool = False) -> list[Find]:
-        """Return where a text stands, by its letters and digits; where it has none, by its characters.
-
-        `is_loose` lets numbers run together in a text of at least `MIN_LOOSE` letters and digits.
-        """
-        folded = fold_text(text)
-        wanted = squeeze_letters(folded, "~")
-        if not wanted:
-            sign = "".join(folded.split())
-            return [Find(found.start(), found.end()) for found in re.finditer(re.escape(sign), self.text)][:MAX_FINDS] if sign else []
-        if is_loose and len(wanted) - wanted.count("~") < MIN_LOOSE:
-            return []
-        found = self.loose_letters.find(wanted.replace("~", "")) if is_loose else self.letters.find(wanted)
-        inside = ".,'’/:-" if wanted.isdigit() and len(wanted) != YEAR_DIGITS else ".,'’"
+    def keep_whole(self, query: TextQuery, finds: Sequence[Find]) -> list[Find]:
+        """Return the finds that are no part of a longer number."""
         return [
             find
-            for find in found
-            if not (wanted[0].isdigit() and is_joined(self.text[max(0, find.start - 2) : find.start][::-1], inside))
-            and not (wanted[-1].isdigit() and is_joined(self.text[find.end : find.end + 2], inside))
+            for find in finds
+            if not (query.is_number_first and is_joined(self.text[max(0, find.start - 2) : find.start][::-1], query.joining))
+            and not (query.is_number_last and is_joined(self.text[find.end : find.end + 2], query.joining))
         ]
 
-    def extend_find(self, find: Find, text: str) -> Find:
+    def extend_find(self, find: Find, query: TextQuery) -> Find:
         """Return what was found with the marks before and after it that a text has, too: the bracket at the end of "President (R)"."""
-        folded = fold_text(text)
-        runs = list(RUN.finditer(folded))
-        if not runs:
-            return find
-        head, tail = folded[: runs[0].start()], folded[runs[-1].end() :]
-        start = find.start - len(head) * self.text.endswith(head, 0, find.start)
-        return Find(start, find.end + len(tail) * self.text.startswith(tail, find.end))
-
-    def find_day(self, day: Day, day_first: bool | None) -> list[Find]:
-        """Return where a day is printed."""
-        return [Find(date.start, date.end) for date in self.dates if day in date.list_days(day_first)][:MAX_FINDS]
+        start = find.start - len(query.head) * self.text.endswith(query.head, 0, find.start)
+        return Find(start, find.end + len(query.tail) * self.text.startswith(query.tail, find.end))
 
     def get_words(self, find: Find) -> tuple[int, int]:
         """Return the first and the last word of what was found."""
@@ -155,8 +154,10 @@ class PageIndex:
     def get_box(self, find: Find) -> Box:
         """Return the box around what was found, cut from its first and last word by the share of their characters."""
         first, last = self.get_words(find)
-        lefts, tops, rights, bottoms = (list(edges) for edges in zip(*self.box_tuples[first : last + 1], strict=True))
         cut_left, cut_right = self.cut_word(first, find.start), self.cut_word(last, find.end)
+        if first == last:
+            return cut_left, self.box_tuples[first][1], cut_right, self.box_tuples[first][3]
+        lefts, tops, rights, bottoms = (list(edges) for edges in zip(*self.box_tuples[first : last + 1], strict=True))
         lefts[0], rights[-1] = cut_left, cut_right
         return min(lefts), min(tops), max(rights), max(bottoms)
 
@@ -194,38 +195,124 @@ class PageIndex:
 
 
 class LetterIndex:
-    """The letters and digits of a text, and where its runs of them begin and end."""
+    """The letters and digits of a text, with `~` between two digits of different runs, and where its runs begin and end."""
 
-    def __init__(self, text: str, mark: str) -> None:
-        """`mark` is put between two digits of different runs."""
+    def __init__(self, text: str) -> None:
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
         kinds = classify_letters()[np.minimum(codes, MAX_CODE)]
         edges = np.flatnonzero(np.diff(kinds > 0, prepend=False, append=False))
         starts, ends = edges[::2], edges[1::2]
-        lengths, kept = np.cumsum(ends - starts), codes[kinds > 0]
-        is_between = (kinds[ends[:-1] - 1] == DIGIT) & (kinds[starts[1:]] == DIGIT) if mark else np.zeros(max(0, len(starts) - 1), np.bool_)
+        self.spans = starts.tolist(), ends.tolist()
+        self.lengths, kept = np.cumsum(ends - starts), codes[kinds > 0]
+        is_between = (kinds[ends[:-1] - 1] == DIGIT) & (kinds[starts[1:]] == DIGIT)
         shifts = np.concatenate([[0], np.cumsum(is_between)])[: len(starts)]
-        self.letters = np.insert(kept, lengths[:-1][is_between], ord(mark or " ")).tobytes().decode("utf-32-le", "surrogatepass")
-        begins = lengths - (ends - starts) + shifts
-        self.starts = dict(zip(begins.tolist(), starts.tolist(), strict=True))
-        self.ends = dict(zip((lengths + shifts).tolist(), ends.tolist(), strict=True))
+        self.letters = np.insert(kept, self.lengths[:-1][is_between], ord("~")).tobytes().decode("utf-32-le", "surrogatepass")
+        self.place_runs(self.lengths + shifts)
 
-    def find(self, wanted: str) -> list[Find]:
-        """Return where these letters and digits stand as whole runs."""
-        found: list[Find] = []
-        at = self.letters.find(wanted)
-        while at >= 0 and len(found) < MAX_FINDS:
-            if at in self.starts and at + len(wanted) in self.ends:
-                found.append(Find(self.starts[at], self.ends[at + len(wanted)]))
-            at = self.letters.find(wanted, at + 1)
+    def place_runs(self, ends: NDArray[np.int64]) -> None:
+        """Note where in the text the runs begin and end that end here in the letters."""
+        begins = ends - np.diff(self.lengths, prepend=0)
+        self.starts = dict(zip(begins.tolist(), self.spans[0], strict=True))
+        self.ends = dict(zip(ends.tolist(), self.spans[1], strict=True))
+
+    def drop_marks(self) -> LetterIndex:
+        """Return the index without a mark between numbers."""
+        if "~" not in self.letters:
+            return self
+        loose = copy(self)
+        loose.letters = self.letters.replace("~", "")
+        loose.place_runs(self.lengths)
+        return loose
+
+
+class PageSet(tuple[PageIndex, ...]):
+    """Pages of a document, in order, that are searched together."""
+
+    @cached_property
+    def letters(self) -> tuple[str, list[int]]:
+        """The letters of all pages with a line break between them, and where those of each page begin."""
+        return join_letters([page.letters for page in self])
+
+    @cached_property
+    def loose_letters(self) -> tuple[str, list[int]]:
+        """The same without a mark between numbers."""
+        return join_letters([page.loose_letters for page in self])
+
+    @cached_property
+    def numbers(self) -> dict[str, list[PageIndex]]:
+        """The pages on which a number with these digits is printed (`strip_digits`)."""
+        found: dict[str, list[PageIndex]] = {}
+        for page in self:
+            for digits in page.numbers.spans:
+                found.setdefault(digits, []).append(page)
         return found
+
+    @cached_property
+    def days(self) -> dict[bool | None, dict[Day, dict[PageIndex, list[Find]]]]:
+        """Where each day is printed, for each order of day and month that was asked for."""
+        return {}
+
+    def find_text(self, query: TextQuery, is_loose: bool = False) -> Iterator[tuple[PageIndex, list[Find]]]:
+        """Yield the pages on which a text stands, in order, and where: by its letters and digits, or by its characters if it has none.
+
+        `is_loose` lets numbers run together in a text of at least `MIN_LOOSE` letters and digits.
+        """
+        if not query.letters:
+            for page in self if query.sign else ():
+                if found := [Find(one.start(), one.end()) for one in re.finditer(re.escape(query.sign), page.text)][:MAX_FINDS]:
+                    yield page, found
+            return
+        wanted = query.letters.replace("~", "") if is_loose else query.letters
+        if is_loose and len(wanted) < MIN_LOOSE:
+            return
+        letters, begins = self.loose_letters if is_loose else self.letters
+        at, size = letters.find(wanted), len(wanted)
+        while at >= 0:
+            number = bisect_right(begins, at) - 1
+            page, begin = self[number], begins[number]
+            end = begins[number + 1] if number + 1 < len(begins) else len(letters) + 1
+            index, found = page.loose_letters if is_loose else page.letters, list[Find]()
+            while 0 <= at < end and len(found) < MAX_FINDS:
+                if (start := index.starts.get(at - begin)) is not None and (stop := index.ends.get(at - begin + size)) is not None:
+                    found.append(Find(start, stop))
+                at = letters.find(wanted, at + 1)
+            if whole := page.keep_whole(query, found):
+                yield page, whole
+            if 0 <= at < end:
+                at = letters.find(wanted, end)
+
+    def find_number(self, keys: Sequence[str]) -> Iterator[tuple[PageIndex, list[PrintedNumber]]]:
+        """Yield the pages on which a number stands, in order, and where; `keys` are the readings of one text, whose digits are the same."""
+        for page in self.numbers.get(strip_digits(keys[0]), ()):
+            yield page, [number for key in dict.fromkeys(keys) for number in page.numbers.find(key)]
+
+    def find_day(self, day: Day, day_first: bool | None) -> dict[PageIndex, list[Find]]:
+        """Return where a day is printed, by page."""
+        if day_first not in self.days:
+            days = self.days.setdefault(day_first, {})
+            for page in self:
+                for date in page.dates:
+                    for one in date.list_days(day_first):
+                        found = days.setdefault(one, {}).setdefault(page, [])
+                        if len(found) < MAX_FINDS:
+                            found.append(Find(date.start, date.end))
+        return self.days[day_first].get(day, {})
+
+
+def join_letters(indexes: Sequence[LetterIndex]) -> tuple[str, list[int]]:
+    """Return the letters of pages with a line break between them, and where those of each page begin."""
+    texts = [index.letters for index in indexes]
+    return "\n".join(texts), [0, *accumulate(len(text) + 1 for text in texts[:-1])]
 
 
 @lru_cache(maxsize=1)
 def classify_letters() -> NDArray[np.uint8]:
     """Return for each character whether it is part of a run: 1 for letters, `DIGIT`, 0 for others and for all from `MAX_CODE` on."""
-    letters = map(chr, range(MAX_CODE))
-    return np.array([*(DIGIT if one.isdigit() and RUN.match(one) else int(RUN.match(one) is not None) for one in letters), 0], np.uint8)
+    kinds = np.zeros(MAX_CODE + 1, np.uint8)
+    for run in RUN.finditer("".join(map(chr, range(MAX_CODE)))):
+        kinds[run.start() : run.end()] = 1
+        kinds[[run.start() + at for at, letter in enumerate(run[0]) if letter.isdigit()]] = DIGIT
+    return kinds
 
 
 def interleave_words(words: Sequence[str], separators: Sequence[str]) -> str:
@@ -241,9 +328,13 @@ def is_joined(beside: str, marks: str) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def squeeze_letters(folded: str, mark: str) -> str:
-    """Return the letters and digits of a text, with a mark between two digits of different runs."""
-    return LetterIndex(folded, mark).letters
+def read_query(text: str) -> TextQuery:
+    """Return a text as it is looked for."""
+    folded = fold_text(text)
+    letters, runs = LetterIndex(folded).letters, list(RUN.finditer(folded))
+    head, tail = (folded[: runs[0].start()], folded[runs[-1].end() :]) if runs else ("", "")
+    joining = ".,'’/:-" if letters.isdigit() and len(letters) != YEAR_DIGITS else ".,'’"
+    return TextQuery(letters, "".join(folded.split()), head, tail, letters[:1].isdigit(), letters[-1:].isdigit(), joining)
 
 
 def fold_text(text: str) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.evidence.dates import Day, PrintedDate, decide_order, scan_dates
-from pipeline.evidence.numbers import PrintedNumber, describe_number, parse_number_text
-from pipeline.evidence.page_index import Find, PageIndex, fold_text, sort_by_line
+from pipeline.evidence.numbers import describe_number, parse_number_text
+from pipeline.evidence.page_index import Find, PageIndex, PageSet, fold_text, read_query, sort_by_line
 from pipeline.evidence.places import Place
 from pipeline.evidence.text_layer import PageWords
 from pipeline.records import WordMark
@@ -36,27 +36,27 @@ class DocumentIndex:
     """The words of a document, page by page, in up to two orders of reading; those that a reader cannot see apart."""
 
     def __init__(self, pages: Iterable[PageWords]) -> None:
-        self.words, self.by_line = list(pages), dict[int, PageIndex]()
+        self.words, self.by_line = list(pages), dict[int, PageSet]()
 
-    def index_pages(self, hidden: bool) -> list[PageIndex]:
+    def index_pages(self, hidden: bool) -> PageSet:
         """Return the indexes of the pages that have such words."""
         orders = [(page, np.flatnonzero((page.marks > WordMark.OVERLAY) == hidden).tolist()) for page in self.words]
-        return [PageIndex(page, order) for page, order in orders if order]
+        return PageSet(PageIndex(page, order) for page, order in orders if order)
 
     @cached_property
-    def pages(self) -> list[PageIndex]:
+    def pages(self) -> PageSet:
         """What a reader sees, in the order of the text layer."""
         return self.index_pages(hidden=False)
 
-    def read_by_line(self, page: PageIndex) -> PageIndex:
+    def read_by_line(self, page: PageIndex) -> PageSet:
         """Return a page in the order of its lines, in which a text may stand that the text layer divides; it costs as much as the page."""
         if page.page_no not in self.by_line:
             words = next(one for one in self.words if one.page_no == page.page_no)
-            self.by_line[page.page_no] = PageIndex(words, [page.order[at] for at in sort_by_line(page.boxes)])
+            self.by_line[page.page_no] = PageSet([PageIndex(words, [page.order[at] for at in sort_by_line(page.boxes)])])
         return self.by_line[page.page_no]
 
     @cached_property
-    def hidden_pages(self) -> list[PageIndex]:
+    def hidden_pages(self) -> PageSet:
         """What a reader does not see."""
         return self.index_pages(hidden=True)
 
@@ -78,11 +78,12 @@ class Scalar:
     name: str
 
 
-Search = Callable[[PageIndex], Iterator[Place]]
+Search = Callable[[PageSet], Iterator[Place]]
+"""Pages -> where a value is printed on them, page by page."""
 
 
 def choose_searches(scalar: Scalar, index: DocumentIndex) -> list[Search]:
-    """Return what to look for on a page, what is nearest to the value as it is written first."""
+    """Return what to look for on pages, what is nearest to the value as it is written first."""
     value = scalar.value
     if isinstance(value, bool):
         return list_printed_forms(scalar)
@@ -99,7 +100,7 @@ def choose_searches(scalar: Scalar, index: DocumentIndex) -> list[Search]:
         return [make_text_search(text), *map(make_form_search, list_times(time))]
     keys, is_negative = parse_number_text(text)
     searches = [make_text_search(text, days, day_first, is_literal=bool(keys))]
-    searches.append(make_number_search(keys, text, is_negative) if keys else make_loose_search(text))
+    searches.append(make_number_search(keys, text, is_negative) if keys else make_form_search(text, is_loose=True))
     searches += [make_form_search(sign) for sign in CURRENCY_SIGNS.get(text, ())]
     return searches + list_printed_forms(scalar)
 
@@ -114,37 +115,38 @@ def list_printed_forms(scalar: Scalar) -> list[Search]:
 
 def make_text_search(text: str, days: Sequence[Day] = (), day_first: bool | None = None, is_literal: bool = False) -> Search:
     """Return a search for a text, and for days that it names, in whatever form; `is_literal` wants the text as it is written."""
-    core = strip_marks(text)
+    core, query = strip_marks(text), read_query(text)
 
-    def search_text(page: PageIndex) -> Iterator[Place]:
-        for find in page.find_text(text):
-            whole = page.extend_find(find, text)
+    def search_text(pages: PageSet) -> Iterator[Place]:
+        if not days:
+            for page, finds in pages.find_text(query):
+                yield from place_text(page, finds)
+            return
+        texts = dict(pages.find_text(query))
+        printed = [pages.find_day(day, day_first) for day in days]
+        for page in pages:
+            yield from place_text(page, texts.get(page, ()))
+            for found in printed:
+                yield from (Place(page, find, page.get_printed(find) == core) for find in found.get(page, ()))
+
+    def place_text(page: PageIndex, finds: Iterable[Find]) -> Iterator[Place]:
+        for find in finds:
+            whole = page.extend_find(find, query)
             is_exact = page.get_printed(whole) in (core, text)
             if is_exact or not is_literal:
                 yield Place(page, whole, is_exact)
-        for day in days:
-            for find in page.find_day(day, day_first):
-                yield Place(page, find, page.get_printed(find) == core)
 
     return search_text
 
 
-def make_form_search(form: str) -> Search:
-    """Return a search for another form of a value."""
+def make_form_search(form: str, is_loose: bool = False) -> Search:
+    """Return a search for another form of a value; with `is_loose` numbers in it may be divided otherwise: DE89370400 for DE89 3704 00."""
+    query = read_query(form)
 
-    def search_form(page: PageIndex) -> Iterator[Place]:
-        return (Place(page, find, False) for find in page.find_text(form))
+    def search_form(pages: PageSet) -> Iterator[Place]:
+        return (Place(page, find, False) for page, finds in pages.find_text(query, is_loose) for find in finds)
 
     return search_form
-
-
-def make_loose_search(text: str) -> Search:
-    """Return a search for a text in which numbers may be divided otherwise: DE89370400440532013000 for DE89 3704 0044 …"""
-
-    def search_loose(page: PageIndex) -> Iterator[Place]:
-        return (Place(page, find, False) for find in page.find_text(text, is_loose=True))
-
-    return search_loose
 
 
 def make_day_search(days: Sequence[Day], text: str, day_first: bool | None) -> Search:
@@ -152,11 +154,11 @@ def make_day_search(days: Sequence[Day], text: str, day_first: bool | None) -> S
     time = ISO_TIME.search(text, 10)
     forms = list_times(time) if time and (time["hour"], time["minute"]) != ("00", "00") else []
 
-    def search_day(page: PageIndex) -> Iterator[Place]:
-        if forms and not any(page.find_text(form) for form in forms):
-            return
-        for day in days:
-            for find in page.find_day(day, day_first):
+    def search_day(pages: PageSet) -> Iterator[Place]:
+        printed = [pages.find_day(day, day_first) for day in days]
+        timed = {page for form in forms for page, _ in pages.find_text(read_query(form))}
+        for page in pages:
+            for find in (find for found in printed for find in found.get(page, ()) if page in timed or not forms):
                 yield Place(page, find, page.get_printed(find) == text)
 
     return search_day
@@ -164,14 +166,14 @@ def make_day_search(days: Sequence[Day], text: str, day_first: bool | None) -> S
 
 def make_number_search(keys: Sequence[str], text: str, is_negative: bool) -> Search:
     """Return a search for a number in whatever form, with its sign."""
+    plain = text.lstrip("-")
 
-    def has_sign(number: PrintedNumber) -> bool:
-        return number.sign != "" if is_negative else number.sign != "-"
-
-    def search_number(page: PageIndex) -> Iterator[Place]:
-        for number in [number for key in dict.fromkeys(keys) for number in page.numbers.find(key) if has_sign(number)]:
-            find = Find(number.start, number.end)
-            yield Place(page, find, page.get_printed(find) == text.lstrip("-"))
+    def search_number(pages: PageSet) -> Iterator[Place]:
+        for page, numbers in pages.find_number(keys):
+            for number in numbers:
+                if number.sign != "" if is_negative else number.sign != "-":
+                    find = Find(number.start, number.end)
+                    yield Place(page, find, page.get_printed(find) == plain)
 
     return search_number
 

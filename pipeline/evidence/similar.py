@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
-from pipeline.evidence.page_index import Find, PageIndex, fold_text, squeeze_letters
+from pipeline.evidence.page_index import Find, PageIndex, read_query
 
 MIN_LETTERS = 6
 LETTERS_PER_EDIT = 6
@@ -30,7 +30,7 @@ def find_similar(page: PageIndex, text: str) -> tuple[Find, int] | None:
 
 def search_similar(page: PageIndex, text: str) -> tuple[Find, int] | None:
     """Return what `find_similar` does, by searching the page."""
-    wanted, letters = squeeze_letters(fold_text(text), ""), page.loose_letters.letters
+    wanted, letters = read_query(text).letters.replace("~", ""), page.loose_letters.letters
     most = min(MAX_EDITS, len(wanted) // LETTERS_PER_EDIT)
     if len(wanted) < MIN_LETTERS:
         return None
