@@ -13,19 +13,18 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, TypedDict
 
 from pipeline.evidence.numbers import parse_number_text
-from pipeline.evidence.page_index import RUN, Box, Find, PageIndex, PageSet, fold_text, read_query
+from pipeline.evidence.page_index import Box, Find, PageIndex, PageSet, read_query
 from pipeline.evidence.places import Place, PlacedValue, choose_places, measure_gap, split_label
 from pipeline.evidence.searches import DocumentIndex, Scalar, choose_searches
 from pipeline.evidence.similar import find_similar
 from pipeline.evidence.text_layer import PageWords
-from pipeline.records import WordMark
 from pipeline.schema import Schema, dump_json, join_path, walk_in_place
 from pipeline.schema.validate import is_blank
 
@@ -177,8 +176,7 @@ def find_places(scalar: Scalar, index: DocumentIndex, pages: PageSet) -> list[Pl
     for search in choose_searches(scalar, index):
         found = list(islice(search(pages), MAX_PLACES))
         if not found and pages is index.pages and search.__name__ == "search_text":
-            runs = RUN.findall(fold_text(str(scalar.value)))
-            lines = (index.read_by_line(page) for page in pages if all(run in page.text for run in runs))
+            lines = index.read_lines(str(scalar.value))
             found = list(islice((place for page in lines for place in search(page)), MAX_PLACES))
         if found:
             return drop_overlaps(found)
@@ -187,6 +185,8 @@ def find_places(scalar: Scalar, index: DocumentIndex, pages: PageSet) -> list[Pl
 
 def drop_overlaps(places: Sequence[Place]) -> list[Place]:
     """Return the places without those inside of an earlier one; what is exact comes before what is not."""
+    if all(one.page is not other.page or one.find.end <= other.find.start for one, other in pairwise(places)):
+        return list(places)
     kept, unique = dict[int, list[tuple[int, int]]](), set[int]()
     for place in sorted(places, key=lambda place: not place.is_exact):
         here, span = kept.setdefault(id(place.page), []), (place.find.start, place.find.end)
@@ -227,9 +227,11 @@ def describe_scalar(scalar: Scalar, placed: PlacedValue, index: DocumentIndex) -
         match = Match.EXACT if place.is_exact else Match.NORMALIZED
         if placed.is_misplaced and names_number(scalar.value):
             match = Match.SIMILAR  # another number of a table: it is printed somewhere on most pages that have one
-        found = describe_place(scalar.path, text, match, place)
-        return replace(
-            found,
+        return describe_place(
+            scalar.path,
+            text,
+            match,
+            place,
             places=len(placed.places),
             label_fit=placed.label_fit,
             siblings_pt=placed.distance_pt,
@@ -240,13 +242,13 @@ def describe_scalar(scalar: Scalar, placed: PlacedValue, index: DocumentIndex) -
             has_words_after=placed.has_words_after,
         )
     if index.hidden_pages and (hidden := find_places(scalar, index, index.hidden_pages)):
-        return replace(describe_place(scalar.path, text, Match.HIDDEN, hidden[0]), places=len(hidden))
+        return describe_place(scalar.path, text, Match.HIDDEN, hidden[0], places=len(hidden))
     if isinstance(scalar.value, bool) or any("enum" in schema or "const" in schema for schema in scalar.schemas):
         return Evidence(scalar.path, text, Match.NOT_APPLICABLE)
     similar = [(edits, page, find) for page in index.pages[:MAX_SIMILAR_PAGES] for find, edits in list_similar(page, scalar)]
     if similar:
         edits, page, find = min(similar, key=lambda found: found[0])
-        return replace(describe_place(scalar.path, text, Match.SIMILAR, Place(page, find, False)), distance=edits)
+        return describe_place(scalar.path, text, Match.SIMILAR, Place(page, find, False), distance=edits)
     return Evidence(scalar.path, text, Match.ABSENT)
 
 
@@ -262,12 +264,11 @@ def list_similar(page: PageIndex, scalar: Scalar) -> list[tuple[Find, int]]:
     return [found] if found else []
 
 
-def describe_place(path: str, text: str, match: Match, place: Place) -> Evidence:
-    """Return the evidence for a value at a place."""
-    marks = [mark for find in place.finds for mark in place.page.get_marks(find)]
-    witness = Witness.OCR if place.page.is_ocr else Witness.OCR_LAYER if WordMark.OVERLAY in marks else Witness.TEXT
+def describe_place(path: str, text: str, match: Match, place: Place, **facts: Any) -> Evidence:
+    """Return the evidence for a value at a place, and what else is known of it."""
+    witness = Witness.OCR if place.page.is_ocr else Witness.OCR_LAYER if place.is_overlay else Witness.TEXT
     words = " ".join(place.page.get_printed(find) for find in place.finds)
-    return Evidence(path, text, match, place.page.page_no, place.box, witness, words)
+    return Evidence(path, text, match, place.page.page_no, place.box, witness, words, **facts)
 
 
 def make_evidence_row(found: Evidence) -> EvidenceRow:

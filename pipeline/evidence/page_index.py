@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from pipeline.evidence.dates import Day, PrintedDate, scan_dates
 from pipeline.evidence.numbers import YEAR_DIGITS, NumberIndex, PrintedNumber, strip_digits
 from pipeline.evidence.text_layer import PageWords
+from pipeline.records import WordMark
 
 RUN = re.compile(r"[^\W_]+")
 NEAR = 1.2
@@ -37,6 +38,8 @@ MAX_CODE = 0x30000
 DIGIT = 2
 MIN_LOOSE = 8
 """Letters and digits that a text must have to be found also where its numbers run together: DE89370400440532013000."""
+MAX_SHORT = 3
+"""Letters and digits of a text that is looked up and not searched for."""
 MAX_FINDS = 200
 """Most places of one value on a page: a 1 on a page of tables says nothing more."""
 
@@ -78,7 +81,8 @@ class PageIndex:
         self.page_no, self.order = page.page_no, list(order)
         self.words = [page.texts[index] for index in self.order]
         self.boxes = page.boxes[self.order]
-        self.marks = page.marks[self.order]
+        self.overlay = frozenset(np.flatnonzero(page.marks == WordMark.OVERLAY).tolist())
+        """Positions of the words that OCR software added to a scan."""
         folded = fold_words(self.words)
         separators = np.where(find_near_words(self.boxes), " ", "\n").tolist()
         lengths = list(map(len, folded))
@@ -98,6 +102,11 @@ class PageIndex:
     def loose_letters(self) -> LetterIndex:
         """The same without a mark between numbers."""
         return self.letters.drop_marks()
+
+    @cached_property
+    def runs(self) -> frozenset[str]:
+        """The runs of letters and digits, in lower case."""
+        return frozenset(RUN.findall(self.text))
 
     @cached_property
     def numbers(self) -> NumberIndex:
@@ -121,28 +130,22 @@ class PageIndex:
         start = find.start - len(query.head) * self.text.endswith(query.head, 0, find.start)
         return Find(start, find.end + len(query.tail) * self.text.startswith(query.tail, find.end))
 
+    def may_divide(self, query: TextQuery) -> bool:
+        """Say whether a text that does not stand on the page may stand there in another order of its words: one begins it, another ends it."""
+        cuts = range(1, len(query.letters))
+        return any(query.letters[:at] in self.runs for at in cuts) and any(query.letters[at:] in self.runs for at in cuts)
+
     def get_words(self, find: Find) -> tuple[int, int]:
         """Return the first and the last word of what was found."""
         return bisect_right(self.starts, find.start) - 1, bisect_right(self.starts, find.end - 1) - 1
 
-    def list_words(self, find: Find) -> list[int]:
-        """Return the words of what was found, by their positions on the page, which are the same in each order of reading."""
-        first, last = self.get_words(find)
-        return self.order[first : last + 1]
-
-    def get_beside(self, find: Find, step: int) -> int | None:
-        """Return the position of the word closely before (-1) or after (1) what was found, on its line; None if there is none."""
-        beside = self.get_words(find)[step > 0] + step
+    def get_beside(self, word: int, step: int) -> int | None:
+        """Return the position of the word closely before (-1) or after (1) another one on its line; None if there is none."""
+        beside = word + step
         if not 0 <= beside < len(self.words) or not RUN.search(self.words[beside]):
             return None
         gap = self.starts[max(beside, beside - step)] - 1
         return self.order[beside] if self.text[gap] == " " else None
-
-    def get_marks(self, find: Find) -> list[int]:
-        """Return the marks of the words of what was found."""
-        first, last = self.get_words(find)
-        marks: list[int] = self.marks[first : last + 1].tolist()
-        return marks
 
     def get_printed(self, find: Find) -> str:
         """Return what was found as it is printed."""
@@ -151,9 +154,9 @@ class PageIndex:
         first, last = self.get_words(find)
         return " ".join(self.words[first : last + 1])
 
-    def get_box(self, find: Find) -> Box:
+    def get_box(self, find: Find, words: tuple[int, int] | None = None) -> Box:
         """Return the box around what was found, cut from its first and last word by the share of their characters."""
-        first, last = self.get_words(find)
+        first, last = words or self.get_words(find)
         cut_left, cut_right = self.cut_word(first, find.start), self.cut_word(last, find.end)
         if first == last:
             return cut_left, self.box_tuples[first][1], cut_right, self.box_tuples[first][3]
@@ -239,6 +242,18 @@ class PageSet(tuple[PageIndex, ...]):
         return join_letters([page.loose_letters for page in self])
 
     @cached_property
+    def short_texts(self) -> dict[str, dict[PageIndex, list[Find]]]:
+        """Where each text of at most `MAX_SHORT` letters stands: searched for in the letters, it would be found inside of most words."""
+        found: dict[str, dict[PageIndex, list[Find]]] = {}
+        for page in self:
+            letters, starts, ends = page.letters.letters, page.letters.starts, page.letters.ends
+            for size in range(1, MAX_SHORT + 1):
+                for end in sorted({begin + size for begin in starts} & ends.keys()):
+                    find = Find(starts[end - size], ends[end])
+                    found.setdefault(letters[end - size : end], {}).setdefault(page, []).append(find)
+        return found
+
+    @cached_property
     def numbers(self) -> dict[str, list[PageIndex]]:
         """The pages on which a number with these digits is printed (`strip_digits`)."""
         found: dict[str, list[PageIndex]] = {}
@@ -264,6 +279,11 @@ class PageSet(tuple[PageIndex, ...]):
             return
         wanted = query.letters.replace("~", "") if is_loose else query.letters
         if is_loose and len(wanted) < MIN_LOOSE:
+            return
+        if len(wanted) <= MAX_SHORT:
+            for page, finds in self.short_texts.get(wanted, {}).items():
+                if whole := page.keep_whole(query, finds[:MAX_FINDS]):
+                    yield page, whole
             return
         letters, begins = self.loose_letters if is_loose else self.letters
         at, size = letters.find(wanted), len(wanted)

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from pipeline.evidence.page_index import Box, Find, PageIndex
 
@@ -52,16 +52,37 @@ class Place:
         return self.pieces or (self.find,)
 
     @cached_property
+    def words(self) -> tuple[int, int]:
+        """The first and the last word of what is printed of it, of its first part if there are several."""
+        return self.page.get_words(self.find)
+
+    @cached_property
     def box(self) -> Box:
         """The box around all of it."""
+        if not self.pieces:
+            return self.page.get_box(self.find, self.words)
         x0, y0, x1, y1 = zip(*(self.page.get_box(find) for find in self.finds), strict=True)
         return min(x0), min(y0), max(x1), max(y1)
+
+    def list_words(self) -> list[int]:
+        """Return the words of all of it, by their positions on the page, which are the same in each order of reading."""
+        spans = [self.words, *map(self.page.get_words, self.pieces[1:])]
+        return [word for first, last in spans for word in self.page.order[first : last + 1]]
+
+    @property
+    def is_overlay(self) -> bool:
+        """Whether OCR software added words of it to a scan."""
+        return not self.page.overlay.isdisjoint(self.list_words())
 
     @cached_property
     def lines(self) -> tuple[int, ...]:
         """The lines of the page that the value covers."""
-        first, last = self.page.get_words(self.find)
-        return tuple(sorted({*self.page.lines[first : last + 1]}))
+        first, last = self.words
+        return (self.page.lines[first],) if first == last else tuple(sorted({*self.page.lines[first : last + 1]}))
+
+
+Boxes = dict[int, list[tuple[Place, Box]]]
+"""Chosen places of some values with their boxes, by page."""
 
 
 @dataclass(eq=False)
@@ -106,13 +127,16 @@ def choose_places(values: Sequence[PlacedValue]) -> None:
             value.chosen = value.places[0]
     choose_lines(items)
     choose_columns(items)
-    root = [value for value in values if not value.item]
+    boxes = {name: list_boxes(group) for name, group in groups.items()}
+    root = list_boxes(value for value in values if not value.item and len(value.places) == 1)
     for value in values:
+        beside = boxes[value.item or value.group]
         if value.places and value.chosen is None:
-            choose_by_label(value, groups[value.item or value.group], root)
-        if value.chosen:
+            choose_by_label(value, beside or root)
+            add_box(beside, value)
+        elif value.chosen:
             value.label_fit = measure_label(value.chosen, value.labels)
-            beside = list_boxes(other for other in groups[value.item or value.group] if other is not value)
+        if value.chosen:
             value.distance_pt = find_nearest(value.chosen, beside)
     compare_lines(items.values())
     compare_words([value for value in values if value.chosen])
@@ -130,13 +154,13 @@ def compare_lines(items: Iterable[Sequence[PlacedValue]]) -> None:
 def compare_words(values: Sequence[PlacedValue]) -> None:
     """Note which values share their place with others, and beside which stand words that are no value's."""
     places = [value.chosen for value in values if value.chosen]
-    claimed = {(place.page.page_no, word) for place in places for find in place.finds for word in place.page.list_words(find)}
-    first_words = [(place.page.page_no, place.page.list_words(place.find)[0]) for place in places]
+    claimed = {(place.page.page_no, word) for place in places for word in place.list_words()}
+    first_words = [(place.page.page_no, place.page.order[place.words[0]]) for place in places]
     counts = Counter(first_words)
     for value, place, first_word in zip(values, places, first_words, strict=True):
         page_no, page = place.page.page_no, place.page
         value.rivals = counts[first_word] - 1
-        beside = [page.get_beside(place.find, step) for step in (-1, 1)] if not place.pieces else [None, None]
+        beside = [page.get_beside(place.words[step > 0], step) for step in (-1, 1)] if not place.pieces else [None, None]
         value.has_words_before, value.has_words_after = ((page_no, word) not in claimed if word is not None else False for word in beside)
 
 
@@ -217,30 +241,43 @@ def group_places(places: Sequence[Place]) -> dict[Place, int]:
     return found
 
 
-def choose_by_label(value: PlacedValue, group: Sequence[PlacedValue], root: Sequence[PlacedValue]) -> None:
+def choose_by_label(value: PlacedValue, beside: Boxes) -> None:
     """Choose the place that fits the value's label and stands near the places of the values beside it."""
-    beside = list_boxes(group) or list_boxes(other for other in root if len(other.places) == 1)
-
-    def rate_place(place: Place) -> tuple[float, float]:
-        distance = find_nearest(place, beside)
+    best = -math.inf
+    for place in sorted(value.places[:MAX_COMPARED], key=lambda place: place.find.start):
+        label_fit, distance = measure_label(place, value.labels), find_nearest(place, beside)
         near = 0.5 / (1 + distance / NEIGHBOUR_PT) if distance is not None else 0.0
-        return 2 * measure_label(place, value.labels) + near + 0.3 * place.is_exact, -place.find.start
+        rating = 2 * label_fit + near + 0.3 * place.is_exact
+        if rating > best:
+            best, value.chosen, value.label_fit = rating, place, label_fit
 
-    value.chosen = max(value.places[:MAX_COMPARED], key=rate_place)
 
-
-def list_boxes(values: Iterable[PlacedValue]) -> dict[int, list[Box]]:
+def list_boxes(values: Iterable[PlacedValue]) -> Boxes:
     """Return the boxes of the chosen places of values, by page."""
-    boxes: dict[int, list[Box]] = {}
+    boxes: Boxes = {}
     for value in values:
         if value.chosen:
-            boxes.setdefault(value.chosen.page.page_no, []).append(value.chosen.box)
+            add_box(boxes, value)
     return boxes
 
 
-def find_nearest(place: Place, others: Mapping[int, Sequence[Box]]) -> float | None:
-    """Return the distance in pt between a place and the nearest box of others on its page; None if there is none."""
-    return min((measure_gap(place.box, box) for box in others.get(place.page.page_no, ())), default=None)
+def add_box(boxes: Boxes, value: PlacedValue) -> None:
+    """Add the box of the chosen place of a value."""
+    assert value.chosen is not None
+    boxes.setdefault(value.chosen.page.page_no, []).append((value.chosen, value.chosen.box))
+
+
+def find_nearest(place: Place, others: Boxes) -> float | None:
+    """Return the distance in pt between a place and the nearest box of other ones on its page; None if there is none."""
+    x0, y0, x1, y1 = place.box
+    least, nearest = math.inf, None
+    for other, box in others.get(place.page.page_no, ()):
+        across = x0 - box[2] if x0 - box[2] > box[0] - x1 else box[0] - x1
+        down = y0 - box[3] if y0 - box[3] > box[1] - y1 else box[1] - y1
+        square = (across * across if across > 0 else 0.0) + (down * down if down > 0 else 0.0)
+        if square < least and other is not place:
+            least, nearest = square, box
+    return None if nearest is None else measure_gap(place.box, nearest)
 
 
 def measure_gap(one: Box, other: Box) -> float:
@@ -268,6 +305,7 @@ def measure_label(place: Place, labels: Sequence[str]) -> float:
     return total / len(labels)
 
 
+@lru_cache(maxsize=4096)
 def split_label(*names: str) -> tuple[str, ...]:
     """Return the words of a property's name and title: `invoiceDate` and "Date of issue" give invoice, date, issue."""
     words = (part.lower() for name in names for part in NAME_PARTS.findall(name))

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.evidence.dates import Day, PrintedDate, decide_order, scan_dates
 from pipeline.evidence.numbers import describe_number, parse_number_text
-from pipeline.evidence.page_index import Find, PageIndex, PageSet, fold_text, read_query, sort_by_line
+from pipeline.evidence.page_index import RUN, Find, PageIndex, PageSet, fold_text, read_query, sort_by_line
 from pipeline.evidence.places import Place
 from pipeline.evidence.text_layer import PageWords
 from pipeline.records import WordMark
@@ -48,8 +48,15 @@ class DocumentIndex:
         """What a reader sees, in the order of the text layer."""
         return self.index_pages(hidden=False)
 
+    def read_lines(self, text: str) -> Iterator[PageSet]:
+        """Yield the pages on which a text may stand that the text layer divides, in the order of their lines."""
+        runs, query, is_day = RUN.findall(fold_text(text)), read_query(text), parse_date(text) is not None
+        for page in self.pages:
+            if all(run in page.text for run in runs) and (is_day or page.may_divide(query)):
+                yield self.read_by_line(page)
+
     def read_by_line(self, page: PageIndex) -> PageSet:
-        """Return a page in the order of its lines, in which a text may stand that the text layer divides; it costs as much as the page."""
+        """Return a page in the order of its lines; it costs as much as the page."""
         if page.page_no not in self.by_line:
             words = next(one for one in self.words if one.page_no == page.page_no)
             self.by_line[page.page_no] = PageSet([PageIndex(words, [page.order[at] for at in sort_by_line(page.boxes)])])
