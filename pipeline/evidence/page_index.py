@@ -131,9 +131,13 @@ class PageIndex:
         return Find(start, find.end + len(query.tail) * self.text.startswith(query.tail, find.end))
 
     def may_divide(self, query: TextQuery) -> bool:
-        """Say whether a text that does not stand on the page may stand there in another order of its words: one begins it, another ends it."""
-        cuts = range(1, len(query.letters))
-        return any(query.letters[:at] in self.runs for at in cuts) and any(query.letters[at:] in self.runs for at in cuts)
+        """Say whether a text that does not stand on the page may stand there in another order of its words: whether it consists of them."""
+        letters = query.letters.replace("~", "")
+        size, reached = len(letters), {0}
+        for at in range(size):
+            if at in reached:
+                reached.update(end for end in range(at + 1, size + 1) if letters[at:end] in self.runs)
+        return size > 0 and size in reached
 
     def get_words(self, find: Find) -> tuple[int, int]:
         """Return the first and the last word of what was found."""
@@ -242,16 +246,21 @@ class PageSet(tuple[PageIndex, ...]):
         return join_letters([page.loose_letters for page in self])
 
     @cached_property
-    def short_texts(self) -> dict[str, dict[PageIndex, list[Find]]]:
-        """Where each text of at most `MAX_SHORT` letters stands: searched for in the letters, it would be found inside of most words."""
-        found: dict[str, dict[PageIndex, list[Find]]] = {}
-        for page in self:
-            letters, starts, ends = page.letters.letters, page.letters.starts, page.letters.ends
-            for size in range(1, MAX_SHORT + 1):
+    def short_texts(self) -> dict[int, dict[str, dict[PageIndex, list[Find]]]]:
+        """Where texts stand that have so many letters, for each number that was asked for."""
+        return {}
+
+    def find_short(self, letters: str) -> dict[PageIndex, list[Find]]:
+        """Return where a text of few letters stands, by page: searched for in all letters, it would be found inside of most words."""
+        size = len(letters)
+        if size not in self.short_texts:
+            found = self.short_texts.setdefault(size, {})
+            for page in self:
+                text, starts, ends = page.letters.letters, page.letters.starts, page.letters.ends
                 for end in sorted({begin + size for begin in starts} & ends.keys()):
                     find = Find(starts[end - size], ends[end])
-                    found.setdefault(letters[end - size : end], {}).setdefault(page, []).append(find)
-        return found
+                    found.setdefault(text[end - size : end], {}).setdefault(page, []).append(find)
+        return self.short_texts[size].get(letters, {})
 
     @cached_property
     def numbers(self) -> dict[str, list[PageIndex]]:
@@ -281,7 +290,7 @@ class PageSet(tuple[PageIndex, ...]):
         if is_loose and len(wanted) < MIN_LOOSE:
             return
         if len(wanted) <= MAX_SHORT:
-            for page, finds in self.short_texts.get(wanted, {}).items():
+            for page, finds in self.find_short(wanted).items():
                 if whole := page.keep_whole(query, finds[:MAX_FINDS]):
                     yield page, whole
             return

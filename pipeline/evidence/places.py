@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 from pipeline.evidence.page_index import Box, Find, PageIndex
 
@@ -36,49 +36,54 @@ STOP_WORDS = frozenset("the of a an in and or to for is at on by".split())
 NAME_PARTS = re.compile(r"[^\W\d_][a-zà-ÿ]*|\d+")
 
 
-@dataclass(frozen=True, eq=False)
 class Place:
-    """One place where a value is printed."""
+    """One place where a value is printed. Its box and lines are found when they are wanted: of most places they are not.
 
-    page: PageIndex
-    find: Find
-    is_exact: bool
-    pieces: tuple[Find, ...] = ()
-    """Where its parts stand, if it is printed in several; the first is `find`."""
+    No `cached_property`, which takes a lock in Python 3.11: a value of a table has some ten places.
+    """
+
+    __slots__ = ("find", "found_box", "found_lines", "is_exact", "page", "pieces", "words")
+
+    def __init__(self, page: PageIndex, find: Find, is_exact: bool, pieces: tuple[Find, ...] = ()) -> None:
+        """`pieces` are where its parts stand, if it is printed in several; the first is `find`."""
+        self.page, self.find, self.is_exact, self.pieces = page, find, is_exact, pieces
+        self.words = page.get_words(find)
+        """The first and the last word of it, or of its first part."""
+        self.found_box: Box | None = None
+        self.found_lines: tuple[int, ...] = ()
 
     @property
     def finds(self) -> tuple[Find, ...]:
         """All that is printed of it."""
         return self.pieces or (self.find,)
 
-    @cached_property
-    def words(self) -> tuple[int, int]:
-        """The first and the last word of what is printed of it, of its first part if there are several."""
-        return self.page.get_words(self.find)
-
-    @cached_property
+    @property
     def box(self) -> Box:
         """The box around all of it."""
-        if not self.pieces:
-            return self.page.get_box(self.find, self.words)
-        x0, y0, x1, y1 = zip(*(self.page.get_box(find) for find in self.finds), strict=True)
-        return min(x0), min(y0), max(x1), max(y1)
+        if self.found_box is None:
+            self.found_box = self.page.get_box(self.find, self.words)
+            for piece in self.pieces[1:]:
+                self.found_box = join_boxes(self.found_box, self.page.get_box(piece))
+        return self.found_box
 
-    def list_words(self) -> list[int]:
-        """Return the words of all of it, by their positions on the page, which are the same in each order of reading."""
-        spans = [self.words, *map(self.page.get_words, self.pieces[1:])]
-        return [word for first, last in spans for word in self.page.order[first : last + 1]]
+    @property
+    def lines(self) -> tuple[int, ...]:
+        """The lines of the page that the value covers, or its first part."""
+        if not self.found_lines:
+            first, last = self.words
+            lines = self.page.lines[first : last + 1]
+            self.found_lines = (lines[0],) if first == last else tuple(sorted({*lines}))
+        return self.found_lines
 
     @property
     def is_overlay(self) -> bool:
         """Whether OCR software added words of it to a scan."""
         return not self.page.overlay.isdisjoint(self.list_words())
 
-    @cached_property
-    def lines(self) -> tuple[int, ...]:
-        """The lines of the page that the value covers."""
-        first, last = self.words
-        return (self.page.lines[first],) if first == last else tuple(sorted({*self.page.lines[first : last + 1]}))
+    def list_words(self) -> list[int]:
+        """Return the words of all of it, by their positions on the page, which are the same in each order of reading."""
+        spans = [self.words, *map(self.page.get_words, self.pieces[1:])]
+        return [word for first, last in spans for word in self.page.order[first : last + 1]]
 
 
 Boxes = dict[int, list[tuple[Place, Box]]]
@@ -278,6 +283,11 @@ def find_nearest(place: Place, others: Boxes) -> float | None:
         if square < least and other is not place:
             least, nearest = square, box
     return None if nearest is None else measure_gap(place.box, nearest)
+
+
+def join_boxes(one: Box, other: Box) -> Box:
+    """Return the box around two."""
+    return min(one[0], other[0]), min(one[1], other[1]), max(one[2], other[2]), max(one[3], other[3])
 
 
 def measure_gap(one: Box, other: Box) -> float:
