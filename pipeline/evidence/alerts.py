@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import TypedDict
 
-from pipeline.evidence.layers import find_words_at, is_page_different
+from pipeline.evidence.layers import find_words_at, is_page_different, is_same_text
 from pipeline.evidence.match import Evidence, Match, Witness
 from pipeline.evidence.text_layer import PageWords
 from pipeline.records import WordMark
@@ -57,7 +57,8 @@ def list_alerts(pages: Sequence[PageWords], evidence: Sequence[Evidence]) -> lis
             alerts.append(make_alert("hidden_value", found.page, name_mark(find_mark(pages, found)), found.words or "", found.path))
         elif found.witness == Witness.OCR and found.is_witnessed and (layer := layers.get(found.page or 0)) is not None:
             words = find_words_at(layer, found.box or (0, 0, 0, 0))
-            alerts += [make_alert("different_text", layer.page_no, "value", words, found.path)] if words else []
+            if words and not is_same_text(found.words or "", words):
+                alerts.append(make_alert("different_text", layer.page_no, "value", words, found.path))
     return alerts
 
 

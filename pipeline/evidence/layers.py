@@ -30,6 +30,9 @@ MIN_CELLS, MIN_COVERED = 60, 0.2
 """Cells with ink from which a page is judged, and the share of them that words must cover."""
 COMPARED = re.compile(r"[a-z0-9]{4,}")
 """Runs of letters that every model of OCR reads; of other scripts and of accents its models differ."""
+PARTS = re.compile(r"\d+|[^\W\d_]+")
+MIN_VALUE = 2
+"""Letters and digits of a value that is compared."""
 MIN_COMPARED, MIN_AGREEMENT = 20, 0.4
 """Different runs of a layer from which a page is compared, and the share of them that OCR must have read."""
 
@@ -91,6 +94,23 @@ def is_page_different(layer: PageWords, ocr: PageWords) -> bool:
 def collect_runs(texts: Iterable[str]) -> set[str]:
     """Return the different runs of letters and digits that can be compared."""
     return {run for text in texts for run in COMPARED.findall(text.lower())}
+
+
+def is_same_text(read: str, layer: str) -> bool:
+    """Say whether what OCR reads at a place is what a layer has there, among other words perhaps.
+
+    Numbers must be whole: 19.99 is not in 119.99. Of a text without digits the letters are compared, without the numbers of footnotes in
+    the layer. One letter or digit alone is taken as the same: OCR reads a 1 for an I.
+    """
+    ours, theirs = (PARTS.findall(remove_accents(text)) for text in (read, layer))
+    if not any(part.isdigit() for part in ours):
+        return len("".join(ours)) < MIN_VALUE or "".join(ours) in "".join(part for part in theirs if not part.isdigit())
+    return len("".join(ours)) < MIN_VALUE or any(theirs[at : at + len(ours)] == ours for at in range(len(theirs)))
+
+
+def remove_accents(text: str) -> str:
+    """Return a text in lower case without accents, which OCR does not read, and ligatures."""
+    return "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter)).casefold()
 
 
 def find_words_at(layer: PageWords, box: Sequence[float]) -> str:

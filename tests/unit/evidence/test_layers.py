@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.evidence.alerts import list_alerts
-from pipeline.evidence.layers import is_page_different, judge_layer, order_witnesses
+from pipeline.evidence.layers import is_page_different, is_same_text, judge_layer, order_witnesses
 from pipeline.evidence.match import Match, Witness, match_values
 from pipeline.evidence.text_layer import PageWords
 from pipeline.records import PageLayer, WordMark
@@ -69,3 +69,31 @@ def test_a_value_in_whose_place_the_layer_has_another_is_an_alert() -> None:
 def test_a_value_that_is_drawn_as_a_picture_is_no_alert() -> None:
     pages = order_witnesses(print_page("Total 11,11"), read_by_ocr("Total 11,11 Tea"), PageLayer.USABLE)
     assert list_alerts(pages, match_values({}, {"item": "Tea"}, pages)) == []
+
+
+@pytest.mark.parametrize(
+    ("read", "layer", "is_same"),
+    [
+        ("2,742.5", "2,742.5", True),
+        ("1998", "1998-2020", True),
+        ("44,200", "(44,200)", True),
+        ("Princeton University Together AI", "5Princeton University 6Together AI", True),
+        ("Muller", "Müller", True),
+        ("1", "I,", True),
+        ("19.99", "119.99", False),
+        ("19.99", "19.90", False),
+        ("12", "112", False),
+        ("DE89 3704", "DE89 3705", False),
+        ("Muller", "Miller", False),
+    ],
+)
+def test_a_layer_has_the_words_that_ocr_reads_where_they_are_whole(read: str, layer: str, is_same: bool) -> None:
+    assert is_same_text(read, layer) is is_same
+
+
+def test_a_value_that_the_layer_has_in_another_column_is_no_alert() -> None:
+    """The layer's own place of the number counts as another number of the table there, and OCR, which read less, shows it."""
+    layer, ocr = print_page("Growth 2.36", "Sum 7"), read_by_ocr("Growth 2.36")
+    (found,) = match_values({}, {"growth": 2.36}, [ocr])
+    assert found.witness == Witness.OCR
+    assert list_alerts(order_witnesses(layer, ocr, PageLayer.USABLE), [found]) == []
