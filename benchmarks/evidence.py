@@ -1,8 +1,9 @@
 """How well does the text layer tell true values from altered ones? Labelled digital PDFs in, a table out.
 
-    python benchmarks/evidence.py FOLDER [FOLDER …]
+    python benchmarks/evidence.py FOLDER [FOLDER …] [--items] [--drawn 60]
 
-A folder holds PDFs, each with its true values beside it in a JSON file of the same name: an object, or a list whose first item is one.
+A folder holds PDFs, in folders of their own perhaps, each with its true values beside it in a JSON file of the same name or NAME.gold.json:
+an object, or a list whose first item is one. `--items` judges the rules about lines and columns, by values of objects in lists alone.
 Every value is looked for, and altered copies of it in its place in the record: days one more and one less and with another digit, amounts
 with another digit, texts with another digit or letter. "Printed" is decided without the matcher, by plain searches of the page's text
 for many spellings of a value. "Same place": the altered value is witnessed where the true one stands, which is a defect of the matcher;
@@ -30,6 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.budget import PixelBudget, RenderSettings
+from pipeline.demo import drawing
+from pipeline.demo.documents import HELD_OUT, draw_sample
+from pipeline.demo.truth import format_answer
 from pipeline.errors import DocumentError
 from pipeline.evidence.alerts import list_alerts
 from pipeline.evidence.layers import judge_layer, order_witnesses
@@ -42,6 +46,7 @@ from pipeline.render.sandbox import ReadingSandbox
 from pipeline.schema import parse_json
 
 SEED = 7
+FIRST_DRAWN = HELD_OUT + 7 * 10**6
 MAX_PAGES = 40
 MAX_FORGED = 12
 """Values of a document whose words in the layer are changed."""
@@ -61,11 +66,14 @@ FOREIGN_MONTHS = {"april": ["avril"], "march": ["maart"], "july": ["juillet"], "
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--misses", action="store_true", help="print the printed values that were not found")
     parser.add_argument("--ocr", action="store_true", help="read images (*.jpg) by OCR instead of the text layers of PDFs")
     parser.add_argument("--pixels", action="store_true", help="compare the text layers of first pages with what OCR reads there")
     parser.add_argument("--pages", type=int, default=1, help="with --pixels: how many pages of each PDF (default: %(default)s)")
+    parser.add_argument("--items", action="store_true", help="values of objects in lists alone")
+    parser.add_argument("--altered", type=int, default=1000, help="values of a document that are altered, by chance (default: %(default)s)")
+    parser.add_argument("--drawn", type=int, default=0, help="so many invoices of the demonstration's generator, too")
     options = parser.parse_args()
     if options.pixels:
         print_layers(options.folders, options.pages)
@@ -76,21 +84,36 @@ def main() -> None:
 def print_matching(options: argparse.Namespace) -> None:
     """Print how well and how fast true values and altered ones are told apart, and the alerts about hidden text."""
     chance, counts, documents, pages, spent_s = random.Random(SEED), Counter[tuple[str, str]](), 0, 0, 0.0
-    for file in sorted(found for folder in options.folders for found in folder.glob("*.jpg" if options.ocr else "*.pdf")):
-        values = read_labels(file)
-        if not values or not (words := read_words_of(file, options.ocr)):
-            continue
+    for name, values, words in list_labelled(options):
         began_s = time.process_time()
         evidence = match_values({}, values, words)
         spent_s += time.process_time() - began_s
         documents, pages = documents + 1, pages + len(words)
         text = "\n".join(" ".join(page.texts) for page in words)
+        evidence = [found for found in evidence if not options.items or is_of_item(found.path)]
+        altered = {found.path for found in chance.sample(evidence, min(len(evidence), options.altered))}
         for found in evidence:
-            judge_value(found, values, text, words, counts, chance, options.ocr, file.name if options.misses else "")
+            shown = name if options.misses else ""
+            judge_value(found, values, text, words, counts, chance, options.ocr, shown, is_altered=found.path in altered)
     print(f"{documents} documents, {pages} pages with words, matching {1000 * spent_s / max(1, pages):.2f} ms of CPU a page\n")
     print_table(counts)
     if not options.ocr:
         print_alerts(options.folders)
+
+
+def list_labelled(options: argparse.Namespace) -> Iterator[tuple[str, Any, list[PageWords]]]:
+    """Yield the documents with their names, true values and words: those of the folders, and invoices of the demonstration's generator."""
+    for file in sorted(found for folder in options.folders for found in folder.rglob("*.jpg" if options.ocr else "*.pdf")):
+        if (values := read_labels(file)) and (words := read_words_of(file, options.ocr)):
+            yield file.name, values, words
+    for number in range(options.drawn):
+        sample = draw_sample(FIRST_DRAWN + number, "invoice", 2 if number % 4 == 3 else 1)
+        yield f"drawn-{number}", parse_json(format_answer(sample.truth)), read_words(drawing.draw_pdf(sample.sheets))
+
+
+def is_of_item(path: str) -> bool:
+    """Say whether a value is one of an object in a list, and printed: not a number that the label gives the object, nor a scale."""
+    return "]." in path and not path.endswith((".array_index", ".scale"))
 
 
 def print_alerts(folders: list[Path]) -> None:
@@ -155,7 +178,7 @@ def forge_layers(
         (at, *_) = find_words_inside(layer, found.box)
         places = [place for place, letter in enumerate(layer.texts[at]) if letter.isdigit()] or [*range(len(layer.texts[at]))]
         place = chance.choice(places)
-        letter = chance.choice([other for other in ("0123456789" if layer.texts[at][place].isdigit() else "bdgkmpqz")])
+        letter = chance.choice("0123456789" if layer.texts[at][place].isdigit() else "bdgkmpqz")
         if letter == layer.texts[at][place].lower():
             continue
         texts = [*layer.texts]
@@ -182,8 +205,13 @@ def read_words_of(file: Path, by_ocr: bool = False) -> list[PageWords]:
     if by_ocr:
         page = open_document(file.read_bytes(), RenderSettings()).draw(1)
         return [read_words_by_ocr(1, page.pixels, page.width_pt, page.height_pt)]
+    return read_words(file.read_bytes())
+
+
+def read_words(data: bytes) -> list[PageWords]:
+    """Return the words of a PDF's pages, as a ledger keeps them; none for a scan or a file that does not open."""
     try:
-        opened = open_document(file.read_bytes(), RenderSettings(PixelBudget(), text_layer=True))
+        opened = open_document(data, RenderSettings(PixelBudget(), text_layer=True))
         rows = [(number, pack_words(opened.draw(number))) for number in range(1, min(opened.page_count, MAX_PAGES) + 1)]
     except DocumentError:
         return []
@@ -199,6 +227,7 @@ def judge_value(
     chance: random.Random,
     is_receipt: bool,
     name: str,
+    is_altered: bool,
 ) -> None:
     """Count whether a value was found, and whether altered copies of it are."""
     kind, value = classify_value(found.value, is_receipt)
@@ -212,7 +241,7 @@ def judge_value(
     counts[kind, "several places"] += is_found and found.places > 1
     if (is_printed or is_receipt) and not is_found and name:
         print(f"not found: {name} {found.path} {found.value!r} {found.match}")
-    for altered in alter_value(kind, value, found.value, chance, is_receipt):
+    for altered in alter_value(kind, value, found.value, chance, is_receipt) if is_altered else ():
         changed = match_values({}, replace_value(record, found.path, altered), words)
         other = next(one for one in changed if one.path == found.path)
         counts[kind, "altered"] += 1

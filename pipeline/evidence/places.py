@@ -26,6 +26,10 @@ PIECES_WEIGHT = 0.5
 """Of a text in pieces for the line of its first piece, which may be another item's; what is printed once as a whole has 2."""
 MIN_ON_LINE = 2
 """Values of an item that show which line is its own."""
+MIN_WEIGHT = 1.25
+"""Of these together, each as much as one of its places: a unit and a period that are printed everywhere show no line."""
+MIN_LONG = 3
+"""Characters of a value that is not printed on most pages: a shorter one is misplaced by any line that the others have in common."""
 MIN_IN_COLUMN = 3
 """Items of a list that show where on a page the column of a property is."""
 COLUMN_GAP_PT = 2.0
@@ -187,8 +191,11 @@ def choose_lines(items: Mapping[str, list[PlacedValue]]) -> None:
     lines = {*chosen.values()}
     for item, best in chosen.items():
         found = [find_cell(cell, best, lines) for cell in items[item]]
+        weights = [1 / len(cell.places) for cell, place in zip(items[item], found, strict=True) if place]
         for cell, place in zip(items[item], found, strict=True):
-            cell.is_misplaced = place is None and len(found) - found.count(None) >= MIN_ON_LINE
+            is_short = cell.places[0].find.end - cell.places[0].find.start < MIN_LONG
+            least = 0.0 if is_short else MIN_WEIGHT
+            cell.is_misplaced = place is None and len(weights) >= MIN_ON_LINE and sum(weights) >= least
             cell.chosen = cell.chosen or place
 
 

@@ -226,6 +226,12 @@ def test_a_number_that_stands_on_another_items_line_is_only_similar() -> None:
     assert {*matches.values()} <= {Match.EXACT, Match.NORMALIZED}
 
 
+def test_units_and_periods_that_are_printed_everywhere_show_no_line() -> None:
+    page = print_page("Q2 2025  USD\nQ1 2025  USD\nNotes to Q2 2025  USD\n\n\n\n\nRevenue  5,048.4  4,668.0")
+    facts = [{"period": "Q2 2025", "unit": "USD", "value": 5048.4}, {"period": "Q1 2025", "unit": "USD", "value": 4668}]
+    assert all(found.is_witnessed for found in match_values({}, {"revenue": facts}, [page]))
+
+
 TABLE = """\
 Item   Qty  Price  Tax  Amount
 Tea    2    3.50   19   7.00
