@@ -227,7 +227,7 @@ def test_a_number_that_stands_on_another_items_line_is_only_similar() -> None:
 
 
 def test_units_and_periods_that_are_printed_everywhere_show_no_line() -> None:
-    page = print_page("Q2 2025  USD\nQ1 2025  USD\nNotes to Q2 2025  USD\n\n\n\n\nRevenue  5,048.4  4,668.0")
+    page = print_page("Q2 2025  USD\nQ1 2025  USD\nNotes to Q2 2025  USD\nNotes to Q1 2025  USD\n\n\n\n\nRevenue  5,048.4  4,668.0")
     facts = [{"period": "Q2 2025", "unit": "USD", "value": 5048.4}, {"period": "Q1 2025", "unit": "USD", "value": 4668}]
     assert all(found.is_witnessed for found in match_values({}, {"revenue": facts}, [page]))
 
