@@ -66,7 +66,8 @@ def resolve_engine(job: Job, gpus: float) -> Job:
 
     A server is asked which model it has and how it keeps to the schema. Without a GPU, `model.without_gpu` decides. A model in an object
     store or on the hub gets its revision, as does an adapter on the hub, the demonstration model this package's version, and each the size
-    of its visual tokens. Raises JobError when there is no GPU for the model, when a hub id is not known, or not in the cache where the hub cannot be reached.
+    of its visual tokens. Raises JobError when there is no GPU for the model, when a hub id is not known, or not in the cache where the hub
+    cannot be reached.
     """
     model = job.sections.model
     check_package(job)
