@@ -75,6 +75,10 @@ def show_plan(found: RunPlan) -> None:
         print_message(f"{format_count(count, 'document')} that cannot be opened: {kind}")
     print_names("files with the bytes of another, asked once", found["duplicates"])
     print_names(f"documents whose requests may exceed the context of {found['context_tokens']:,} tokens", found["beyond_context"])
+    if found["reread_requests"]:
+        print_message(
+            f"evidence.model: up to {found['reread_requests']:,} requests more, where values lack a witness; not in the figures above"
+        )
     small = found["small_print"]
     if small["share"] > 0:
         share = f"{small['share']:.0%} of {small['sampled']:.0f} sampled pages"

@@ -131,6 +131,8 @@ def show_report(ended: Report, console: Console | None = None) -> None:
     table.add_row("requests asked", str(ended.requests_asked))
     if ended.rule_requests:
         table.add_row("  of them about broken rules", str(ended.rule_requests))
+    if ended.reread_requests:
+        table.add_row("  of them to read values again", str(ended.reread_requests))
     if ended.requests_asked:
         table.add_row("pages asked", f"{ended.pages_asked} ({ended.pages_per_s:.1f} pages/s, start-up included)")
         table.add_row("tokens read, written", f"{ended.prompt_tokens}, {ended.completion_tokens}")

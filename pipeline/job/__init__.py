@@ -25,7 +25,7 @@ from pipeline import schema
 from pipeline.budget import CELL_PX, PixelBudget, check_budget
 from pipeline.errors import JobError
 from pipeline.job.pydantic_model import is_model_name, load_model_schema
-from pipeline.job.sections import JobSections
+from pipeline.job.sections import PARTS_PER_REQUEST, JobSections
 from pipeline.job.yaml_file import KeyPositions, apply_setting, build_job_error, read_yaml
 from pipeline.records import Sampling
 from pipeline.schema import prompt
@@ -122,8 +122,13 @@ class Job:
 
     @cached_property
     def images_per_request(self) -> int:
-        """Most images of a request: its pages, and the enlarged part of one where a rule asks again. Raises JobError."""
+        """Most images of a request for a record: its pages, and the enlarged part of one where a rule asks again. Raises JobError."""
         return self.pages_per_request + any(rule.asks_again for rule in self.rules)
+
+    @property
+    def most_images(self) -> int:
+        """Most images of any request: one that reads values again has smaller ones, and may have more. Raises JobError."""
+        return max(self.images_per_request, PARTS_PER_REQUEST if self.sections.evidence.model == "on" else 0)
 
     @cached_property
     def budget(self) -> PixelBudget:

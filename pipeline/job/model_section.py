@@ -47,6 +47,12 @@ class ModelSection(Section):
         description="Side in pixels of the square that one visual token covers. Default: the checkpoint's own, 28 for Qwen2-VL and "
         "Qwen2.5-VL, 32 for Qwen3-VL. To be set for a server alone, where the default is 28; a wrong one has every page resized.",
     )
+    box_units: Literal["auto", "pixels", "thousandths"] = Field(
+        "auto",
+        description="In what the model counts where it is asked for the place of a value (`evidence.model`): pixels of the page image, as "
+        "Qwen2.5-VL, or thousandths of its width and height, as Qwen2-VL and Qwen3-VL. Default: by the checkpoint's family; of a server by "
+        "the model's name, thousandths where that does not say it. With the wrong one no place is right, and nothing is read again.",
+    )
     stall_s: float = Field(
         300.0,
         gt=0,

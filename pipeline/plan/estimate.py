@@ -31,6 +31,7 @@ from pipeline.plan.survey import MIN_X_HEIGHT_PX, MeasuredDocument
 from pipeline.schema import Schema
 from pipeline.schema.prompt import build_messages
 from pipeline.stages.requests import split_pages
+from pipeline.stages.reread import MOST_REQUESTS
 from pipeline.storage.location import parse_location
 from pipeline.wording import format_count
 
@@ -79,6 +80,8 @@ class RunPlan(TypedDict):
     unmeasured_pages: int
     visual_tokens: int
     requests: int
+    reread_requests: int
+    """Most requests of `evidence.model` beside these, of which all other figures know nothing; 0 where it is off."""
     prompt_tokens: Range
     """Of all requests, without visual tokens."""
     output_tokens: Range
@@ -148,6 +151,7 @@ def estimate_run(
         "unmeasured_pages": sum(page is None for one in asked for page in one.pages),
         "visual_tokens": visual,
         "requests": len(requests),
+        "reread_requests": MOST_REQUESTS * len(requests) if job.sections.evidence.model == "on" else 0,
         "prompt_tokens": prompt,
         "output_tokens": output,
         "beyond_context": beyond,

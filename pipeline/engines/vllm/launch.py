@@ -56,7 +56,7 @@ def collect_arguments(job: Job) -> dict[str, Any]:
     return {
         **{name: getattr(model, name) for name in SAME_NAMES if getattr(model, name) is not None},
         "max_num_seqs": model.sequences,
-        "limit_mm_per_prompt": {"image": job.images_per_request, "video": 0, **(model.limit_mm_per_prompt or {})},
+        "limit_mm_per_prompt": {"image": job.most_images, "video": 0, **(model.limit_mm_per_prompt or {})},
         "mm_processor_kwargs": {"size": {"shortest_edge": low, "longest_edge": high}},
         **model.engine_args,
     }

@@ -272,6 +272,19 @@ def test_check_says_what_an_a4_page_costs_the_jobs_model(workspace: Workspace) -
     assert (told["a4_page"]["visual_tokens"], told["a4_page"]["cell_px_from"]) == (962, "job")
 
 
+def test_check_says_what_reading_again_costs_and_in_what_places_are_counted(workspace: Workspace) -> None:
+    def check(*settings: str) -> str:
+        return invoke("check", workspace.file, *(word for one in settings for word in ("--set", one))).stdout
+
+    line = "located and read again by the model: 2 to 7 more requests each time; places in"
+    assert line not in check()
+    assert f"{line} pixels of a page (as models of this family do)" in check("evidence.model=on")
+    told = check("evidence.model=on", "model.box_units=thousandths")
+    assert f"{line} thousandths of a page (as model.box_units says)" in told
+    guessed = check("evidence.model=on", "model.name=Qwen/Qwen2.5-VL-7B-Instruct-AWQ")
+    assert f"{line} pixels of a page (by the model's name; model.box_units says it)" in guessed
+
+
 def test_check_says_which_engine_this_machine_has(workspace: Workspace) -> None:
     assert "\nengine on this machine: transformers (" in invoke("check", workspace.file).stdout
 

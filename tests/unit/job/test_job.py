@@ -243,6 +243,16 @@ def test_an_error_in_a_setting_names_the_setting_and_not_the_file(tmp_path: Path
     assert load_error(write_job(tmp_path), setting).startswith(message)
 
 
+def test_a_limit_of_images_below_what_reading_again_takes_is_refused(tmp_path: Path) -> None:
+    settings = ("evidence.model=true", "model.engine=vllm", "model.limit_mm_per_prompt={image: 4}")
+    file = write_job(tmp_path)
+    with pytest.raises(JobError, match=r"allows 4 images, but a request has up to 8 \(evidence.model\)"):
+        Job.load(file, settings)
+    job = Job.load(file, settings[:2])
+    assert (job.sections.evidence.model, job.most_images, job.images_per_request) == ("on", 8, 4)
+    assert Job.load(file).most_images == 4
+
+
 # --- the fingerprint
 
 
@@ -281,6 +291,8 @@ def test_a_key_that_can_change_an_answer_changes_the_fingerprint(tmp_path: Path,
         "model.batch_size=1",
         "model.without_gpu=cpu",
         "limits.timeout_s=5",
+        "evidence.model=on",
+        "model.box_units=pixels",
         "ray.actors=3",
     ],
 )
