@@ -72,10 +72,11 @@ class VLLMEngine:
         config = checkpoint.load_config(folder, rope_scaling)
         if max_request_tokens:  # vLLM wants a cache for one request of this length, 38 GB for the 262,144 tokens of Qwen3-VL-8B
             arguments = {"max_model_len": min(checkpoint.count_context_tokens(config), max_request_tokens), **arguments}
-        tokenizer = self._load_encoder(folder, config.image_token_id)
+        processor = self._load_encoder(folder, config.image_token_id)
         size = config.get_text_config().vocab_size
-        self._vocabulary = Vocabulary(tokenizer.backend_tokenizer.to_str(), size=size, eos_ids=[tokenizer.eos_token_id])
+        self._vocabulary = Vocabulary(processor.tokenizer.backend_tokenizer.to_str(), size=size, eos_ids=[processor.tokenizer.eos_token_id])
         self._request_ids, self._log_offset = count(), launch.prepare_environment(threads)
+        self._cutter = PageCutter.of_processor(processor.image_processor, launch.NORMALIZE in launch.list_known_arguments())
         self._loop_thread, self._clock = EventLoopThread("vllm-engine"), TokenClock()
         self._lora = lora
         try:
@@ -104,12 +105,11 @@ class VLLMEngine:
         self._loop_thread.close(on_close=self._llm.shutdown)
 
     def _load_encoder(self, folder: Path, image_token: int) -> Any:
-        """Set the encoder, made of the checkpoint's chat template and tokenizer; return the tokenizer."""
+        """Set the encoder, made of the checkpoint's chat template and tokenizer; return transformers' processor."""
         processor = checkpoint.load_processor(folder)
         self._encoder = Encoder(processor, image_token, torch.device("cpu"))
-        self._cutter = PageCutter(int(processor.image_processor.patch_size), int(processor.image_processor.merge_size))
         checkpoint.check_chat_template(self._encoder, folder)
-        return processor.tokenizer
+        return processor
 
     # The following methods run in the engine's own loop or its executor.
 
