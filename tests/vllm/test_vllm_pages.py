@@ -64,7 +64,7 @@ def test_the_input_is_that_of_vllms_own_processor(family: str, tmp_path: Path) -
     image_token = checkpoint.load_config(folder, None).image_token_id
     pages = [make_noise(at, cell * (2 + at), cell * 3) for at in range(2)]
     encoded = Encoder(processor, image_token, torch.device("cpu")).encode(prompt.build_messages("Read.", pages))
-    cutter = PageCutter.of_processor(processor.image_processor, NORMALIZE in list_known_arguments())
+    cutter = PageCutter.of_processor(processor.image_processor, None if NORMALIZE in list_known_arguments() else config.model_config.dtype)
     renderer = renderer_from_config(config)
     seen = {"multi_modal_data": {"image": pages}, "multi_modal_uuids": {"image": ["a", "b"]}}
     parsed = parse_model_prompt(config.model_config, {"prompt_token_ids": encoded.unexpanded_ids, **seen})

@@ -76,7 +76,6 @@ class VLLMEngine:
         size = config.get_text_config().vocab_size
         self._vocabulary = Vocabulary(processor.tokenizer.backend_tokenizer.to_str(), size=size, eos_ids=[processor.tokenizer.eos_token_id])
         self._request_ids, self._log_offset = count(), launch.prepare_environment(threads)
-        self._cutter = PageCutter.of_processor(processor.image_processor, launch.NORMALIZE in launch.list_known_arguments())
         self._loop_thread, self._clock = EventLoopThread("vllm-engine"), TokenClock()
         self._lora = lora
         try:
@@ -88,6 +87,8 @@ class VLLMEngine:
                 raise RunError(f"vLLM does not start: {read_reason_since(self._log_offset) or error}") from error
             raise
         self.max_model_len = int(self._llm.model_config.max_model_len)
+        own_dtype = None if launch.NORMALIZE in launch.list_known_arguments() else self._llm.model_config.dtype
+        self._cutter = PageCutter.of_processor(processor.image_processor, own_dtype)
         self._window = TokenWindow(STEPS_AHEAD * int(self._llm.vllm_config.scheduler_config.max_num_batched_tokens))
 
     async def complete(self, request: Request) -> Completion:

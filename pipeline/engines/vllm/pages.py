@@ -33,14 +33,16 @@ class PageCutter:
     patch_px: int
     merge: int
     """Patches of a visual token in a row, and in a column."""
-    moments: tuple[Sequence[float], Sequence[float]] | None = None
-    """Mean and deviation of red, green and blue, of 1, by which patches are normalised here; None where vLLM does that."""
+    mean: tuple[float, ...]
+    """Of red, green and blue, of 1."""
+    deviation: tuple[float, ...]
+    dtype: torch.dtype | None = None
+    """The model's, in which patches are normalised here; None where vLLM normalises them."""
 
     @classmethod
-    def of_processor(cls, images: Any, does_vllm_normalize: bool) -> PageCutter:
+    def of_processor(cls, images: Any, dtype: torch.dtype | None = None) -> PageCutter:
         """Return the cutter that does what a checkpoint's image processor does."""
-        moments = None if does_vllm_normalize else (images.image_mean, images.image_std)
-        return cls(int(images.patch_size), int(images.merge_size), moments)
+        return cls(int(images.patch_size), int(images.merge_size), tuple(images.image_mean), tuple(images.image_std), dtype)
 
     def build_input(self, prompt: EncodedPrompt, page_ids: Sequence[str]) -> dict[str, Any]:
         """Return a prompt with images as vLLM's engine takes it after its processor.
@@ -53,7 +55,7 @@ class PageCutter:
         names = list(page_ids) if len(page_ids) == len(prompt.images) else [hashlib.sha256(page.data).hexdigest() for page in prompt.images]
         grids = torch.tensor([[1, page.shape[0] // self.patch_px, page.shape[1] // self.patch_px] for page in prompt.images])
         patches = torch.from_numpy(cut_patches(prompt.images, self.patch_px, self.merge))
-        patches = patches if self.moments is None else normalize_patches(patches, *self.moments)
+        patches = normalize_patches(patches, self.mean, self.deviation).to(self.dtype) if self.dtype else patches
         sizes = grids.prod(1)
         fields = {
             "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", sizes),
