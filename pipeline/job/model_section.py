@@ -141,7 +141,7 @@ class ModelSection(Section):
     enforce_eager: bool = Field(
         False,
         description="Run without CUDA graphs, and `vllm` also without compiled kernels, so that it starts a minute sooner. A GPU answers "
-        "more slowly then; the graphs of `transformers` take some hundred MB of its memory. On a CPU `transformers` has none.",
+        "more slowly then; the graphs of `transformers` take memory that is to be measured. On a CPU it has none.",
     )
     enable_prefix_caching: bool = Field(
         True,
