@@ -132,8 +132,8 @@ class ModelSection(Section):
     )
     limit_mm_per_prompt: dict[str, int] | None = Field(
         None,
-        description="Most images in a prompt, for which `vllm` reserves memory; default: `{image: pages.per_request, video: 0}`. More "
-        "reserves memory that is never used; fewer is refused.",
+        description="Most images in a prompt, for which `vllm` reserves memory; default: `{image: pages.per_request, video: 0}`, with "
+        "`evidence.model` at least 8. More reserves memory that is never used; fewer is refused.",
     )
     quantization: str | None = Field(
         None,
@@ -146,7 +146,8 @@ class ModelSection(Section):
     )
     enforce_eager: bool = Field(
         False,
-        description="Run `vllm` without compiled kernels and CUDA graphs: starts a minute sooner and answers more slowly.",
+        description="Run without CUDA graphs, and `vllm` also without compiled kernels, so that it starts a minute sooner. A GPU answers "
+        "more slowly then; the graphs of `transformers` take memory that is to be measured. On a CPU it has none.",
     )
     enable_prefix_caching: bool = Field(
         True,

@@ -11,6 +11,7 @@ settling (`evidence.readings`), which needs no model.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ MAX_VALUE_CHARACTERS = 300
 """A longer value is not looked for."""
 MAX_READING_CHARACTERS = 400
 MARGIN = 0.012
-"""Most that is kept around a box, of the page's longer side: 14 px of a page of 1,176, less than the distance of two lines."""
+"""Most that is kept around a box, of the page's longer side: 14 px of 1,176. The height of a line beside it, and a quarter of that above
+and below: more shows the next lines, whose values are others."""
 UNIT_PHRASES = {BoxUnits.PIXELS: "pixels of that image", BoxUnits.THOUSANDTHS: "thousandths of that image's width and height, 0 to 1000"}
 
 
@@ -90,7 +92,7 @@ class Rereader:
         if not scalars or not row.get("pixels"):
             return
         rows.append(await self.ask_places(row, scalars))
-        parts = self.cut_parts(row, scalars, rows[0])
+        parts = await asyncio.to_thread(self.cut_parts, row, scalars, rows[0])  # some milliseconds each, in which others are answered
         for start in range(0, len(parts), PARTS_PER_REQUEST):
             rows.append(await self.ask_readings(row, len(rows), parts[start : start + PARTS_PER_REQUEST]))
 
@@ -125,7 +127,7 @@ class Rereader:
         if box_px is None:
             return None
         height, most = box_px[3] - box_px[1], MARGIN * max(image.shape)
-        crop = crop_page(image, box_px, (min(height, most), min(height / 2, most)), self.job.budget)
+        crop = crop_page(image, box_px, (min(height, most), min(height / 4, most)), self.job.budget)
         left, top, right, bottom = (edge * 72 / page["dpi"] for edge in box_px)
         return None if crop is None else PagePart(scalar, page["page_no"], (left, top, right, bottom), crop)
 

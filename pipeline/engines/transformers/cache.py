@@ -84,6 +84,8 @@ class KeyValueCache(Cache):
         super().__init__(layers=[BufferLayer(heads, size, dtype, device) for _ in range(layers)])
         self.bytes_per_token = 2 * layers * heads * size * dtype.itemsize
         self.dtype, self.max_tokens = dtype, max_tokens
+        self.generation = 0
+        """Counts how often buffers were replaced: what was recorded with those of another generation must not be replayed."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -130,6 +132,7 @@ class KeyValueCache(Cache):
 
     def _resize(self, rows: int, columns: int) -> None:
         """Give every buffer this size, one after the other, and keep what fits into it."""
+        self.generation += 1
         for layer, name, old in self._buffers():
             if old.shape[0] == rows and old.shape[2] == columns:
                 continue
