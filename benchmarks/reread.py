@@ -166,6 +166,11 @@ def find_likest(words: PageWords, value: Any) -> tuple[float, Box]:
     forms = {squeeze(form) for form in list_forms(value)} - {""}
     texts, best, place = [squeeze(text) for text in words.texts], 0.0, (0.0, 0.0, 0.0, 0.0)
     for start in range(len(texts)):
+        for form in forms:  # a date that OCR has joined with the time after it
+            if len(form) > 4 and (at := texts[start].find(form)) >= 0:
+                left, top, right, bottom = words.boxes[start].tolist()
+                ends = (left + (right - left) * share / len(texts[start]) for share in (at, at + len(form)))
+                return 1.0, (next(ends), top, next(ends), bottom)
         joined = ""
         for end in range(start, min(start + MAX_WORDS, len(texts))):
             joined += texts[end]

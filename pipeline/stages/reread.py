@@ -43,8 +43,8 @@ MAX_VALUE_CHARACTERS = 300
 """A longer value is not looked for."""
 MAX_READING_CHARACTERS = 400
 MARGIN = 0.012
-"""Most that is kept around a box, of the page's longer side: 14 px of 1,176. The height of a line beside it, and a quarter of that above
-and below: more shows the next lines, whose values are others."""
+"""Most that is kept around a box, of the page's longer side: 14 px of 1,176. Three quarters of a line's height beside it, so that a
+digit which a box cuts off is seen (22/12 is not 2/12), and a quarter above and below: more shows the next lines, which are other values'."""
 UNIT_PHRASES = {BoxUnits.PIXELS: "pixels of that image", BoxUnits.THOUSANDTHS: "thousandths of that image's width and height, 0 to 1000"}
 
 
@@ -127,7 +127,7 @@ class Rereader:
         if box_px is None:
             return None
         height, most = box_px[3] - box_px[1], MARGIN * max(image.shape)
-        crop = crop_page(image, box_px, (min(height, most), min(height / 4, most)), self.job.budget)
+        crop = crop_page(image, box_px, (min(0.75 * height, most), min(0.25 * height, most)), self.job.budget)
         left, top, right, bottom = (edge * 72 / page["dpi"] for edge in box_px)
         return None if crop is None else PagePart(scalar, page["page_no"], (left, top, right, bottom), crop)
 
