@@ -1,8 +1,8 @@
 """Replays of decode steps: a pass is recorded once for each shape, and its recording replayed for all later passes of that shape.
 
-A step of a 7B model is 1,053 operations, views not counted. Started one by one from Python they take longer than the GPU needs for them; a
-CUDA graph starts them all at once. A graph repeats what was recorded at the same addresses, so everything that differs between two passes of
-a shape has to be in tensors that stay where they are: the staged words, copied into a buffer of the shape's own, and the cache.
+A step of a 7B model is 1,053 operations, views not counted. Started one by one from Python they take longer than the GPU needs for them;
+a CUDA graph starts them all at once. A graph repeats what was recorded at the same addresses, so everything that differs between two passes
+of a shape has to be in tensors that stay where they are: the staged words, copied into a buffer of the shape's own, and the cache.
 
     shape (8 rows, 1 token, 512 columns)   first pass      computed: libraries choose kernels, and load them
                                            second pass     recorded, then replayed
@@ -27,7 +27,7 @@ WIDTHS = (1, 2, 4, 8, 16)
 MOST_TOKENS = 256
 """Rows x tokens of a replayed pass. Logits are computed for all of them: 156 MB in float32 for a vocabulary of 152,064."""
 MOST_RECORDINGS = 32
-"""The recording that was not replayed for the longest time is dropped for another. All share the memory of a pass; what each takes beside it
+"""The recording that was not replayed for the longest time is dropped for another. All share the memory of a pass; what each takes besides
 is to be measured."""
 
 Computation = Callable[[Tensor], Tensor]
