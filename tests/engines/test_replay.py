@@ -396,6 +396,11 @@ def test_a_request_that_finds_no_memory_leaves_none_behind(folder: Path, replays
     engine.close()
 
 
+def test_an_engine_that_is_closed_keeps_no_recordings(folder: Path, replays: list[ComparedReplays]) -> None:
+    answer_all(folder, [make_request(0, "", max_tokens=20)])
+    assert (replays[0].recordings, len(replays[0]._recorded)) == (1, 0)
+
+
 def test_rows_that_are_evicted_take_the_recordings_with_them(folder: Path, replays: list[ComparedReplays]) -> None:
     """Graphs hold memory; where it runs out, they give it back before another pass is tried."""
     engine = TransformersEngine(str(folder), threads=1, batch_size=6)

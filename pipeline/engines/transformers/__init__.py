@@ -160,6 +160,7 @@ class TransformersEngine:
             self._stop(f"the engine's thread ended: {type(error).__name__}: {error}")
         for pending in [*self._active.values(), *self._waiting]:
             pending.set_outcome(EngineDead(str(self._stopped)))
+        self._replays.drop_recordings()
 
     def _stop(self, reason: str) -> None:
         """Accept no more requests; the first reason is kept."""

@@ -13,6 +13,7 @@ Few shapes are recorded: rows are rounded up (`round_rows`), and tokens (`WIDTHS
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -120,14 +121,27 @@ def make_graph_recorder() -> Recorder:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         # Not torch.cuda.graph(): that returns all cached memory to the driver first, which the next prompt would have to fetch again.
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads of this process may do as they like
-        try:
-            result = compute(words)
-        finally:
-            graph.capture_end()
+        with pause_garbage_collection():
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads of this process may do as they like
+            try:
+                result = compute(words)
+            finally:
+                graph.capture_end()
         return graph.replay, result
 
     return record
+
+
+@contextmanager
+def pause_garbage_collection() -> Iterator[None]:
+    """Collect no garbage meanwhile: events and graphs of the device that are destroyed during a capture make it fail."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager
