@@ -25,6 +25,7 @@ from pipeline.engines.transformers.batch import PASS_COST_TOKENS, Batch, BatchRo
 from pipeline.engines.transformers.cache import COLUMN_STEP
 from pipeline.engines.transformers.generate import LoadedModel, run_step
 from pipeline.engines.transformers.replay import MOST_RECORDINGS, PassReplays, make_graph_recorder, make_replays, round_rows
+from pipeline.errors import DocumentError
 from pipeline.records import Completion, Request, Sampling
 from pipeline.schema import prompt
 from tests.engines.test_families import add_adapter
@@ -276,6 +277,19 @@ def test_a_cache_that_moves_is_recorded_again_at_once(model: LoadedModel) -> Non
     assert (made.recordings, made.replays, len(made._recorded)) == (2, 5, 1)
 
 
+def test_a_batch_that_ends_leaves_its_recordings_to_the_next(model: LoadedModel) -> None:
+    made = PassReplays(make_operation_recorder)
+    batch = Batch(model.make_cache(), 1024, made)
+    for _ in range(2):
+        start_rows(model, batch, [30] * 4)
+        write_answers(model, batch)
+    assert (made.recordings, made.replays) == (1, 28 + 29)
+    plain = Batch(model.make_cache(), 1024)
+    start_rows(model, plain, [2])
+    write_answers(model, plain)
+    assert plain.cache.shape == (0, 0)
+
+
 def test_recordings_beyond_the_limit_replace_those_not_used() -> None:
     made = PassReplays(make_operation_recorder)
     words = torch.arange(4, dtype=torch.int32)
@@ -360,6 +374,31 @@ def test_memory_that_runs_out_while_recording_costs_no_answer(folder: Path, monk
     monkeypatch.setattr(engine_module, "make_replays", lambda *_: PassReplays(fail))
     check_alike(answer_all(folder, requests), expected)
     assert tried == [1]
+
+
+def test_a_request_that_finds_no_memory_leaves_none_behind(folder: Path, replays: list[ComparedReplays]) -> None:
+    engine = TransformersEngine(str(folder), threads=1)
+    build, fails = engine._model.encoder.build_pixel_values, list[int]()
+
+    def fail_later(images: Any) -> Any:
+        if images and fails:
+            raise torch.OutOfMemoryError("no memory")
+        return build(images)
+
+    vars(engine._model.encoder)["build_pixel_values"] = fail_later
+    asyncio.run(engine.complete(make_request(0, "", max_tokens=20)))
+    assert replays[0].batch is not None
+    assert (replays[0].recordings, replays[0].batch.cache.shape) == (1, (1, COLUMN_STEP))
+    fails.append(1)
+    with pytest.raises(DocumentError, match="no memory on cpu"):
+        asyncio.run(engine.complete(make_request(1, "", max_tokens=20)))
+    assert (len(replays[0]._recorded), replays[0].batch.cache.shape) == (0, (0, 0))
+    engine.close()
+
+
+def test_an_engine_that_is_closed_keeps_no_recordings(folder: Path, replays: list[ComparedReplays]) -> None:
+    answer_all(folder, [make_request(0, "", max_tokens=20)])
+    assert (replays[0].recordings, len(replays[0]._recorded)) == (1, 0)
 
 
 def test_rows_that_are_evicted_take_the_recordings_with_them(folder: Path, replays: list[ComparedReplays]) -> None:

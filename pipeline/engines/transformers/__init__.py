@@ -160,6 +160,7 @@ class TransformersEngine:
             self._stop(f"the engine's thread ended: {type(error).__name__}: {error}")
         for pending in [*self._active.values(), *self._waiting]:
             pending.set_outcome(EngineDead(str(self._stopped)))
+        self._replays.drop_recordings()
 
     def _stop(self, reason: str) -> None:
         """Accept no more requests; the first reason is kept."""
@@ -257,6 +258,8 @@ class TransformersEngine:
         """Put rows for which there is no memory back at the head of the queue, and lower the limit; a request that was alone fails."""
         batch.remove([row for row in rows if row in batch.rows])
         batch.replays.drop_recordings()
+        if not batch.rows:
+            batch.cache.shrink(0, 0)
         is_alone = len(self._active) == 1
         evicted = {row: self._active.pop(row) for row in rows}
         if is_alone:
@@ -299,8 +302,10 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def count_cache_tokens(bytes_per_token: int, device: torch.device) -> int:
     """Return for how many tokens the cache may have room: `GPU_CACHE_SHARE` of the memory that is free now, or `CPU_CACHE_BYTES`."""
-    free = torch.cuda.mem_get_info(device)[0] * GPU_CACHE_SHARE if device.type == "cuda" else CPU_CACHE_BYTES
-    return int(free) // bytes_per_token
+    if device.type == "cpu":
+        return CPU_CACHE_BYTES // bytes_per_token
+    torch.cuda.empty_cache()  # what loading has left over, which the stream of the engine's thread could not use
+    return int(torch.cuda.mem_get_info(device)[0] * GPU_CACHE_SHARE) // bytes_per_token
 
 
 def select_nearest(waiting: Sequence[PendingRequest], count: int) -> list[PendingRequest]:

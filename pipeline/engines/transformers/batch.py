@@ -34,6 +34,11 @@ PASS_COST_TOKENS = {"cuda": 256, "cpu": 16}
 """What a pass costs besides its tokens, in tokens: reading 7B weights takes as long as computing 83 (int4) to 262 (bf16) tokens on an H100
 by its data sheet, and on a CPU about as long as computing 16."""
 
+CHOSEN = -1
+"""In place of a forced token: the token that the pass chooses."""
+PLAIN_DRAW = (0.0, 0.0, 1.0, 1.0, math.inf)
+"""Random number, temperature, `top_p`, repetition penalty and `top_k` of a row that takes the most probable token."""
+
 
 @dataclass(eq=False)
 class BatchRow:
@@ -176,7 +181,7 @@ class Batch:
                     self.rows[at] = self.rows[last]
                 at = last
             self.rows.pop()
-        if leaving:
+        if leaving and (self.rows or not self.replays.is_on):  # recordings are of these buffers: the next batch begins with both
             with suppress(torch.OutOfMemoryError):  # no memory for the smaller copy: the buffers stay as they are
                 self.cache.shrink(len(self), self.tokens)
 
@@ -272,17 +277,16 @@ def stage_pass(batch: Batch, shape: PassShape, stop: int, masks: Masks, pad_id: 
     words = torch.empty(lay_out_words(shape)[1], dtype=torch.int32, pin_memory=pinned)
     arrays = {name: array.numpy() for name, array in view_arrays(words, shape).items()}
     ids, positions, cached, places, follows = (arrays[name] for name in ("ids", "positions", "cached", "places", "follows"))
-    if len(rows) < shape.rows or min(fed) < shape.width:
-        words.zero_()
-        ids.fill(pad_id)
-        arrays["masks"].fill(-1)
-        arrays["draws"][:] = PLAIN_DRAW
+    for array, padding in ((ids, pad_id), (positions, 0), (cached, 0), (places, 0), (follows, 0)):
+        array.fill(padding)
+    for name, unused in (("masks", -1), ("draws", PLAIN_DRAW), ("used", 0)):
+        arrays[name][len(rows) :] = unused
     allowed, further = iter(masks), shape.rows
     for at, row in enumerate(rows):
         last = fed[at] - 1
         ids[at, : fed[at]] = row.pending[: fed[at]]
         row.fill_positions(positions[:, at, : fed[at]])
-        places[at], follows[at] = at * shape.width + last, 0
+        places[at] = at * shape.width + last
         for place in row.list_scored(fed[at]):
             target = at if place == last else further
             places[target], follows[target] = at * shape.width + place, row.pending[place + 1]
@@ -293,16 +297,9 @@ def stage_pass(batch: Batch, shape: PassShape, stop: int, masks: Masks, pad_id: 
         arrays["masks"][at] = next(allowed) if is_given_one else -1
         if shape.is_drawing:
             stage_draw(row, is_given_one, arrays["draws"][at], arrays["used"][at])
-    places[further:], follows[further:] = 0, 0
     beyond = batch.rows[shape.start : shape.start + shape.rows]
     cached[: len(beyond)] = [row.cached for row in beyond]
     return StagedPass(shape, fed, words)
-
-
-CHOSEN = -1
-"""In place of a forced token: the token that the pass chooses."""
-PLAIN_DRAW = (0.0, 0.0, 1.0, 1.0, math.inf)
-"""Random number, temperature, `top_p`, repetition penalty and `top_k` of a row that takes the most probable token."""
 
 
 def stage_draw(row: BatchRow, is_choosing_now: bool, draw: NDArray[np.float64], used: NDArray[np.int32]) -> None:

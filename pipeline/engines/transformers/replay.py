@@ -1,8 +1,8 @@
 """Replays of decode steps: a pass is recorded once for each shape, and its recording replayed for all later passes of that shape.
 
-A step of a 7B model is 1,053 operations, views not counted. Started one by one from Python they take longer than the GPU needs for them; a
-CUDA graph starts them all at once. A graph repeats what was recorded at the same addresses, so everything that differs between two passes of
-a shape has to be in tensors that stay where they are: the staged words, copied into a buffer of the shape's own, and the cache.
+A step of a 7B model is 1,053 operations, views not counted. Started one by one from Python they take longer than the GPU needs for them;
+a CUDA graph starts them all at once. A graph repeats what was recorded at the same addresses, so everything that differs between two passes
+of a shape has to be in tensors that stay where they are: the staged words, copied into a buffer of the shape's own, and the cache.
 
     shape (8 rows, 1 token, 512 columns)   first pass      computed: libraries choose kernels, and load them
                                            second pass     recorded, then replayed
@@ -13,6 +13,7 @@ Few shapes are recorded: rows are rounded up (`round_rows`), and tokens (`WIDTHS
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ WIDTHS = (1, 2, 4, 8, 16)
 MOST_TOKENS = 256
 """Rows x tokens of a replayed pass. Logits are computed for all of them: 156 MB in float32 for a vocabulary of 152,064."""
 MOST_RECORDINGS = 32
-"""The recording that was not replayed for the longest time is dropped for another. All share the memory of a pass; what each takes beside it
+"""The recording that was not replayed for the longest time is dropped for another. All share the memory of a pass; what each takes besides
 is to be measured."""
 
 Computation = Callable[[Tensor], Tensor]
@@ -120,14 +121,27 @@ def make_graph_recorder() -> Recorder:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         # Not torch.cuda.graph(): that returns all cached memory to the driver first, which the next prompt would have to fetch again.
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads of this process may do as they like
-        try:
-            result = compute(words)
-        finally:
-            graph.capture_end()
+        with pause_garbage_collection():
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads of this process may do as they like
+            try:
+                result = compute(words)
+            finally:
+                graph.capture_end()
         return graph.replay, result
 
     return record
+
+
+@contextmanager
+def pause_garbage_collection() -> Iterator[None]:
+    """Collect no garbage meanwhile: events and graphs of the device that are destroyed during a capture make it fail."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager
