@@ -21,7 +21,7 @@ from torch import Tensor
 from pipeline.demo import quantize
 from pipeline.engines import transformers as engine_module
 from pipeline.engines.transformers import TransformersEngine, replay
-from pipeline.engines.transformers.batch import PASS_COST_TOKENS, Batch, BatchRow, PassShape, lay_out_words
+from pipeline.engines.transformers.batch import PASS_COST_TOKENS, Batch, BatchRow, PassShape, lay_out_arrays
 from pipeline.engines.transformers.cache import COLUMN_STEP
 from pipeline.engines.transformers.generate import LoadedModel, run_step
 from pipeline.engines.transformers.replay import MOST_RECORDINGS, PassReplays, make_graph_recorder, make_replays, round_rows
@@ -307,7 +307,7 @@ def test_rows_are_rounded_up(count: int, rows: int) -> None:
 
 def test_the_words_of_a_shape_have_one_layout() -> None:
     shape = PassShape(0, 8, 2, 256, 8, False, True, True, 192)
-    arrays, count = lay_out_words(shape)
+    arrays, count = lay_out_arrays(shape)
     assert [part.start for part, _, _ in arrays.values()][1:] == [part.stop for part, _, _ in arrays.values()][:-1]
     assert count == 8 * 5 * 2 + 4 * 8 * 2 + 8 + 2 * 16 + 2 * 8 * 6
 

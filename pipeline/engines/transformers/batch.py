@@ -225,7 +225,7 @@ class StagedPass:
 
 
 @lru_cache(maxsize=256)
-def lay_out_words(shape: PassShape) -> tuple[dict[str, tuple[slice, torch.dtype, tuple[int, ...]]], int]:
+def lay_out_arrays(shape: PassShape) -> tuple[dict[str, tuple[slice, torch.dtype, tuple[int, ...]]], int]:
     """Return where in the words of a pass each array is, its type and its shape, and the number of words."""
     drawing, masks = shape.rows if shape.is_drawing else 0, -(-shape.vocabulary // 32)
     sizes = {
@@ -249,7 +249,7 @@ def lay_out_words(shape: PassShape) -> tuple[dict[str, tuple[slice, torch.dtype,
 
 def view_arrays(words: Tensor, shape: PassShape) -> dict[str, Tensor]:
     """Return the arrays of a pass as views of its words, wherever those are."""
-    return {name: words[part].view(dtype).view(size) for name, (part, dtype, size) in lay_out_words(shape)[0].items()}
+    return {name: words[part].view(dtype).view(size) for name, (part, dtype, size) in lay_out_arrays(shape)[0].items()}
 
 
 def choose_width(rows: Sequence[BatchRow], pass_cost: int, widths: Sequence[int] = ()) -> int:
@@ -274,7 +274,7 @@ def stage_pass(batch: Batch, shape: PassShape, stop: int, masks: Masks, pad_id: 
     """
     rows = batch.rows[shape.start : stop]
     fed = tuple(min(len(row.pending), shape.width) for row in rows)
-    words = torch.empty(lay_out_words(shape)[1], dtype=torch.int32, pin_memory=pinned)
+    words = torch.empty(lay_out_arrays(shape)[1], dtype=torch.int32, pin_memory=pinned)
     arrays = {name: array.numpy() for name, array in view_arrays(words, shape).items()}
     ids, positions, cached, places, follows = (arrays[name] for name in ("ids", "positions", "cached", "places", "follows"))
     for array, padding in ((ids, pad_id), (positions, 0), (cached, 0), (places, 0), (follows, 0)):
