@@ -31,7 +31,7 @@ from pipeline.engines.transformers.replay import PassReplays
 from pipeline.records import Request, Sampling
 from pipeline.schema import prompt
 from tests.support import tiny_checkpoint
-from tests.support.recording import make_operation_recorder
+from tests.support.recording import OperationRecorder, make_operation_recorder
 from tests.support.requests import FLAT, make_noise
 from tests.support.tiny_checkpoint import FAMILIES
 
@@ -118,6 +118,10 @@ def check_copies_of_replays(model: LoadedModel, batch: Batch) -> None:
         copied.cache._resize(4, COLUMN_STEP)
         kept = replace(staged, words=fake.from_tensor(staged.words))
         counts = []
+        with OperationRecorder() as recorded:
+            compute_pass(there, copied.cache, staged.shape, fake.from_tensor(staged.words).to(there.device), {})
+        assert {tensor.device.type for tensor in recorded.list_outside() if tensor.device.type != "cpu"} == {"cuda"}
+        assert [tensor.shape for tensor in recorded.list_outside() if tensor.device.type == "cpu"] == [staged.words.shape]
         for _ in range(4):
             with CopyCounter() as counter:
                 copied.replays.run(
