@@ -1,6 +1,7 @@
 """How fast are the engines on this GPU, and are they right? One command on a bare machine: torch, and vLLM if installed; no network.
 
     python benchmarks/gpu.py                          7B in the published AWQ layout, random weights: on a GPU
+    python benchmarks/gpu.py --pages 64 --batches 8 64 --engines transformers        where a GPU is had for minutes
     python benchmarks/gpu.py --small                  the same with a model of 2 million weights: on a CPU, as the tests run it
 
 It writes a checkpoint with random weights (speed does not depend on their values), asks about pages of noise through the engines' own
@@ -733,10 +734,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--small", action="store_true", help="a model of 2 million weights, for a CPU")
     parser.add_argument("--pages", type=int, help="pages of each line of the table")
+    parser.add_argument("--batches", nargs="+", type=int, help="batch sizes of the table")
     parser.add_argument("--engines", nargs="+", default=["transformers", "vllm"])
     parser.add_argument("--folder", type=Path, help="keep the checkpoint here, and use it if it is there")
     given = parser.parse_args()
-    shape = MODELS["small" if given.small else "7b"]
+    shape = {**MODELS["small" if given.small else "7b"], **({"batches": given.batches} if given.batches else {})}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not given.small:
         parser.error("there is no GPU that torch can use: add --small")

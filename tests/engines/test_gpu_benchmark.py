@@ -50,8 +50,7 @@ def test_with_graphs_it_measures_both_ways(gpu: ModuleType, monkeypatch: pytest.
     """The lines that a GPU alone prints, from an engine that replays by computing again."""
     monkeypatch.setattr(engine_module, "make_replays", lambda *_: PassReplays(gpu.make_repeating_recorder))
     monkeypatch.setattr(gpu, "check_memory_recovery", lambda *_: None)
-    monkeypatch.setitem(gpu.MODELS, "small", {**gpu.MODELS["small"], "batches": (2,)})
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--small", "--pages", "4", "--engines", "transformers"])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--small", "--pages", "4", "--batches", "2", "--engines", "transformers"])
     assert gpu.main() == 0
     printed = capsys.readouterr().out
     assert len(re.findall(r"^transformers +fp32", printed, re.MULTILINE)) == 3  # one page a request: without and with
