@@ -30,6 +30,8 @@ MOST_TOKENS = 256
 MOST_RECORDINGS = 32
 """The recording that was not replayed for the longest time is dropped for another. All share the memory of a pass; what each takes besides
 is to be measured."""
+CAPTURE_BYTES = 2**30
+"""Memory that a capture should find free: more than the logits of 256 tokens and what is computed from them."""
 
 Computation = Callable[[Tensor], Tensor]
 """Computes a pass from its staged words on the device; only reads them, and writes nothing but the cache."""
@@ -120,7 +122,10 @@ def make_graph_recorder() -> Recorder:
     def record(compute: Computation, words: Tensor) -> tuple[Callable[[], object], Tensor]:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        # Not torch.cuda.graph(): that returns all cached memory to the driver first, which the next prompt would have to fetch again.
+        # Not torch.cuda.graph(): that returns all memory that torch keeps to the driver first, and the next prompt would have to fetch it
+        # again. Memory kept for other passes cannot be had during a capture, so it is returned where little else is left.
+        if torch.cuda.mem_get_info()[0] < CAPTURE_BYTES:
+            torch.cuda.empty_cache()
         with pause_garbage_collection():
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads of this process may do as they like
             try:
