@@ -302,7 +302,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def count_cache_tokens(bytes_per_token: int, device: torch.device) -> int:
     """Return for how many tokens the cache may have room: `GPU_CACHE_SHARE` of the memory that is free now, or `CPU_CACHE_BYTES`."""
-    if device.type == "cpu":
+    if device.type != "cuda":
         return CPU_CACHE_BYTES // bytes_per_token
     torch.cuda.empty_cache()  # what loading has left over, which the stream of the engine's thread could not use
     return int(torch.cuda.mem_get_info(device)[0] * GPU_CACHE_SHARE) // bytes_per_token
