@@ -27,8 +27,19 @@ MISSING = "OCR needs RapidOCR: pip install 'pipeline-documents[ocr]'"
 
 def check_ocr(mode: str, file: Path) -> None:
     """Raise JobError where a job wants OCR, whose packages are not installed here."""
-    if mode != "off" and not (find_spec("rapidocr") and find_spec("onnxruntime")):
+    if mode != "off" and not has_ocr():
         raise JobError(f"{file}: evidence.ocr is {mode}. {MISSING}", file, "evidence.ocr")
+
+
+def require_ocr() -> None:
+    """Raise JobError where the packages of OCR are not installed on this machine."""
+    if not has_ocr():
+        raise JobError(MISSING, key="evidence.ocr")
+
+
+def has_ocr() -> bool:
+    """Say whether the packages of OCR are installed."""
+    return bool(find_spec("rapidocr") and find_spec("onnxruntime"))
 
 
 def describe_reader() -> str:

@@ -37,21 +37,9 @@ class PageWords:
 
 def pack_words(page: Page) -> TextLayerRow | None:
     """Return a page's words as a ledger keeps them, None if there are none; boxes are rounded to 0.1 pt and cut at the page's edges."""
-    return pack_page_words(collect_page_words(page), page.width_pt, page.height_pt)
-
-
-def collect_page_words(page: Page) -> PageWords:
-    """Return the words of a page's text layer."""
-    boxes = np.array([(word.x0_pt, word.y0_pt, word.x1_pt, word.y1_pt) for word in page.words], np.float64).reshape(-1, 4)
-    marks = np.frombuffer(bytes(word.mark for word in page.words), np.uint8)
-    return PageWords(page.page_no, ["".join(word.text.split()) or "\ufffd" for word in page.words], boxes, marks)
-
-
-def pack_page_words(words: PageWords, width_pt: float, height_pt: float) -> TextLayerRow | None:
-    """Return the words of a page of this size as a ledger keeps them, as `pack_words` does."""
+    words, size = collect_page_words(page), np.array([page.width_pt, page.height_pt] * 2)
     if not words.texts:
         return None
-    size = np.array([width_pt, height_pt] * 2)
     unit_pt = max(UNIT_PT, float(size.max()) / MAX_UNITS)
     return {
         "text": "\n".join(words.texts),
@@ -59,6 +47,13 @@ def pack_page_words(words: PageWords, width_pt: float, height_pt: float) -> Text
         "unit_pt": unit_pt,
         "marks": words.marks.tobytes() if words.marks.any() else None,
     }
+
+
+def collect_page_words(page: Page) -> PageWords:
+    """Return the words of a page's text layer."""
+    boxes = np.array([(word.x0_pt, word.y0_pt, word.x1_pt, word.y1_pt) for word in page.words], np.float64).reshape(-1, 4)
+    marks = np.frombuffer(bytes(word.mark for word in page.words), np.uint8)
+    return PageWords(page.page_no, ["".join(word.text.split()) or "\ufffd" for word in page.words], boxes, marks)
 
 
 def unpack_words(page_no: int, row: TextLayerRow) -> PageWords:

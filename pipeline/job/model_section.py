@@ -87,6 +87,7 @@ class ModelSection(Section):
         description="Folder or hub id of a LoRA adapter. `transformers` merges it into the weights (needs the package `peft`); `vllm` "
         "applies it beside them, to the language model alone, which costs some speed.",
     )
+    lora_revision: str | None = Field(None, description="Commit of the adapter's hub repository; default: the newest one.")
     tensor_parallel_size: int = Field(
         1,
         ge=1,

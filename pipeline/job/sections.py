@@ -190,7 +190,7 @@ class LimitsSection(Section):
         60.0,
         gt=0,
         description="Longest time to open a document or render one page; then it is killed and fails. All pages of a document "
-        "together may take ten times that, plus a tenth of it per page.",
+        "together may take ten times that, plus a tenth of it per page. OCR of a page may take five times as long.",
     )
     memory_mib: int = Field(2048, ge=256, description="Address space of a rendering process. A page that needs more fails.")
     max_pages: int = Field(2000, ge=1, description="Most pages of a document; a longer one fails.")

@@ -33,6 +33,7 @@ from pipeline.schema.prompt import build_messages
 from pipeline.stages.requests import split_pages
 from pipeline.stages.reread import MOST_REQUESTS
 from pipeline.storage.location import parse_location
+from pipeline.wording import format_count
 
 FULL_SIZE = 0.97
 """Of `pages.dpi`: a page with less is one that the budget shrinks, and not one that the grid of cells rounds."""
@@ -238,9 +239,11 @@ def estimate_output(schema: Schema, asked: AnswerCount, lines: Sequence[tuple[Li
     requests = asked.first + asked.later
     if earlier:
         factors = (1 - earlier.spread, 1.0, 1 + earlier.spread)
-        return scale_range(factors, earlier.output_tokens * requests, f"{earlier.requests} requests of {earlier.place}")
+        return scale_range(factors, earlier.output_tokens * requests, f"{format_count(earlier.requests, 'request')} of the earlier run")
     known = sum(map(bool, lines))
-    factors, source = (READ_ITEMS, f"the schema, and the lines of {known} pages") if known else (GUESSED_ITEMS, "the schema")
+    factors, source = (
+        (READ_ITEMS, f"the schema, and the lines of {format_count(known, 'page')}") if known else (GUESSED_ITEMS, "the schema")
+    )
     values = [count_answer_tokens(schema, asked, lines, factor) for factor in factors]
     spread = zip(values, (0.85, 1.0, 1.2), strict=True)
     return make_range([round(value * share) for value, share in spread], f"{source}; an earlier run says it better (--like OUTPUT)")

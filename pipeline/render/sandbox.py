@@ -48,6 +48,8 @@ TIMEOUTS_PER_DOCUMENT = 10
 PAGES_PER_TIMEOUT = 10
 """All pages of a document together may take 10 times `limits.timeout_s`, plus a tenth of it for each page: 2,000 pages of 59 s
 would take 33 hours."""
+READING_TIMEOUTS = 5
+"""Times `limits.timeout_s` that OCR of a page may take: 300 s by default, where it takes 3 to 10 s on an idle machine."""
 CHILD_START_ATTEMPTS = 3
 START_TIMEOUT_S = 60.0
 INHERITED_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
@@ -70,8 +72,8 @@ class Sandbox:
         self.deaths: list[DocumentError] = []
         """Calls of the open document that ended a child."""
         self.has_retried = False
-        self.spent_s = 0.0
-        """Time that the calls of the open document have taken."""
+        self.spent = 0.0
+        """Time that the calls of the open document have taken, in limits of a call."""
         self.gaps: tuple[str, ...] = ()
         """What the system does not restrict in the current child, a sentence each."""
 
@@ -89,7 +91,7 @@ class Sandbox:
 
     def open(self, data: bytes) -> int:
         """Return the page count of a document, which stays open until the next call. Raises DocumentError; RunError if no child starts."""
-        self.data, self.page_count, self.deaths, self.has_retried, self.spent_s = data, 0, [], False, 0.0
+        self.data, self.page_count, self.deaths, self.has_retried, self.spent = data, 0, [], False, 0.0
         self.page_count = self.retry_once(self.load_document)
         return self.page_count
 
@@ -130,6 +132,10 @@ class Sandbox:
 
     def draw_page(self, page_no: int) -> Page:
         """Have the child draw a page, a new child if the old one has died or is due for replacement."""
+        return self.call_for_page(page_no, {"page_no": page_no})
+
+    def call_for_page(self, page_no: int, header: Header, timeouts: int = 1) -> Page:
+        """Return the page that answers a message, within so many times `limits.timeout_s`. Raises DocumentError."""
         self.check_document_limits(page_no)
         if self.child is not None and self.pages_drawn >= PAGES_PER_PROCESS:
             self.stop_child()
@@ -138,7 +144,7 @@ class Sandbox:
         self.pages_drawn += 1
         cell_px = self.settings.budget.cell_px
         return self.call_child(
-            f"page {page_no}", {"page_no": page_no}, b"", lambda header, body: protocol.unpack_page(header, body, page_no, cell_px)
+            f"page {page_no}", header, b"", lambda answer, body: protocol.unpack_page(answer, body, page_no, cell_px), timeouts
         )
 
     def check_document_limits(self, page_no: int) -> None:
@@ -146,10 +152,10 @@ class Sandbox:
         if len(self.deaths) >= DEATHS_PER_DOCUMENT:
             last = self.deaths[-1]
             raise DocumentError(last.kind, f"page {page_no} was not tried: the document has ended {len(self.deaths)} renderers; {last}")
-        allowed_s = self.settings.timeout_s * (TIMEOUTS_PER_DOCUMENT + self.page_count / PAGES_PER_TIMEOUT)
-        if self.spent_s > allowed_s:
-            spent = f"the document has taken {self.spent_s:.0f} s; its {self.page_count} pages together may take {allowed_s:.0f} s"
-            raise DocumentError("timeout", f"page {page_no} was not tried: {spent} at this `limits.timeout_s`")
+        allowed = TIMEOUTS_PER_DOCUMENT + self.page_count / PAGES_PER_TIMEOUT
+        if self.spent > allowed:
+            spent = f"the document has taken {self.spent:.0f} times the limit of a page; its {self.page_count} pages may take {allowed:.0f}"
+            raise DocumentError("timeout", f"page {page_no} was not tried: {spent}, at this `limits.timeout_s`")
 
     def start_child(self) -> None:
         """Start a child, in several attempts: a machine may lack memory or processes for a moment. Raises RunError."""
@@ -192,24 +198,24 @@ class Sandbox:
             env=build_child_environment(),
         )
 
-    def call_child(self, what: str, header: Header, body: bytes, parse: Callable[[Header, bytearray], Result]) -> Result:
+    def call_child(self, what: str, header: Header, body: bytes, parse: Callable[[Header, bytearray], Result], timeouts: int = 1) -> Result:
         """Send a message and return the parsed answer. Raises DocumentError if the child reports a failure, crashes or times out."""
-        start_s, is_complete = time.monotonic(), False
-        deadline = start_s + self.settings.timeout_s
+        start_s, limit_s, is_complete = time.monotonic(), timeouts * self.settings.timeout_s, False
+        deadline = start_s + limit_s
         try:
             protocol.send_message(self.connection, header, body, deadline=deadline)
             answer, pixels = protocol.receive_message(self.connection, protocol.compute_page_bytes(self.settings.budget.cell_px), deadline)
             result = protocol.parse_failure(answer) if "kind" in answer else parse(answer, pixels)
             is_complete = True
         except TimeoutError:
-            limit = f"{self.settings.timeout_s:g} s (`limits.timeout_s`)"
+            limit = f"{limit_s:g} s ({f'{timeouts} times ' if timeouts > 1 else ''}`limits.timeout_s`)"
             self.deaths.append(DocumentError("timeout", f"{what} took more than {limit} and was given up"))
             raise self.deaths[-1] from None
         except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             self.deaths.append(make_death_error(what, *self.stop_child(), error))
             raise self.deaths[-1] from None
         finally:
-            self.spent_s += time.monotonic() - start_s
+            self.spent += (time.monotonic() - start_s) / limit_s
             # After any interruption, a Ctrl-C too, the rest of this answer must not be read as the start of the next.
             if not is_complete:
                 self.stop_child(grace_s=0)
@@ -238,6 +244,20 @@ class Sandbox:
                 child.stdin.close()
             self.stderr_file.seek(max(0, self.stderr_file.seek(0, os.SEEK_END) - 300))
             return status, " ".join(self.stderr_file.read().decode("utf-8", "replace").split())
+
+
+class ReadingSandbox(Sandbox):
+    """Sandbox whose child also reads pages by OCR: the models are loaded when it starts, not for each page. It needs the extra `ocr`."""
+
+    program = ("-m", "pipeline.render.reading_worker")
+
+    def read_page(self, page_no: int) -> Page:
+        """Return a page of the open document with the words that OCR reads on it, and one cell of its pixels; it is drawn once more.
+
+        Raises DocumentError, of the kind `timeout` after `READING_TIMEOUTS` times `limits.timeout_s`.
+        """
+        header = {"read": page_no, "limit_s": READING_TIMEOUTS * self.settings.timeout_s}
+        return self.retry_once(partial(self.call_for_page, page_no, header, READING_TIMEOUTS))
 
 
 def describe_confinement() -> tuple[str, ...]:

@@ -36,6 +36,7 @@ from pipeline.report import ExitCode, Report
 from pipeline.review.markup import Markup, cut_text, make_element, make_list, make_markup
 from pipeline.schema.rules import RuleResult
 from pipeline.version import __version__
+from pipeline.wording import format_count
 
 MAX_ROWS = 25
 """Rows of a table."""
@@ -431,10 +432,6 @@ def draw_steps(timeline: Timeline, spans: list[tuple[int, int]]) -> tuple[NDArra
 
 
 # ---- Texts ----------------------------------------------------------------------------------------------------------
-
-
-def format_count(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def format_bytes(number: int) -> str:

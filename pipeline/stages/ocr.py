@@ -1,7 +1,8 @@
 """OCR stage: documents with the pages that are wanted -> rows of the ledger of OCR, read from pixels of its own.
 
 Pages are drawn once more, at 1,280 visual tokens whatever the job's budget is: OCR needs letters of 8 px or more, and a document
-whose answers are there need not be in memory. Whatever fails costs the words of a page, or of a document, and no answer.
+whose answers are there need not be in memory. The child process that draws them reads them, too: a page on which OCR does not return
+is given up, the process killed, and another one reads the next. Whatever fails costs the words of a page, or of a document, and no answer.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from typing import TypedDict
 from pipeline.budget import PixelBudget
 from pipeline.errors import DocumentError
 from pipeline.evidence.layers import judge_layer
-from pipeline.evidence.ocr import describe_reader, read_words_by_ocr
-from pipeline.evidence.text_layer import collect_page_words, pack_page_words
+from pipeline.evidence.ocr import describe_reader, require_ocr
+from pipeline.evidence.text_layer import collect_page_words, pack_words
 from pipeline.output.words import FAILED, NOT_NEEDED, READ
 from pipeline.records import Document, FailureRow, OcrRow, PageLayer, SourceRow, Stage
-from pipeline.render.sandbox import Sandbox
+from pipeline.render.sandbox import ReadingSandbox
 from pipeline.sources import read_document
 from pipeline.stages.render import RenderPlan
 from pipeline.stages.requests import make_failed_row
@@ -48,8 +49,9 @@ class OcrStage:
     plan: RenderPlan
 
     @cached_property
-    def sandbox(self) -> Sandbox:
-        return Sandbox(replace(self.plan.read_settings(), budget=PixelBudget(), text_layer=True))
+    def sandbox(self) -> ReadingSandbox:
+        require_ocr()
+        return ReadingSandbox(replace(self.plan.read_settings(), budget=PixelBudget(), text_layer=True))
 
     def read_documents(self, documents: Iterable[OcrTaskRow]) -> Iterator[OcrRow | UnreadRow]:
         """Yield a row for each page wanted, one at a time, or one for a document that cannot be read."""
@@ -80,10 +82,8 @@ class OcrStage:
             row["layer"] = str(judge := judge_layer(layer, page.pixels, page.width_pt, page.height_pt))
             if judge == PageLayer.USABLE and not must_read:
                 return {**row, "status": NOT_NEEDED}
-            words = read_words_by_ocr(page_no, page.pixels, page.width_pt, page.height_pt)
-            packed = pack_page_words(words, page.width_pt, page.height_pt)
-            return {**row, "status": READ, "words": packed, "reader": describe_reader()}
-        except Exception as error:  # any, as above; OCR's libraries raise several classes, too
+            return {**row, "status": READ, "words": pack_words(self.sandbox.read_page(page_no)), "reader": describe_reader()}
+        except Exception as error:  # any, as above
             return {**row, "failure": describe_page_error(stage, error)}
 
     def close(self) -> None:

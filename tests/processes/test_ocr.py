@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import sys
 from decimal import Decimal
 from pathlib import Path
@@ -12,15 +14,16 @@ import numpy as np
 import pytest
 
 from pipeline.budget import RenderSettings
-from pipeline.errors import JobError
+from pipeline.errors import DocumentError, JobError
 from pipeline.evidence.layers import judge_layer
 from pipeline.evidence.match import UNWITNESSED, Match, Witness, match_values
 from pipeline.evidence.ocr import load_ocr, read_words_by_ocr
 from pipeline.evidence.text_layer import PageWords, collect_page_words
 from pipeline.records import OcrRow, PageLayer
 from pipeline.render.document import render_pages
+from pipeline.render.sandbox import ReadingSandbox
 from pipeline.stages.ocr import OcrStage, OcrTaskRow, UnreadRow
-from tests.support.pdfs import make_page_pdf, make_undrawn_pdf
+from tests.support.pdfs import make_page_pdf, make_pages_pdf, make_undrawn_pdf
 from tests.support.scans import print_slip, scan_slip
 from tests.support.stages import make_render_plan
 
@@ -67,18 +70,23 @@ def test_without_the_extra_a_sentence_says_what_to_install(monkeypatch: pytest.M
 
 def look_at(folder: Path, *files: bytes, must_read: bool = False) -> list[OcrRow | UnreadRow]:
     """Return what the stage says of the first page of some documents."""
+    stage = OcrStage(make_render_plan(RenderSettings(), folder, 1))
+    try:
+        return list(stage.read_documents(list_documents(folder, *files, must_read=must_read)))
+    finally:
+        stage.close()
+
+
+def list_documents(folder: Path, *files: bytes, pages: int = 1, must_read: bool = False) -> list[OcrTaskRow]:
+    """Write some documents, and return them as the stage gets them."""
     wanted: list[OcrTaskRow] = []
     for number, data in enumerate(files):
         (folder / f"{number}.pdf").write_bytes(data)
         found = (folder / f"{number}.pdf").stat()
         doc_id = hashlib.sha256(data).hexdigest()
         listed = {"source": f"{number}.pdf", "size_bytes": found.st_size, "version": str(found.st_mtime_ns), "doc_id": doc_id}
-        wanted.append({**listed, "page_count": 1, "pages": [1], "must_read": must_read})  # type: ignore[typeddict-item]
-    stage = OcrStage(make_render_plan(RenderSettings(), folder, 1))
-    try:
-        return list(stage.read_documents(wanted))
-    finally:
-        stage.close()
+        wanted.append({**listed, "page_count": pages, "pages": [*range(1, pages + 1)], "must_read": must_read})  # type: ignore[typeddict-item]
+    return wanted
 
 
 def test_a_page_that_cannot_be_read_is_a_row_and_the_next_is_read(tmp_path: Path) -> None:
@@ -87,6 +95,75 @@ def test_a_page_that_cannot_be_read_is_a_row_and_the_next_is_read(tmp_path: Path
     assert (undrawn["status"], undrawn["failure"]["stage"]) == ("failed", "render")  # type: ignore[typeddict-item,index]
     assert (scan["status"], scan["layer"], "19.99" in scan["words"]["text"]) == ("read", "none", True)  # type: ignore[typeddict-item,index]
     assert (printed["status"], printed["layer"], printed["words"]) == ("not_needed", "usable", None)  # type: ignore[typeddict-item]
+
+
+HANGING_READER = """
+import sys, time
+from dataclasses import replace
+import numpy as np
+from pipeline.records import Word
+from pipeline.render.document import open_document
+from pipeline.render.worker import serve_parent
+
+def read_page(page, cell_px):
+    while page.page_no == 2:
+        time.sleep(1)
+    return replace(page, pixels=np.zeros((cell_px, cell_px, 3), np.uint8), words=(Word(f"page{page.page_no}", 1, 2, 3, 4),))
+
+serve_parent(int(sys.argv[1]), open_document, read_page)
+"""
+"""A reading worker whose library never returns from the second page."""
+
+
+def test_a_page_on_which_ocr_never_returns_is_a_row_and_the_next_ones_are_read(tmp_path: Path) -> None:
+    pytest.importorskip("rapidocr")
+    (tmp_path / "reader.py").write_text(HANGING_READER)
+    stage = OcrStage(make_render_plan(RenderSettings(timeout_s=1.5), tmp_path, 1))
+    stage.sandbox.program = (str(tmp_path / "reader.py"),)
+    before, failed, after = stage.read_documents(list_documents(tmp_path, make_pages_pdf(3), pages=3, must_read=True))
+    stage.close()
+    assert [(row["status"], row["words"] and row["words"]["text"]) for row in (before, failed, after)] == [  # type: ignore[typeddict-item]
+        ("read", "page1"),
+        ("failed", None),
+        ("read", "page3"),
+    ]
+    why = {"stage": "ocr", "kind": "timeout", "message": "page 2 took more than 7.5 s (5 times `limits.timeout_s`) and was given up"}
+    assert failed["failure"] == why
+
+
+def test_a_reader_that_stands_still_is_replaced() -> None:
+    pytest.importorskip("rapidocr")
+    with ReadingSandbox(RenderSettings(timeout_s=2)) as sandbox:
+        sandbox.open(scan_slip())
+        assert sandbox.child is not None
+        still = sandbox.child
+        os.kill(still.pid, signal.SIGSTOP)
+        with pytest.raises(DocumentError, match="page 1 took more than 10 s"):
+            sandbox.read_page(1)
+        assert still.returncode == -signal.SIGKILL
+        assert "19.99" in {word.text for word in sandbox.read_page(1).words}
+
+
+READER_WITHOUT_FILES = """
+import sys
+from pipeline.render import landlock, reading_worker, worker
+from pipeline.render.document import open_document
+landlock.query_landlock_abi = lambda: 0
+reading_worker.read_first_line()
+worker.serve_parent(int(sys.argv[1]), open_document, reading_worker.read_page)
+"""
+"""The reading worker on a kernel without Landlock, where it opens no file after its start."""
+
+
+def test_no_file_is_opened_to_read_a_page(tmp_path: Path) -> None:
+    expected = read(scan_slip())
+    (tmp_path / "reader.py").write_text(READER_WITHOUT_FILES)
+    with ReadingSandbox(RenderSettings()) as sandbox:
+        sandbox.program = (str(tmp_path / "reader.py"),)
+        sandbox.open(scan_slip())
+        words = sandbox.read_page(1).words
+    assert [word.text for word in words] == expected.texts
+    assert np.array_equal([word[1:5] for word in words], expected.boxes)
 
 
 def test_a_document_that_has_changed_is_not_read(tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_yarn_reaches_vllm(workspace: Workspace) -> None:
 
 @needs_vllm
 def test_an_argument_that_vllm_does_not_know_is_refused_with_the_nearest(workspace: Workspace) -> None:
-    with pytest.raises(JobError, match=r"model\.engine_args: the engine of this vLLM has no argument blok_size; did you mean block_size\?"):
+    with pytest.raises(JobError, match=r"model\.engine_args: the engine of this vLLM has no argument blok_size; did you mean 'block_size'"):
         engines.check_engine(make_vllm_job(workspace, "model.engine_args={blok_size: 16}"))
 
 

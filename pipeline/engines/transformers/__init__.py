@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Condition, Thread
 from typing import Any
 
@@ -73,7 +74,7 @@ class TransformersEngine:
     def __init__(
         self, model: str, *, revision: str | None = None, dtype: str = "auto", batch_size: int = 8, threads: int | None = None,
         device: str | None = None, max_model_len: int | None = None, max_request_tokens: int | None = None,
-        rope_scaling: dict[str, Any] | None = None, lora: str | None = None, keep_int4: bool = False, cache_tokens: int | None = None,
+        rope_scaling: dict[str, Any] | None = None, lora: Path | None = None, keep_int4: bool = False, cache_tokens: int | None = None,
         part_tokens: int | None = None, logprobs: bool = True,
     ) -> None:  # fmt: skip
         """Load a checkpoint (hub id or folder) and start the engine's thread.

@@ -58,7 +58,7 @@ class VLLMEngine:
 
     def __init__(
         self, model: str, arguments: Mapping[str, Any], *, revision: str | None = None, threads: int | None = None,
-        max_request_tokens: int | None = None, rope_scaling: dict[str, Any] | None = None, lora: str | None = None,
+        max_request_tokens: int | None = None, rope_scaling: dict[str, Any] | None = None, lora: Path | None = None,
         logprobs: bool = True,
     ) -> None:  # fmt: skip
         """Load a checkpoint (hub id or folder). `arguments` are those of vLLM's engine, `threads` is its number of cores without a GPU.
@@ -77,7 +77,7 @@ class VLLMEngine:
         self._vocabulary = Vocabulary(tokenizer.backend_tokenizer.to_str(), size=size, eos_ids=[tokenizer.eos_token_id])
         self._request_ids, self._log_offset = count(), launch.prepare_environment(threads)
         self._loop_thread, self._clock = EventLoopThread("vllm-engine"), TokenClock()
-        self._lora = checkpoint.locate_checkpoint(lora, None) if lora else None
+        self._lora = lora
         try:
             engine_arguments = launch.build_engine_arguments(folder, config, bool(rope_scaling), self._lora, arguments)
             self._llm, self._killer = launch.start_with_killer(lambda: self._loop_thread.submit(launch.start_vllm(engine_arguments)))

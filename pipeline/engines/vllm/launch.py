@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import redirect_stdout
 from dataclasses import fields
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from pipeline.engines import checkpoint, checkpoint_files
 from pipeline.errors import JobError
 from pipeline.job import Job
 from pipeline.processes import OrphanKiller
+from pipeline.wording import suggest_word
 
 SAME_NAMES = (
     "dtype", "max_model_len", "tensor_parallel_size", "pipeline_parallel_size", "gpu_memory_utilization", "quantization",
@@ -74,8 +74,7 @@ def check_vllm_arguments(job: Job) -> None:
     known = {field.name for field in fields(AsyncEngineArgs)}
     for name in given:
         if name not in known:
-            near = get_close_matches(name, known, 1, 0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = suggest_word(name, known)
             raise JobError(
                 f"{job.file}: model.engine_args: the engine of this vLLM has no argument {name}{hint}", job.file, "model.engine_args"
             )

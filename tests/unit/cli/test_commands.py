@@ -120,9 +120,9 @@ WRONG: dict[str, tuple[Callable[[Workspace], Any], list[str], str]] = {
     "unknown key": (
         lambda workspace: workspace.file.write_text(JOB + "modle: {}\n"),
         [],
-        r"job\.yaml:7: unknown key modle; did you mean model\?",
+        r"job\.yaml:7: unknown key modle; did you mean 'model'\?",
     ),
-    "unknown key set": (lambda workspace: None, ["--set", "model.engin=x"], r"unknown key model\.engin; did you mean engine\?"),
+    "unknown key set": (lambda workspace: None, ["--set", "model.engin=x"], r"unknown key model\.engin; did you mean 'engine'\?"),
     "wrong engine": (lambda workspace: None, ["--set", "model.engine=nope"], r"model\.engine: should be 'auto', .*, found 'nope'"),
     "no schema": (lambda workspace: (workspace.folder / "schema.json").unlink(), [], r"schema\.json cannot be read: No such file"),
     "misspelt keyword": (lambda workspace: spoil(workspace, {"minimun": 0}), [], r"minimun"),

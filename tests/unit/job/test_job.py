@@ -147,11 +147,11 @@ def test_a_job_survives_pickling_between_processes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("found", "replacement", "message"),
     [
-        ("  name: demo", "  nmae: demo", "job.yaml:6: unknown key model.nmae; did you mean name?"),
-        ("  schema:", "  shema:", "job.yaml:4: unknown key extract.shema; did you mean schema?"),
-        ("  schema:", "  schema_file:", "job.yaml:4: unknown key extract.schema_file; did you mean schema?"),
+        ("  name: demo", "  nmae: demo", "job.yaml:6: unknown key model.nmae; did you mean 'name'?"),
+        ("  schema:", "  shema:", "job.yaml:4: unknown key extract.shema; did you mean 'schema'?"),
+        ("  schema:", "  schema_file:", "job.yaml:4: unknown key extract.schema_file; did you mean 'schema'?"),
         ("  path: out", "  path: out\n  zzz: 1", "job.yaml:9: unknown key output.zzz; known here: path"),
-        ("name: small", "nam: small", "job.yaml:1: unknown key nam; did you mean name?"),
+        ("name: small", "nam: small", "job.yaml:1: unknown key nam; did you mean 'name'?"),
         ("  name: demo", "  name: demo\n  name: demo", "job.yaml:7: the key model.name is given twice"),
         ("  schema: total.json", "  per: page", "job.yaml:3: the key extract.schema is missing"),
         ("output:\n  path: out", "", "job.yaml: the key output is missing"),
@@ -231,7 +231,7 @@ def test_a_setting_overrides_the_file_and_its_value_is_yaml(tmp_path: Path) -> N
     ("setting", "message"),
     [
         ("model.engine=vlm", "--set model.engine=vlm: model.engine: should be 'auto', 'transformers', 'vllm' or 'openai', found 'vlm'"),
-        ("model.engin=auto", "--set model.engin=auto: unknown key model.engin; did you mean engine?"),
+        ("model.engin=auto", "--set model.engin=auto: unknown key model.engin; did you mean 'engine'?"),
         ("model.name", "--set 'model.name': expected key=value"),
         ("=3", "--set '=3': expected key=value"),
         ("name.first=3", "--set 'name.first=3': name is a value, not a section"),

@@ -18,7 +18,6 @@ import pytest
 from pipeline import engines
 from pipeline.engines.openai import OpenAIEngine
 from pipeline.errors import EngineDead
-from pipeline.evidence.text_layer import pack_page_words
 from pipeline.job import Job
 from pipeline.output import Output
 from pipeline.output.corrections import Correction
@@ -29,7 +28,7 @@ from pipeline.stages.render import RenderPlan, RenderStage
 from pipeline.stages.reread import build_places_schema
 from tests.support.chat_server import ChatServer, Reply, reply_status, reply_text
 from tests.support.pdfs import make_page_pdf, make_pdf, make_stream
-from tests.support.printed import print_page
+from tests.support.printed import pack_printed, print_page
 from tests.support.stages import Row, claim_all, make_settle_stage
 from tests.support.workspace import Workspace, make_listing_row
 from tests.unit.stages.test_re_ask import ADDS_UP, BILL, PRINTED, RIGHT, WRONG, list_images, says
@@ -312,7 +311,7 @@ def test_pages_are_reread_where_each_is_a_record(workspace: Workspace) -> None:
 
 def test_ocr_that_shows_the_value_comes_before_the_model(slips: Slips) -> None:
     job, document, rows = slips.ask(says(READ), says({"1": PLACE}), says({"1": "119.00"}), ocr="all")
-    words = pack_page_words(replace(print_page("Total  119.00"), is_ocr=True), 595, 842)
+    words = pack_printed(print_page("Total  119.00"))
     read = {document["doc_id"]: {1: {"page": 1, "status": "read", "layer": "usable", "words": words, "failure": None, "reader": "ocr"}}}
     (record,) = settle_rows(job, document, rows, read)
     total = find_evidence(record)["$.total"]
