@@ -242,6 +242,7 @@ def load_transformers_engine(job: Job, threads: int | None) -> Engine:
         keep_int4=model.weights == "int4",
         part_tokens=model.max_num_batched_tokens,
         logprobs=model.logprobs is not False,
+        enforce_eager=model.enforce_eager,
     )
 
 

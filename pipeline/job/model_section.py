@@ -146,7 +146,8 @@ class ModelSection(Section):
     )
     enforce_eager: bool = Field(
         False,
-        description="Run `vllm` without compiled kernels and CUDA graphs: starts a minute sooner and answers more slowly.",
+        description="Run without CUDA graphs, and `vllm` also without compiled kernels, so that it starts a minute sooner. A GPU answers "
+        "more slowly then; the graphs of `transformers` take memory that is to be measured. On a CPU it has none.",
     )
     enable_prefix_caching: bool = Field(
         True,

@@ -36,6 +36,8 @@ SAME_NAMES = (
     "kv_cache_dtype", "enforce_eager", "enable_prefix_caching", "max_num_batched_tokens", "mm_processor_cache_gb",
 )  # fmt: skip
 """Keys with the same name in a job and in vLLM's engine arguments."""
+NORMALIZE = "mm_device_do_normalize"
+"""Argument by which a vLLM that has it takes pages as bytes and normalises them in the model; 0.24 has none, 0.32 has it."""
 CPU_CACHE_BYTES = 4 * 2**30
 """Attention cache on a CPU: by default vLLM would reserve nearly all memory."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -69,9 +71,7 @@ def check_vllm_arguments(job: Job) -> None:
         return
     silence_vllm()
     with redirect_stdout(sys.stderr):  # the import prints, and stdout is for data
-        from vllm.engine.arg_utils import AsyncEngineArgs
-
-    known = {field.name for field in fields(AsyncEngineArgs)}
+        known = list_known_arguments()
     for name in given:
         if name not in known:
             hint = suggest_word(name, known)
@@ -116,7 +116,16 @@ def build_engine_arguments(folder: Path, config: Any, stretched: bool, lora: Pat
         arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": find_lora_rank(lora)}
     structure = StructuredOutputsConfig(backend="guidance", disable_any_whitespace=True)
     fixed = {"model": str(folder), "load_format": "safetensors", "logprobs_mode": "raw_logprobs", "structured_outputs_config": structure}
-    return AsyncEngineArgs(**arguments, **fixed, mm_device_do_normalize=True)  # pages are sent as bytes
+    if NORMALIZE in list_known_arguments():
+        arguments[NORMALIZE] = True
+    return AsyncEngineArgs(**arguments, **fixed)
+
+
+def list_known_arguments() -> set[str]:
+    """Return the arguments that the engine of this vLLM has."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    return {field.name for field in fields(AsyncEngineArgs)}
 
 
 def convert_yarn(config: Any) -> dict[str, Any]:
