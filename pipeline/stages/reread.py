@@ -43,8 +43,8 @@ MAX_VALUE_CHARACTERS = 300
 """A longer value is not looked for."""
 MAX_READING_CHARACTERS = 400
 MARGIN = 0.012
-"""Most that is kept around a box, of the page's longer side: 14 px of 1,176. Three quarters of a line's height beside it, so that a digit
-which a box cuts off is seen (22/12 is not 2/12), and a quarter above and below: more shows the next lines, which are other values'."""
+"""Most that is kept around a box, of the page's longer side: 14 px of 1,176. Three quarters of a line's height beside it, so that a
+digit which the box cuts off is seen (22/12 is not 2/12), and a quarter above and below: more shows other lines with other values."""
 UNIT_PHRASES = {BoxUnits.PIXELS: "pixels of that image", BoxUnits.THOUSANDTHS: "thousandths of that image's width and height, 0 to 1000"}
 
 

@@ -34,13 +34,13 @@ def test_true_values_of_a_sample_are_reread_and_altered_totals_and_dates_are_not
     counts, server = benchmark.measure_documents(documents)
     for kind in ("total", "date"):
         assert counts[kind, "true reread"] == counts[kind, "true"] > 0
-        assert (counts[kind, "altered"] > 0, counts[kind, "altered reread"]) == (True, 0)
+        assert (counts[kind, "altered"] > 0, counts[kind, "altered reread there"]) == (True, 0)
     assert server.requests["records"] == 2 * (1 + 3)
     assert server.requests["readings"] >= server.requests["places"] == server.requests["records"]
 
 
 @pytest.mark.skipif(not RECEIPTS.exists(), reason="the receipts are not here")
 def test_the_total_and_the_date_of_a_real_receipt_are_reread(benchmark: ModuleType) -> None:
-    counts, _ = benchmark.measure_documents(one for one in benchmark.list_documents(RECEIPTS) if one[0].name == "017.jpg")
-    reread = [counts[kind, f"{state} reread"] for state in ("true", "altered") for kind in ("total", "date")]
-    assert reread == [1, 1, 0, 0]
+    counts, _ = benchmark.measure_documents(one for one in benchmark.list_documents(RECEIPTS) if one[0].name == "048.jpg")
+    assert [counts[kind, "true reread"] for kind in ("total", "date")] == [1, 1]
+    assert [counts[kind, "altered reread there"] for kind in ("total", "date")] == [0, 0]
