@@ -45,8 +45,8 @@ from typing import Any
 
 SAMPLE_S = 0.2
 CONCURRENCY = 16
-PAGE_MS, REAL_S, REAL_CPU_S = 45.0, 15.0, 25.0
-"""Bounds: CPU a page of a long run; time and CPU time of a run over 296 real pages on two cores."""
+PAGE_MS, REAL_PAGES, REAL_S, REAL_CPU_S = 45.0, 296, 15.0, 25.0
+"""Bounds: CPU a page of a long run; time and CPU time of a run over so many real pages on two cores."""
 PR_SET_CHILD_SUBREAPER = 36
 NAMES = {"ours": "pipeline.run", "plain": "plain asyncio client", "olmocr": "olmOCR"}
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -101,7 +101,7 @@ def compare(documents: int | None, pages: int, rounds: int, real: Path | None, o
         try:
             assert server.stdout is not None
             address, folder = server.stdout.readline().strip(), Path(name)
-            documents, pages = documents or (296 if real else 400), 1 if real else pages
+            documents, pages = documents or (REAL_PAGES if real else 400), 1 if real else pages
             documents = write_pages(folder / "in", documents, real) if real else write_documents(folder / "in", documents, pages)
             taken: dict[tuple[str, int], list[Spent]] = {}
             peers = [who for who in NAMES if olmocr or who != "olmocr"]
@@ -122,7 +122,7 @@ def compare(documents: int | None, pages: int, rounds: int, real: Path | None, o
     parts.print_parts(parts_ms, then_ms)
     whole = median(taken["ours", documents])
     bounds = [("CPU ms a page, starting left out", then_ms, PAGE_MS)]
-    if real:
+    if real and documents == REAL_PAGES:
         bounds += [("seconds, starting included", whole.wall_s, REAL_S), ("seconds of CPU, starting included", whole.cpu_s, REAL_CPU_S)]
     for what, found, bound in bounds:
         print(f"{what}: {found:.1f}, bound {bound:g}: {'within' if found <= bound else 'EXCEEDED'}")

@@ -1,6 +1,7 @@
 """How fast are the engines on this GPU, and are they right? One command on a bare machine: torch, and vLLM if installed; no network.
 
     python benchmarks/gpu.py                          7B in the published AWQ layout, random weights: on a GPU
+    python benchmarks/gpu.py --pages 64 --batches 8 64 --engines transformers        where a GPU is had for minutes
     python benchmarks/gpu.py --small                  the same with a model of 2 million weights: on a CPU, as the tests run it
 
 It writes a checkpoint with random weights (speed does not depend on their values), asks about pages of noise through the engines' own
@@ -10,8 +11,9 @@ pages/s over engines, weights, batch sizes and pages of a request, the share of 
     pages/s <= 1 / (work of a page / peak TFLOP/s + answer tokens x weights read in a step / batch / peak bandwidth)
     work of a page = 2 x weights of the language model x (visual + prompt + answer tokens) + 2 x weights of the vision tower x patches
 
-and where the time of a step goes. Then come checks of correctness. The exit code is 1 if one of them fails or, on an H100 or H200, a
-target is missed: 3 pages/s with transformers, 8 with vLLM.
+and where the time of a step goes. transformers is measured without CUDA graphs and with them, one after the other for each batch size. Then
+come checks of correctness, among them that replayed steps give what computing them gives. The exit code is 1 if one of them fails or, on an
+H100 or H200, a target is missed: 3 pages/s with transformers, 8 with vLLM.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from pipeline.engines import checkpoint
 from pipeline.engines.choice import count_weight_bytes
 from pipeline.engines.limits import count_token_bytes
 from pipeline.engines.transformers import TransformersEngine, awq, generate
+from pipeline.engines.transformers.replay import Computation, Recorder
 from pipeline.errors import DocumentError, EngineDead
 from pipeline.records import Completion, Request, Sampling
 from pipeline.schema import prompt
@@ -237,7 +240,7 @@ def time_steps(engine: TransformersEngine) -> Iterator[StepTimes]:
     """Time what the engine's passes do meanwhile. The waiting costs some of the speed, so throughput is measured without."""
     times = StepTimes()
     network, vocabulary = engine._model.network, engine._model.vocabulary
-    visual, masks, compute, step = network.model.visual.forward, vocabulary.compute_masks, generate.compute_pass, generate.run_step
+    visual, masks, compute, step = network.model.visual.forward, vocabulary.compute_masks, generate.run_pass, generate.run_step
 
     def spend(work: Callable[[], Any]) -> tuple[Any, float]:
         wait_for_device()
@@ -256,14 +259,14 @@ def time_steps(engine: TransformersEngine) -> Iterator[StepTimes]:
         times.mask += seconds
         return result
 
-    def run_pass(model: Any, cache: Any, staged: Any, words: Any, images: Any) -> Any:
-        before = times.vision
-        result, seconds = spend(lambda: compute(model, cache, staged, words, images))
-        if staged.is_reading:
+    def run_pass(model: Any, batch: Any, staged: Any, *given: Any) -> Any:
+        before, is_reading = times.vision, batch.rows[staged.shape.start].is_reading
+        result, seconds = spend(lambda: compute(model, batch, staged, *given))
+        if is_reading:
             times.prefill += seconds - (times.vision - before)
         else:
             times.decode += seconds
-            times.passes, times.row_passes = times.passes + 1, times.row_passes + staged.stop - staged.start
+            times.passes, times.row_passes = times.passes + 1, times.row_passes + len(staged.fed)
         return result
 
     def run_whole(*args: Any) -> None:
@@ -273,12 +276,12 @@ def time_steps(engine: TransformersEngine) -> Iterator[StepTimes]:
     from pipeline.engines import transformers as module
 
     network.model.visual.forward, vocabulary.compute_masks = see, mask
-    generate.compute_pass, module.run_step = run_pass, run_whole  # type: ignore[attr-defined]
+    generate.run_pass, module.run_step = run_pass, run_whole  # type: ignore[attr-defined]
     try:
         yield times
     finally:
         network.model.visual.forward, vocabulary.compute_masks = visual, masks
-        generate.compute_pass, module.run_step = compute, step  # type: ignore[attr-defined]
+        generate.run_pass, module.run_step = compute, step  # type: ignore[attr-defined]
 
 
 def read_cpu_s() -> float:
@@ -349,6 +352,8 @@ class Result:
 
     engine: str
     weights: str
+    graphs: str
+    """"on" or "off"; "–" where there are none."""
     batch: int
     per_request: int
     pages_per_s: float
@@ -361,12 +366,12 @@ class Result:
     def format(self) -> str:
         slots = f"{self.slots:6.0%}" if self.slots is not None else "     –"
         return (
-            f"{self.engine:<13}{self.weights:<6}{self.batch:>6}{self.per_request:>7}{self.pages_per_s:>10.2f}{self.tokens_per_s:>10.0f}"
+            f"{self.engine:<13}{self.weights:<6}{self.graphs:<6}{self.batch:>6}{self.per_request:>7}{self.pages_per_s:>10.2f}{self.tokens_per_s:>10.0f}"
             f"{self.share:>9.1%}{self.cpu_ms:>9.1f}{self.memory_gb:>9.2f} {slots}"
         )
 
 
-HEADING = "engine       held   batch  pages   pages/s  tokens/s    bound  CPU ms   GB max  useful slots"
+HEADING = "engine       held  graphs batch  pages   pages/s  tokens/s    bound  CPU ms   GB max  useful slots"
 
 
 def measure(engine: Any, weights: str, batch: int, per_request: int, pages: int, load: Workload, bound: Bound) -> Result:
@@ -388,26 +393,61 @@ def measure(engine: Any, weights: str, batch: int, per_request: int, pages: int,
     slots = counts.row_passes / (counts.passes * min(batch, len(requests))) if counts.passes else None
     memory = measure_memory(engine)
     limit = bound.compute_pages_per_s(load, prompt_tokens, min(batch, len(requests)), per_request)
-    return Result(engine.name, weights, batch, per_request, rate, written / elapsed, rate / limit, cpu_s / asked * 1e3, memory, slots)
+    graphs = "–" if engine.name != "transformers" or not torch.cuda.is_available() else "on" if engine._replays.is_on else "off"
+    share, cpu_ms = rate / limit, cpu_s / asked * 1e3
+    return Result(engine.name, weights, graphs, batch, per_request, rate, written / elapsed, share, cpu_ms, memory, slots)
 
 
 def count_rows(engine: Any, counts: StepTimes) -> Callable[[], None]:
     """Count decoding passes and their rows, which costs nothing; return what ends that."""
     if engine.name != "transformers":
         return lambda: None
-    compute = generate.compute_pass
+    compute = generate.run_pass
 
-    def run_pass(model: Any, cache: Any, staged: Any, words: Any, images: Any) -> Any:
-        if not staged.is_reading:
-            counts.passes, counts.row_passes = counts.passes + 1, counts.row_passes + staged.stop - staged.start
-        return compute(model, cache, staged, words, images)
+    def run_pass(model: Any, batch: Any, staged: Any, *given: Any) -> Any:
+        if not batch.rows[staged.shape.start].is_reading:
+            counts.passes, counts.row_passes = counts.passes + 1, counts.row_passes + len(staged.fed)
+        return compute(model, batch, staged, *given)
 
-    generate.compute_pass = run_pass
+    generate.run_pass = run_pass
 
     def restore() -> None:
-        generate.compute_pass = compute
+        generate.run_pass = compute
 
     return restore
+
+
+@contextmanager
+def switch_graphs(engine: TransformersEngine, is_on: bool) -> Iterator[None]:
+    """Have the engine, which has nothing to do, replay steps or not; without a GPU, and once a capture has failed, that changes nothing."""
+    replays = engine._replays
+    before = replays.is_on
+    replays.is_on = before and is_on
+    try:
+        yield
+    finally:
+        replays.is_on = before and (replays.is_on or not is_on)
+
+
+@contextmanager
+def count_recordings(engine: TransformersEngine) -> Iterator[list[float]]:
+    """Yield the seconds that each recording took, and note the memory that it took at the end."""
+    replays, taken = engine._replays, list[float]()
+    record = replays._record
+
+    def time_recording(words: Any, compute: Any) -> Any:
+        wait_for_device()
+        started = time.perf_counter()
+        result = record(words, compute)
+        wait_for_device()
+        taken.append(time.perf_counter() - started)
+        return result
+
+    replays._record = time_recording  # type: ignore[method-assign]
+    try:
+        yield taken
+    finally:
+        replays._record = record  # type: ignore[method-assign]
 
 
 def measure_memory(engine: Any) -> float:
@@ -507,6 +547,94 @@ def check_answers(checks: Checks, engine: Any, load: Workload, per_request: int)
     )
 
 
+def check_graphs(checks: Checks, engine: TransformersEngine, load: Workload, packed: bool) -> None:
+    """Compare replayed steps with computed ones: each step bit for bit, and the answers of both ways.
+
+    Without a GPU a replay is another computation from the same words: the shapes are those of graphs, nothing else is.
+    """
+    replays = engine._replays
+    is_real = engine._model.device.type == "cuda"
+    name = ("CUDA graphs" if is_real else "shapes of graphs") + (" (int4)" if packed else "")
+    if not is_real:
+        replays._make_recorder, replays.is_on = make_repeating_recorder, True
+    if not replays.is_on:
+        checks.note(name, False, "a capture has failed: see the warning above")
+        return
+    drawn = Sampling(max_tokens=load.answer_tokens * 2, temperature=1.0, top_p=0.9, top_k=50, repetition_penalty=1.1)
+    requests = [load.build_request(4 * 10**6 + key, 1) for key in range(12)]
+    requests = [replace(request, sampling=replace(drawn, seed=key)) if key % 3 == 2 else request for key, request in enumerate(requests)]
+    with switch_graphs(engine, is_on=False):
+        computed = raise_failures(ask_all(engine, requests))
+    counts = ComparedSteps()
+    with counts.compare(engine):
+        replayed = raise_failures(ask_all(engine, requests))
+    most = 0.25 if packed else 0.05  # the kernels for packed weights add in any order
+    is_right = replays.is_on and counts.steps > 0 and counts.other_tokens <= counts.tokens // 100 and counts.worst < most
+    checks.note(f"{name}: replayed steps as computed", is_right, counts.format())
+    same, worst = compare_logprobs(replayed, computed)
+    written = sum(len(answer.tokens) for answer in computed)
+    alike = sum(one.text == other.text for one, other in zip(replayed, computed, strict=True))
+    is_close = worst < (0.25 if is_real else 1e-3) and same > 0
+    found = f"{alike} of {len(requests)} answers, {same} of {written} tokens alike, log-probabilities within {worst:.4f}"
+    checks.note(f"{name}: answers with them equal those without", is_close, found)
+    replays.is_on = replays.is_on and is_real
+
+
+@dataclass
+class ComparedSteps:
+    """Replayed steps, and what computing them from the same words gave."""
+
+    steps: int = 0
+    alike: int = 0
+    """Steps with the same bits."""
+    tokens: int = 0
+    other_tokens: int = 0
+    worst: float = 0.0
+    """The largest difference of margins and log-probabilities, in rows that got the same token."""
+
+    @contextmanager
+    def compare(self, engine: TransformersEngine) -> Iterator[None]:
+        """Compute each step that is replayed meanwhile once more."""
+        replays = engine._replays
+        run = replays.run
+
+        def run_both(shape: Any, words: torch.Tensor, device: torch.device, generation: int, compute: Computation) -> torch.Tensor:
+            before = replays.replays
+            result = run(shape, words, device, generation, compute)
+            if replays.replays > before:
+                self.note(shape.rows, result.cpu(), compute(words.to(device)).cpu())
+            return result
+
+        replays.run = run_both  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            replays.run = run  # type: ignore[method-assign]
+
+    def note(self, rows: int, replayed: torch.Tensor, computed: torch.Tensor) -> None:
+        """Compare the results of a step (`compute_pass`)."""
+        same = replayed[:rows] == computed[:rows]
+        self.steps, self.alike = self.steps + 1, self.alike + int(torch.equal(replayed, computed))
+        self.tokens, self.other_tokens = self.tokens + rows, self.other_tokens + int((~same).sum())
+        one, other = (words[rows : 3 * rows].view(torch.float32).view(2, rows)[:, same] for words in (replayed, computed))
+        difference = (one - other).abs()[(one != other) & one.isfinite() & other.isfinite()]
+        self.worst = max(self.worst, float(difference.max()) if len(difference) else 0.0)
+
+    def format(self) -> str:
+        others = f"{self.other_tokens} of {self.tokens} tokens differ"
+        return f"{self.alike} of {self.steps} steps bit for bit, {others}, numbers of the others by at most {self.worst:.2g}"
+
+
+def make_repeating_recorder() -> Recorder:
+    """Return a recorder whose replays compute again from the words, where a graph would leave the result."""
+
+    def record(compute: Computation, words: torch.Tensor) -> tuple[Callable[[], object], torch.Tensor]:
+        result = compute(words)
+        return lambda: result.copy_(compute(words)), result
+
+    return record
+
+
 def compare_logprobs(one: Sequence[Completion], other: Sequence[Completion]) -> tuple[int, float]:
     """Return how many tokens agree before the first that differs in each answer, and the largest difference of their log-probabilities."""
     same, worst = 0, 0.0
@@ -556,6 +684,9 @@ def check_memory_recovery(checks: Checks, engine: TransformersEngine, load: Work
 
     is_real = engine._model.device.type == "cuda"
     if is_real:
+        with switch_graphs(engine, is_on=False):
+            raise_failures(ask_all(engine, [load.build_request(6, 1)]))  # leaves no cache behind, in which the large page could find room
+        engine._replays.drop_recordings()
         torch.cuda.empty_cache()
         used = torch.cuda.memory_reserved() + 3 * 2**29  # 1.5 GiB: enough for the pages of the others
         torch.cuda.set_per_process_memory_fraction(min(1.0, used / torch.cuda.mem_get_info()[1]))
@@ -581,7 +712,7 @@ def check_injected_death(checks: Checks, engine: TransformersEngine, load: Workl
     """Inject a CUDA error into a pass: every request under way and every later one ends with EngineDead."""
     compute = generate.compute_pass
 
-    def fail(*_: Any) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("CUDA error: an illegal memory access was encountered (injected)")
 
     generate.compute_pass = fail
@@ -603,10 +734,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--small", action="store_true", help="a model of 2 million weights, for a CPU")
     parser.add_argument("--pages", type=int, help="pages of each line of the table")
+    parser.add_argument("--batches", nargs="+", type=int, help="batch sizes of the table")
     parser.add_argument("--engines", nargs="+", default=["transformers", "vllm"])
     parser.add_argument("--folder", type=Path, help="keep the checkpoint here, and use it if it is there")
     given = parser.parse_args()
-    shape = MODELS["small" if given.small else "7b"]
+    shape = {**MODELS["small" if given.small else "7b"], **({"batches": given.batches} if given.batches else {})}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not given.small:
         parser.error("there is no GPU that torch can use: add --small")
@@ -641,14 +773,25 @@ def run_benchmark(folder: Path, shape: dict[str, Any], device: torch.device, pag
         for packed in (False, True) if device.type == "cuda" else (False,):
             weights = "int4" if packed else "bf16" if device.type == "cuda" else "fp32"
             engine = load_transformers(folder, max(shape["batches"]), device, packed)
-            for per_request in shape["per_request"]:
-                for batch in shape["batches"]:
-                    engine._batch_size = batch
-                    results.append(measure(engine, weights, batch, per_request, pages, load, find_bound(config, peaks, device, packed)))
-                    print(results[-1].format(), flush=True)
-            with time_steps(engine) as times:
-                raise_failures(ask_all(engine, [load.build_request(key, shape["per_request"][-1]) for key in range(max(shape["batches"]))]))
-            print(f"  step times ({weights}, batch {engine._batch_size}): {times.format()}")
+            bound, most = find_bound(config, peaks, device, packed), max(shape["batches"])
+            with count_recordings(engine) as recordings:
+                for per_request in shape["per_request"]:
+                    for batch in shape["batches"]:
+                        is_compared = engine._replays.is_on and per_request == shape["per_request"][0] and (batch == most or not packed)
+                        for is_on in (False, True) if is_compared else (True,):
+                            engine._batch_size = batch
+                            with switch_graphs(engine, is_on):
+                                results.append(measure(engine, weights, batch, per_request, pages, load, bound))
+                            print(results[-1].format(), flush=True)
+            if recordings:
+                spent = f"{len(recordings)} captured in {sum(recordings):.1f} s, {engine._replays.replays} steps replayed"
+                print(f"  graphs ({weights}): {spent}; {torch.cuda.memory_reserved() / 1e9:.2f} GB reserved")
+            for is_on in (False, True) if engine._replays.is_on else (True,):
+                with switch_graphs(engine, is_on), time_steps(engine) as times:
+                    raise_failures(ask_all(engine, [load.build_request(key, shape["per_request"][-1]) for key in range(most)]))
+                graphs = f", graphs {'on' if engine._replays.is_on and is_on else 'off'}" if device.type == "cuda" else ""
+                print(f"  step times ({weights}, batch {engine._batch_size}{graphs}): {times.format()}")
+            check_graphs(checks, engine, load, packed)
             if not packed:
                 reference = raise_failures(ask_all(engine, free))
                 check_answers(checks, engine, load, shape["per_request"][-1])

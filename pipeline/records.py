@@ -321,13 +321,34 @@ class SourceRow(TypedDict, total=False):
     """As in `Document`."""
 
 
+REREAD = "evidence.model"
+"""Stands for a rule's name, of which none has a dot, in the rows of requests that located values and read them again."""
+
+
+class AskedValueRow(TypedDict):
+    """A value that such a request asked about. Its page and its box are null where the request was for them."""
+
+    path: str
+    """In the answer to the request that it is from."""
+    value: str
+    """As text: a string as it is, anything else as JSON."""
+    page: int | None
+    x0: float | None
+    """Corners in PDF points, origin top left, page rotation applied."""
+    y0: float | None
+    x1: float | None
+    y1: float | None
+
+
 class LedgerRow(TypedDict, total=False):
     """A row of `requests/`, the ledger: one request and its outcome. Its fields are those of `output.ledger.LEDGER_SCHEMA`."""
 
     key: str | None
     """32 hex digits; None in a row that only identifies a document, which the ledger does not keep."""
     rule: str | None
-    """The broken rule for whose fields this request asked again; None for a request about a whole record."""
+    """The broken rule for whose fields this request asked again, or `REREAD`; None for a request about a whole record."""
+    asked_values: list[AskedValueRow] | None
+    """Of a request whose `rule` is `REREAD`, in the order of their numbers in the answer, from 1."""
     attempt: int
     source: str
     doc_id: str | None

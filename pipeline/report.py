@@ -10,7 +10,7 @@ from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import RunError
-from pipeline.records import ReceiptRow, Stage
+from pipeline.records import REREAD, ReceiptRow, Stage
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -133,6 +133,8 @@ class Report:
     """Requests that an engine answered in this run."""
     rule_requests: int = 0
     """Those of them that asked again for the fields of a broken rule; no other count by status has them."""
+    reread_requests: int = 0
+    """Those of them that asked where values stand, or read them again (`evidence.model`); no count by status has them either."""
     pages_asked: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -233,8 +235,9 @@ class ProgressTracker:
         report.pages_asked += row.get("pages_shown", 0)
         report.prompt_tokens += row.get("prompt_tokens") or 0
         report.completion_tokens += row.get("completion_tokens") or 0
-        if row.get("rule"):  # beside the request whose answer broke it, which is counted itself
-            report.rule_requests += 1
+        if rule := row.get("rule"):  # beside the request whose answer broke it, which is counted itself
+            report.reread_requests += rule == REREAD
+            report.rule_requests += rule != REREAD
             return
         if row["key"]:
             report.requests[row["status"]] = report.requests.get(row["status"], 0) + 1

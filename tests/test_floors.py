@@ -10,9 +10,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pipeline"
 FLOORS = (
-    *("version", "errors", "deadline", "processes", "scratch", "records", "failure_kinds", "budget", "events", "report", "schema"),
-    *("evidence", "storage", "render", "job", "sources", "output", "registry", "export", "score", "engines", "cluster", "stages"),
-    *("review", "flow", "plan", "demo", "cli"),
+    *("version", "wording", "errors", "deadline", "processes", "scratch", "records", "failure_kinds", "budget", "events", "report"),
+    *("schema", "evidence", "storage", "render", "job", "sources", "output", "registry", "export", "score", "engines", "cluster"),
+    *("stages", "review", "flow", "plan", "demo", "cli"),
 )
 """Files and folders of the package in the order of the data's way, read backwards: each imports only what stands before it."""
 DOORS = {

@@ -43,6 +43,7 @@ def check_command(job_file: Path, settings: tuple[str, ...], as_json: bool) -> N
         "fingerprint": job.fingerprint,
         "engine": limits.describe_engine(job),
         "a4_page": model_files.describe_a4_page(job),
+        "box_units": dict(zip(("units", "from"), map(str, model_files.find_box_units(job)), strict=True)),
         "prompt": job.system_message,
         **described,
         "rules": [asdict(rule) for rule in job.rules],
@@ -97,10 +98,10 @@ def show_job(found: dict[str, Any]) -> None:
 
     columns = measure_terminal(sys.stdout)[0] or LOG_WIDTH
     click.echo(yaml.safe_dump({name: found[name] for name in ("job", "fingerprint")}, sort_keys=False, allow_unicode=True, width=columns))
-    ocr = format_ocr(found["job"]["evidence"]["ocr"])
-    click.echo(
-        f"{format_engine(found['engine'])}\n{format_a4_page(found['a4_page'])}{ocr}\n\nprompt:\n{indent(found['prompt'], '  ')}\n\ncolumns:"
-    )
+    evidence = format_ocr(found["job"]["evidence"]["ocr"])
+    evidence += format_rereading(found["box_units"]) if found["job"]["evidence"]["model"] == "on" else ""
+    page, prompt = format_a4_page(found["a4_page"]), indent(found["prompt"], "  ")
+    click.echo(f"{format_engine(found['engine'])}\n{page}{evidence}\n\nprompt:\n{prompt}\n\ncolumns:")
     for name, kind in found["columns"].items():
         click.echo(f"  {name}: {kind}")
     cost = "makes up a value" if found["job"]["extract"]["absent"] == "forbid" else "is invalid"
@@ -135,6 +136,19 @@ def format_ocr(mode: str) -> str:
     """Return a line on what OCR reads and what it costs; nothing where it is off."""
     pages = {"doubtful": "the pages of doubtful documents", "scans": "pages without a usable text layer", "all": "every page"}
     return f"\nOCR: {pages[mode]}, 3 to 10 s of one CPU each, after the asking and without the GPU" if mode in pages else ""
+
+
+def format_rereading(units: dict[str, str]) -> str:
+    """Return a line on what `evidence.model` costs, and in what the model counts where it names a place."""
+    source = {
+        "job": "as model.box_units says",
+        "checkpoint": "as models of this family do",
+        "name": "by the model's name; model.box_units says it",
+    }[units["from"]]
+    return (
+        "\nvalues that the text layer does not show are located and read again by the model: 2 to 7 more requests each time; places in "
+        f"{units['units']} of a page ({source})"
+    )
 
 
 def format_a4_page(page: dict[str, Any]) -> str:

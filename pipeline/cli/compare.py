@@ -12,6 +12,7 @@ from pipeline.cli.exit_codes import convert_to_exit_code
 from pipeline.cli.options import DATE_TOLERANCE, JSON, NUMBER_TOLERANCE
 from pipeline.cli.tables import format_interval, print_names, show_table
 from pipeline.report import ExitCode
+from pipeline.wording import format_count
 
 if TYPE_CHECKING:
     from pipeline.score.comparison import ComparisonResult
@@ -62,7 +63,7 @@ DEFAULT_MAX_DROP = 0.5
 
 def show_comparison(found: ComparisonResult) -> None:
     """Print what differs between two outputs: statuses, fields, documents, and with a truth which is better."""
-    title = f"A {found['a']}, B {found['b']}: {found['documents']} documents, {found['changed']} differ"
+    title = f"A {found['a']}, B {found['b']}: {format_count(found['documents'], 'document')}, {found['changed']:,} changed"
     titles = ["field", "same", "changed", "became null", "became a value"]
     show_table(title, titles, [[field, *map(str, counts.values())] for field, counts in found["fields"].items()])
     if any(row["a"] != row["b"] for row in found["statuses"]):
@@ -79,7 +80,8 @@ def show_comparison(found: ComparisonResult) -> None:
     print_names("only in A", found["only_in_a"])
     print_names("only in B", found["only_in_b"])
     if truth := found["truth"]:
-        print_message(f"right in {truth['documents']} documents: A {format_interval(truth['a'])} %, B {format_interval(truth['b'])} %")
+        documents = format_count(truth["documents"], "document")
+        print_message(f"right in {documents}: A {format_interval(truth['a'])} %, B {format_interval(truth['b'])} %")
         points = f"{truth['difference_points']:+.2f} points ({truth['low_points']:+.2f} to {truth['high_points']:+.2f})"
         judged = (
             f"worse by more than {truth['max_drop_points']:g}"

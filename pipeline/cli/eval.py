@@ -13,6 +13,7 @@ from pipeline.cli.exit_codes import convert_to_exit_code
 from pipeline.cli.options import DATE_TOLERANCE, JSON, NUMBER_TOLERANCE
 from pipeline.cli.tables import format_interval, format_number, format_percent, print_names, show_table
 from pipeline.errors import JobError
+from pipeline.wording import format_count
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,8 +113,9 @@ def show_calibration(output: str, truth: Path, tolerance: Tolerance, file: Path,
     rows = [[name, *list_held_out_cells(scores)] for name, scores in {"all": found["held_out"], **found["kinds"]}.items()]
     titles = ["kind of page", "documents", "values", "errors", "AUROC", "of tokens alone", "ECE", "Brier", "90 % surest: wrong %"]
     show_table("calibration, fitted on half of the documents and measured on the other", titles, rows)
+    documents, values = format_count(found["documents"], "document"), format_count(found["values"], "value")
     print_message(
-        f"{found['file']}: fitted on all {found['documents']} documents, {found['values']} values with {found['errors']} errors; "
+        f"{found['file']}: fitted on all of {documents}, {values} with {format_count(found['errors'], 'error')}; "
         "set extract.calibration to it and run pipeline settle"
     )
 
@@ -191,7 +193,7 @@ def show_evaluation(found: EvaluationResult) -> None:
         [name for name, count in scores["total"]["outcomes"].items() if name in ERRORS and (count or name != "unread")],
     )
     rows = [[name, *list_score_cells(of, counted)] for name, of in {"all": total, **scores["fields"]}.items()]
-    title = f"{found['output']}: {scores['documents']} documents, {scores['failed']} failed"
+    title = f"{found['output']}: {format_count(scores['documents'], 'document')}, {scores['failed']:,} failed"
     show_table(title, ["field", "cells", "exact %", "norm. %", "ANLS %", "F1 %", *counted], rows)
     print_message(f"documents without an error: {format_interval(scores['perfect'])} %")
     ratios = f"precision {format_percent(total['precision'])} %, recall {format_percent(total['recall'])} %"
@@ -207,9 +209,10 @@ def show_evaluation(found: EvaluationResult) -> None:
         ]
         show_table("review of the least certain values", ["reviewed %", "errors left", "of all errors %", "of the rest %"], rows)
         numbers = (("AUROC", certainty["auroc"]), ("ECE", certainty["ece"]), ("Brier", certainty["brier"]))
+        shown = ", ".join(f"{name} {format_number(number)}" for name, number in numbers)
         print_message(
-            f"confidence: {', '.join(f'{name} {format_number(number)}' for name, number in numbers)}, over {certainty['values']} values "
-            f"with {certainty['errors']} errors; {certainty['errors_without']} errors have no confidence"
+            f"confidence: {shown}, over {format_count(certainty['values'], 'value')} with {format_count(certainty['errors'], 'error')}; "
+            f"{format_count(certainty['errors_without'], 'error')} without a confidence"
         )
         titles = ["kind of page", "values", "errors", "AUROC", "ECE", "Brier", "90 % surest: wrong %"]
         show_table("confidence", titles, [[kind, *list_certainty_cells(scores)] for kind, scores in found["kinds"].items()])

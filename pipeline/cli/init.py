@@ -12,6 +12,7 @@ from pipeline.cli.console import print_json, print_message
 from pipeline.cli.exit_codes import convert_to_exit_code
 from pipeline.cli.options import JSON, load_job
 from pipeline.cli.progress import show_waiting
+from pipeline.wording import format_count
 
 if TYPE_CHECKING:
     from pipeline.job.model_section import ModelSection
@@ -82,10 +83,11 @@ def init_command(
         for name, reason in drafted.failures.items():
             print_message(f"left out: {name}: {reason}")
         print_message(
-            f"{written[-1]} is a DRAFT: {drafted.fields} fields, as a model saw them in {drafted.documents} of {len(files)} documents."
+            f"{written[-1]} is a DRAFT: {format_count(drafted.fields, 'field')}, as a model saw them "
+            f"in {drafted.documents} of {format_count(len(files), 'document')}."
         )
         print_message("Read it: remove what you do not need, correct types and descriptions. Nothing in it is verified.")
-    print_message(f"{len(written)} files written to {target}; next: {command}")
+    print_message(f"{format_count(len(written), 'file')} written to {target}; next: {command}")
 
 
 def check_draft_options(files: tuple[Path, ...], endpoint: str | None, job_file: Path | None) -> None:
@@ -107,7 +109,7 @@ def make_draft(files: tuple[Path, ...], endpoint: str | None, job_file: Path | N
     from pipeline.stages.draft import draft_schema, make_endpoint_job
 
     job = make_endpoint_job(endpoint) if endpoint else load_job(Path(str(job_file)), ())
-    with show_waiting(f"asking a model for the fields of {len(files)} documents", quiet=quiet):
+    with show_waiting(f"asking a model for the fields of {format_count(len(files), 'document')}", quiet=quiet):
         drafted = draft_schema(job, files)
     section = job.sections.model
     names = {key: getattr(section, key) for key in ("name", "lora") if getattr(section, key)}

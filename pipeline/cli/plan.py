@@ -12,6 +12,7 @@ from pipeline.cli.exit_codes import convert_to_exit_code
 from pipeline.cli.options import JOB, JSON, LIMIT, SET, load_job
 from pipeline.cli.progress import show_waiting
 from pipeline.cli.tables import print_names, show_table
+from pipeline.wording import format_count
 
 if TYPE_CHECKING:
     from pipeline.plan.estimate import Range, RunPlan
@@ -63,23 +64,21 @@ def show_plan(found: RunPlan) -> None:
     if cost := found["cost"]:
         rows.append(["cost", format_range(cost), cost["source"]])
     if (earlier := found["earlier_run"]) and earlier["hours"] is not None:
-        rows.append(
-            [
-                "hours as before",
-                format_amount(earlier["hours"]),
-                f"{earlier['pages_per_s']:.2f} pages/s of {earlier['output']} ({earlier['model']})",
-            ]
-        )
+        rows.append(["hours as before", format_amount(earlier["hours"]), f"{earlier['pages_per_s']:.2f} pages/s of the earlier run"])
     rows += [["disk", f"{found['disk_mib']:,} MiB", "the ledger"], ["driver's memory", f"{found['driver_mib']:,} MiB", "6 kB a request"]]
     if dpi := found["dpi"]:
         rows.append(["effective dpi", f"{dpi['least']:.0f} to {dpi['largest']:.0f}", f"median {dpi['median']:.0f}"])
-    if earlier:
-        rows = [[what, amount, source.replace(earlier["output"], shorten_path(earlier["output"]))] for what, amount, source in rows]
     show_table(f"plan of {found['job']}", ["what", "how much", "from"], rows)
+    if earlier:
+        print_message(f"earlier run: {shorten_path(earlier['output'])}, model {earlier['model']}")
     for kind, count in found["failures"].items():
-        print_message(f"{count} documents cannot be opened: {kind}")
+        print_message(f"{format_count(count, 'document')} that cannot be opened: {kind}")
     print_names("files with the bytes of another, asked once", found["duplicates"])
     print_names(f"documents whose requests may exceed the context of {found['context_tokens']:,} tokens", found["beyond_context"])
+    if found["reread_requests"]:
+        print_message(
+            f"evidence.model: up to {found['reread_requests']:,} requests more, where values lack a witness; not in the figures above"
+        )
     small = found["small_print"]
     if small["share"] > 0:
         share = f"{small['share']:.0%} of {small['sampled']:.0f} sampled pages"

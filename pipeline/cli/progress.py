@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.cli.console import make_console, print_text, strip_control_characters
 from pipeline.report import Phase, Progress
+from pipeline.wording import format_count
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -253,7 +254,7 @@ def format_counts(now: Progress, order: Sequence[str] = LINE_ORDER) -> str:
     if now.phase is Phase.LISTING:
         found = now.documents_done if now.documents is None else now.documents
         so_far = " so far" * (now.documents is None)
-        return f"{found} document{'s' * (found != 1)}{so_far}" if found or not so_far else ""
+        return f"{format_count(found, 'document')}{so_far}" if found or not so_far else ""
     if now.documents is None:
         return ""
     parts = {"documents": f"{now.documents_done}/{now.documents} documents{' so far' * now.is_listing}"}

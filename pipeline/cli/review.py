@@ -11,6 +11,7 @@ from pipeline.cli.console import print_json, print_message
 from pipeline.cli.exit_codes import convert_to_exit_code
 from pipeline.cli.options import JSON
 from pipeline.cli.progress import show_waiting
+from pipeline.wording import format_count
 
 MAX_PROBLEMS_SHOWN = 3
 
@@ -57,7 +58,9 @@ def review_command(output: str, file: Path, with_pages: int, documents: Path | N
     if as_json:
         print_json(written)
         return
-    print_message(f"{written['file']}: {written['documents']} records, the pages of {written['with_pages']}; open it in a browser")
+    print_message(
+        f"{written['file']}: {format_count(written['documents'], 'record')}, the pages of {written['with_pages']}; open it in a browser"
+    )
     for problem in written["problems"][:MAX_PROBLEMS_SHOWN]:
         print_message(f"not shown: {problem}")
     if (more := len(written["problems"]) - MAX_PROBLEMS_SHOWN) > 0:
@@ -73,6 +76,8 @@ def serve_review(output: str, documents: Path | None, port: int, as_json: bool) 
     if as_json:
         print_json({"address": server.address, "documents": len(server.documents)})
     else:
-        print_message(f"{len(server.documents)} records at {server.address}\nopen it on this machine; Ctrl-C ends the server")
+        print_message(
+            f"{format_count(len(server.documents), 'record')} at {server.address}\nopen it on this machine; Ctrl-C ends the server"
+        )
     with suppress(KeyboardInterrupt):
         server.serve()

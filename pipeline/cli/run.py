@@ -14,6 +14,7 @@ from pipeline.cli.exit_codes import call_on_signal, convert_to_exit_code
 from pipeline.cli.options import CLUSTER, JOB, JSON, LIMIT, OUTPUT, RETRY, SET, SHARED, load_job
 from pipeline.cli.progress import show_progress
 from pipeline.report import ExitCode
+from pipeline.wording import format_count
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,7 +93,7 @@ def keep_corrections(job: Job, file: Path, as_json: bool) -> None:
     added = add_corrections(output, file, ArrowPlan(job.schema), read_sources(output)["source"].to_pylist())
     if not as_json:
         values = sum(len(found.paths) for found in added)
-        print_message(f"{values} value{'s' * (values != 1)} in {len(added)} record{'s' * (len(added) != 1)} corrected by {file}")
+        print_message(f"{format_count(values, 'value')} in {format_count(len(added), 'record')} corrected by {file}")
 
 
 def show_run(work: Callable[[ProgressDisplay], Report], stopping: str, as_json: bool, bar: bool = True) -> ExitCode:
@@ -111,7 +112,8 @@ def show_report(ended: Report, console: Console | None = None) -> None:
     """Print the result of a run."""
     from rich.table import Table
 
-    table = Table(title=f"{ended.job}: {ended.documents} documents, {ended.records} records", title_justify="left", show_header=False)
+    documents, records = format_count(ended.documents, "document"), format_count(ended.records, "record")
+    table = Table(title=f"{ended.job}: {documents}, {records}", title_justify="left", show_header=False)
     for name, number in {**ended.statuses, **{f"  {kind}": n for kind, n in ended.failures.items()}}.items():
         table.add_row(name, str(number))
     if ended.partial:
@@ -129,6 +131,8 @@ def show_report(ended: Report, console: Console | None = None) -> None:
     table.add_row("requests asked", str(ended.requests_asked))
     if ended.rule_requests:
         table.add_row("  of them about broken rules", str(ended.rule_requests))
+    if ended.reread_requests:
+        table.add_row("  of them to read values again", str(ended.reread_requests))
     if ended.requests_asked:
         table.add_row("pages asked", f"{ended.pages_asked} ({ended.pages_per_s:.1f} pages/s, start-up included)")
         table.add_row("tokens read, written", f"{ended.prompt_tokens}, {ended.completion_tokens}")

@@ -65,8 +65,9 @@ def resolve_engine(job: Job, gpus: float) -> Job:
     `model.weights` alone stays open: it depends on the GPU that the model is loaded on.
 
     A server is asked which model it has and how it keeps to the schema. Without a GPU, `model.without_gpu` decides. A model in an object
-    store or on the hub gets its revision, the demonstration model this package's version, and each the size of its visual tokens. Raises
-    JobError when there is no GPU for the model, when a hub id is not known, or not in the cache where the hub cannot be reached.
+    store or on the hub gets its revision, as does an adapter on the hub, the demonstration model this package's version, and each the size
+    of its visual tokens. Raises JobError when there is no GPU for the model, when a hub id is not known, or not in the cache where the hub
+    cannot be reached.
     """
     model = job.sections.model
     check_package(job)
@@ -87,7 +88,10 @@ def resolve_engine(job: Job, gpus: float) -> Job:
     if is_store_url(model.name):
         job = job.with_model(revision=model_cache.resolve_store_revision(model.name, model.revision))
     elif not job.is_local_path(model.name):
-        job = job.with_model(revision=resolve_hub_revision(job))
+        job = job.with_model(revision=resolve_hub_revision(job, "model.name", model.name, model.revision, "config.json"))
+    if model.lora and not job.is_local_path(model.lora):
+        found = resolve_hub_revision(job, "model.lora", model.lora, model.lora_revision, "adapter_config.json")
+        job = job.with_model(lora_revision=found)
     job = resolve_cell_px(job)
     if job.sections.model.engine == "vllm":
         memory = read_gpu_memory() if gpus else ()
@@ -95,20 +99,20 @@ def resolve_engine(job: Job, gpus: float) -> Job:
     return job
 
 
-def resolve_hub_revision(job: Job) -> str:
-    """Return the commit that the job's revision of a hub's repository means now, so that all machines load the same weights.
+def resolve_hub_revision(job: Job, key: str, name: str, revision: str | None, file: str) -> str:
+    """Return the commit that a revision of a hub's repository means now, so that all machines load the same weights.
 
-    Raises JobError when a hub id is not known, or not in the cache where the hub cannot be reached.
+    `key` is the job's, `file` one that every such repository has. Raises JobError when a hub id is not known, or not in the cache where
+    the hub cannot be reached.
     """
     from huggingface_hub import hf_hub_download
 
-    model = job.sections.model
     try:
-        return Path(hf_hub_download(model.name, "config.json", revision=model.revision)).parent.name  # …/snapshots/COMMIT/config.json
+        return Path(hf_hub_download(name, file, revision=revision)).parent.name  # …/snapshots/COMMIT/config.json
     except (OSError, ValueError) as error:  # the hub's errors are OSErrors, a malformed id is a ValueError
         reason = " ".join(str(error).split())[:300]
         raise JobError(
-            f"{job.file}: model.name is {model.name!r}, neither a folder nor known to the hub: {reason}", job.file, "model.name"
+            f"{job.file}: {key} is {name!r}, neither a folder nor a repository of the hub with {file}: {reason}", job.file, key
         ) from None
 
 
@@ -238,6 +242,7 @@ def load_transformers_engine(job: Job, threads: int | None) -> Engine:
         keep_int4=model.weights == "int4",
         part_tokens=model.max_num_batched_tokens,
         logprobs=model.logprobs is not False,
+        enforce_eager=model.enforce_eager,
     )
 
 
@@ -267,7 +272,11 @@ def find_weights(job: Job) -> str:
     return str(find_model_folder(job)) if find_model_folder(job).is_dir() else job.sections.model.name
 
 
-def find_adapter(job: Job) -> str | None:
-    """Return the folder of the job's LoRA adapter, or its hub id."""
-    lora = job.sections.model.lora
-    return str(job.resolve_local_path(lora)) if lora and job.is_local_path(lora) else lora
+def find_adapter(job: Job) -> Path | None:
+    """Return the folder of the job's LoRA adapter, if it has one; fetched from the hub where that has it. Raises JobError."""
+    from pipeline.engines.checkpoint import locate_checkpoint
+
+    model = job.sections.model
+    if not model.lora:
+        return None
+    return job.resolve_local_path(model.lora) if job.is_local_path(model.lora) else locate_checkpoint(model.lora, model.lora_revision)

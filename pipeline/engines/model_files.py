@@ -16,6 +16,7 @@ from urllib.request import getproxies
 from pipeline.budget import A4_PT, count_visual_tokens, fit_page
 from pipeline.engines import checkpoint_files, model_cache
 from pipeline.errors import JobError
+from pipeline.evidence.boxes import FAMILIES, BoxUnits, guess_box_units
 from pipeline.job import Job
 from pipeline.storage import object_store
 from pipeline.storage.location import is_store_url
@@ -128,6 +129,19 @@ def resolve_cell_px(job: Job, fetch: bool = True) -> Job:
     resolved = job.with_model(cell_px=found or given)
     _ = resolved.budget  # raises where no page fits
     return resolved
+
+
+def find_box_units(job: Job) -> tuple[BoxUnits, str]:
+    """Return in what the job's model counts the places that it names, and how that is known: `job`, `checkpoint` or `name`.
+
+    Asks neither hub nor store. Raises JobError for a config.json that is no JSON object.
+    """
+    model = job.sections.model
+    if model.box_units != "auto":
+        return BoxUnits(model.box_units), "job"
+    config = None if model.engine == "openai" else read_model_file(job, "config.json", fetch=False)
+    family = str((config or {}).get("model_type"))
+    return (FAMILIES[family], "checkpoint") if family in FAMILIES else (guess_box_units(model.name), "name")
 
 
 def describe_a4_page(job: Job) -> dict[str, Any]:

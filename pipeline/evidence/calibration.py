@@ -146,11 +146,15 @@ def describe_beside(group: Sequence[tuple[float, Evidence | None]], is_in_list: 
 
 
 def describe_evidence(one: ValueFacts) -> dict[str, float]:
-    """Return the features of a value's evidence; none where there was nothing to look in or for."""
+    """Return the features of a value's evidence; none where there was nothing to look in or for.
+
+    What was only read again is absent, too, as it is to a calibration that was fitted without such values.
+    """
     found = one.evidence
     if found is None:
         return {}
-    row = {f"match {found.match}": 1.0, f"{one.type} {found.match}": 1.0}
+    matches = [Match.ABSENT, Match.REREAD] if found.match == Match.REREAD else [found.match]
+    row = {name: 1.0 for match in matches for name in (f"match {match}", f"{one.type} {match}")}
     if found.distance is not None:
         row |= {"edits": found.distance / max(1, len(found.value))}
     if found.places:

@@ -16,10 +16,11 @@ from typing import TypedDict
 from pipeline.evidence.match import Evidence, Match, Witness
 
 LEAST_P = 1e-4
-FACTORS = {Match.EXACT: 20.0, Match.NORMALIZED: 20.0, Match.SIMILAR: 0.5, Match.HIDDEN: 0.05, Match.ABSENT: 0.1, Match.NOT_APPLICABLE: 1.0}
+FACTORS = {Match.EXACT: 20.0, Match.NORMALIZED: 20.0, Match.SIMILAR: 0.5, Match.HIDDEN: 0.05, Match.ABSENT: 0.1}
+FACTORS |= {Match.REREAD: 1.0, Match.NOT_APPLICABLE: 1.0}
 SEVERAL_PLACES, WITH_LABEL = 3.0, 7.0
 """Factor of a value in several places without any word of its label there, and what a whole label adds."""
-WEIGHTS = {None: 1.0, Witness.TEXT: 1.0, Witness.OCR: 0.75, Witness.OCR_LAYER: 0.5}
+WEIGHTS = {None: 1.0, Witness.TEXT: 1.0, Witness.MODEL: 1.0, Witness.OCR: 0.75, Witness.OCR_LAYER: 0.5}
 """To which power the factor of a witness is raised: OCR of the pixels errs, and what OCR software has added to a scan errs more often."""
 DISAGREEMENT = 0.2
 """Factor of a value on which the parts of a document disagree."""

@@ -4,6 +4,7 @@ exact            printed as it is written
 normalized       printed in another form: 1.234,50 for 1234.5, 22. Mai 2020 for 2020-05-22, other case, spacing, punctuation
 similar          nearly the same is printed: this places a box and verifies nothing
 hidden           only in text that a reader cannot see
+reread           no witness shows it, and the model that wrote it reads it again in the place that it names (`readings`)
 absent           in no word of the pages
 not_applicable   nothing to look for: no words, a boolean, a choice whose printed form the schema does not say
 """
@@ -45,11 +46,12 @@ class Match(StrEnum):
     NORMALIZED = "normalized"
     SIMILAR = "similar"
     HIDDEN = "hidden"
+    REREAD = "reread"
     ABSENT = "absent"
     NOT_APPLICABLE = "not_applicable"
 
 
-UNWITNESSED = frozenset({Match.SIMILAR, Match.HIDDEN, Match.ABSENT})
+UNWITNESSED = frozenset({Match.SIMILAR, Match.HIDDEN, Match.REREAD, Match.ABSENT})
 """Values that no witness shows."""
 
 
@@ -62,6 +64,8 @@ class Witness(StrEnum):
     """Text that OCR software added to a scan: a weaker witness."""
     OCR = "ocr"
     """OCR of the page's pixels (`ocr.read_words_by_ocr`)."""
+    MODEL = "model"
+    """The model itself, asked again: no independent reader."""
 
 
 @dataclass(frozen=True)
@@ -243,13 +247,18 @@ def describe_scalar(scalar: Scalar, placed: PlacedValue, index: DocumentIndex) -
         )
     if index.hidden_pages and (hidden := find_places(scalar, index, index.hidden_pages)):
         return describe_place(scalar.path, text, Match.HIDDEN, hidden[0], places=len(hidden))
-    if isinstance(scalar.value, bool) or any("enum" in schema or "const" in schema for schema in scalar.schemas):
+    if is_choice(scalar):
         return Evidence(scalar.path, text, Match.NOT_APPLICABLE)
     similar = [(edits, page, find) for page in index.pages[:MAX_SIMILAR_PAGES] for find, edits in list_similar(page, scalar)]
     if similar:
         edits, page, find = min(similar, key=lambda found: found[0])
         return describe_place(scalar.path, text, Match.SIMILAR, Place(page, find, False), distance=edits)
     return Evidence(scalar.path, text, Match.ABSENT)
+
+
+def is_choice(scalar: Scalar) -> bool:
+    """Say whether a value is one of a few that need not be printed as they are written."""
+    return isinstance(scalar.value, bool) or any("enum" in schema or "const" in schema for schema in scalar.schemas)
 
 
 def names_number(value: Any) -> bool:

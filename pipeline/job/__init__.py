@@ -25,7 +25,7 @@ from pipeline import schema
 from pipeline.budget import CELL_PX, PixelBudget, check_budget
 from pipeline.errors import JobError
 from pipeline.job.pydantic_model import is_model_name, load_model_schema
-from pipeline.job.sections import JobSections
+from pipeline.job.sections import PARTS_PER_REQUEST, JobSections
 from pipeline.job.yaml_file import KeyPositions, apply_setting, build_job_error, read_yaml
 from pipeline.records import Sampling
 from pipeline.schema import prompt
@@ -122,8 +122,13 @@ class Job:
 
     @cached_property
     def images_per_request(self) -> int:
-        """Most images of a request: its pages, and the enlarged part of one where a rule asks again. Raises JobError."""
+        """Most images of a request for a record: its pages, and the enlarged part of one where a rule asks again. Raises JobError."""
         return self.pages_per_request + any(rule.asks_again for rule in self.rules)
+
+    @property
+    def most_images(self) -> int:
+        """Most images of any request: one that reads values again has smaller ones, and may have more. Raises JobError."""
+        return max(self.images_per_request, PARTS_PER_REQUEST if self.sections.evidence.model == "on" else 0)
 
     @cached_property
     def budget(self) -> PixelBudget:
@@ -147,8 +152,9 @@ class Job:
         engine = self.sections.model.engine
         engine = "transformers" if engine == "auto" else engine
         return self.with_model(
-            name=DEMO_MODEL, engine=engine, revision=__version__, lora=None, rope_scaling=None, cell_px=None, weights="auto"
-        )
+            name=DEMO_MODEL, engine=engine, revision=__version__, lora=None, lora_revision=None, rope_scaling=None, cell_px=None,
+            weights="auto",
+        )  # fmt: skip
 
     def with_model(self, **keys: Any) -> Job:
         """Return the job with these keys of the section `model` replaced."""
@@ -158,8 +164,8 @@ class Job:
     def with_resolved_model(self, model: Mapping[str, Any]) -> Job:
         """Return the job with the model that an earlier run resolved, given the section `model` of that run's `job.yaml`.
 
-        The engine, where it is `auto`, the demonstration model, the revision of a model in an object store or on the hub and the size of
-        a visual token are taken over, unless the job names them; of a server, each key that is `auto`.
+        The engine, where it is `auto`, the demonstration model, the revisions of a model in an object store or on the hub and of its
+        adapter, and the size of a visual token are taken over, unless the job names them; of a server, each key that is `auto`.
         """
         own = self.sections.model
         if own.engine != "openai":
@@ -169,8 +175,10 @@ class Job:
             if model["name"] != own.name:
                 return begun
             pinned = own.revision is not None and (is_store_url(own.name) or is_commit(own.revision))
-            revision = own.revision if pinned else model["revision"]
-            return begun.with_model(revision=revision, cell_px=own.cell_px or model.get("cell_px"))
+            found = {"revision": own.revision if pinned else model["revision"]}
+            if model.get("lora") == own.lora and not (own.lora_revision and is_commit(own.lora_revision)):
+                found["lora_revision"] = model.get("lora_revision")
+            return begun.with_model(**found, cell_px=own.cell_px or model.get("cell_px"))
         return self.with_model(**{key: model.get(key, "auto") for key in ("name", "server", "structure") if getattr(own, key) == "auto"})
 
     def with_begun_engine(self, model: Mapping[str, Any]) -> Job:
@@ -203,7 +211,8 @@ class Job:
             },
             "model": sections.model.model_dump(include=DECISIVE_MODEL_KEYS.get(sections.model.engine, TRANSFORMERS_KEYS))
             | ({"cell_px": self.budget.cell_px} if self.budget.cell_px != CELL_PX else {})
-            | ({"weights": sections.model.weights} if sections.model.weights != "auto" else {}),
+            | ({"weights": sections.model.weights} if sections.model.weights != "auto" else {})
+            | ({"lora_revision": sections.model.lora_revision} if sections.model.lora_revision else {}),
             "pages": sections.pages.model_dump() | {"per_request": self.pages_per_request},
             "prompt": self.system_message,
             "sampling": asdict(self.sampling),

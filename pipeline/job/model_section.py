@@ -47,6 +47,12 @@ class ModelSection(Section):
         description="Side in pixels of the square that one visual token covers. Default: the checkpoint's own, 28 for Qwen2-VL and "
         "Qwen2.5-VL, 32 for Qwen3-VL. To be set for a server alone, where the default is 28; a wrong one has every page resized.",
     )
+    box_units: Literal["auto", "pixels", "thousandths"] = Field(
+        "auto",
+        description="In what the model counts where it is asked for the place of a value (`evidence.model`): pixels of the page image, as "
+        "Qwen2.5-VL, or thousandths of its width and height, as Qwen2-VL and Qwen3-VL. Default: by the checkpoint's family; of a server by "
+        "the model's name, thousandths where that does not say it. With the wrong one no place is right, and nothing is read again.",
+    )
     stall_s: float = Field(
         300.0,
         gt=0,
@@ -81,6 +87,7 @@ class ModelSection(Section):
         description="Folder or hub id of a LoRA adapter. `transformers` merges it into the weights (needs the package `peft`); `vllm` "
         "applies it beside them, to the language model alone, which costs some speed.",
     )
+    lora_revision: str | None = Field(None, description="Commit of the adapter's hub repository; default: the newest one.")
     tensor_parallel_size: int = Field(
         1,
         ge=1,
@@ -125,8 +132,8 @@ class ModelSection(Section):
     )
     limit_mm_per_prompt: dict[str, int] | None = Field(
         None,
-        description="Most images in a prompt, for which `vllm` reserves memory; default: `{image: pages.per_request, video: 0}`. More "
-        "reserves memory that is never used; fewer is refused.",
+        description="Most images in a prompt, for which `vllm` reserves memory; default: `{image: pages.per_request, video: 0}`, with "
+        "`evidence.model` at least 8. More reserves memory that is never used; fewer is refused.",
     )
     quantization: str | None = Field(
         None,
@@ -139,7 +146,8 @@ class ModelSection(Section):
     )
     enforce_eager: bool = Field(
         False,
-        description="Run `vllm` without compiled kernels and CUDA graphs: starts a minute sooner and answers more slowly.",
+        description="Run without CUDA graphs, and `vllm` also without compiled kernels, so that it starts a minute sooner. A GPU answers "
+        "more slowly then; the graphs of `transformers` take memory that is to be measured. On a CPU it has none.",
     )
     enable_prefix_caching: bool = Field(
         True,

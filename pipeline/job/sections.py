@@ -17,6 +17,9 @@ from pipeline.job.model_section import ModelSection, Section
 from pipeline.schema import rules
 from pipeline.storage import location
 
+PARTS_PER_REQUEST = 8
+"""Parts of pages that a request has which reads values again (`evidence.model`)."""
+
 
 class SourceSection(Section):
     paths: tuple[str, ...] = Field(
@@ -157,7 +160,16 @@ class EvidenceSection(Section):
         "`pip install 'pipeline-documents[ocr]'`.",
     )
 
-    @field_validator("text", "ocr", mode="before")
+    model: Literal["on", "off"] = Field(
+        "off",
+        description="Ask the model where on the pages the values stand that their text layer does not show, and have it read these parts "
+        "again, alone and enlarged, without the values ([rereading](records.md#reading-again)). What it reads again is `reread`; it is "
+        "its own reader, so that this verifies less than a witness. Costs 2 to 7 requests more for each request whose pages lack a value: "
+        "one with its pages, and one for each 8 parts; about 40 tokens to write for a value, and 256 visual tokens or more for its part. "
+        "Only documents that are asked while it is on are read again.",
+    )
+
+    @field_validator("text", "ocr", "model", mode="before")
     @classmethod
     def convert_switch(cls, value: Any) -> Any:
         """Accept on and off, which YAML reads as true and false."""
@@ -340,9 +352,12 @@ class JobSections(Section):
     def check_image_limit(self) -> JobSections:
         """Raise ValueError for a limit below the number of images that a request has."""
         needed = (1 if self.extract.per == "page" else self.pages.per_request) + any(rule.re_ask for rule in self.extract.rules)
+        why = "pages.per_request"
+        if self.evidence.model == "on" and needed < PARTS_PER_REQUEST:
+            needed, why = PARTS_PER_REQUEST, "evidence.model"
         kept = (self.model.limit_mm_per_prompt or {}).get("image", needed)
         if kept < needed:
-            raise ValueError(f"model.limit_mm_per_prompt allows {kept} images, but a request has up to {needed} (pages.per_request)")
+            raise ValueError(f"model.limit_mm_per_prompt allows {kept} images, but a request has up to {needed} ({why})")
         return self
 
     @model_validator(mode="before")

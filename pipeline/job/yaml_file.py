@@ -6,7 +6,6 @@ one sentence that names the position of what is wrong. The keys themselves are d
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import JobError
 from pipeline.storage.location import hide_query, redact_url
+from pipeline.wording import suggest_word
 
 KeyPositions = dict[tuple[str | int, ...], str]
 """Where each key was set: `jobs/invoices.yaml:12`, or the `--set` option that changed it."""
@@ -111,8 +111,7 @@ def describe_problem(problem: Any, model: type[BaseModel]) -> str:
     key = ".".join(map(str, name))
     if problem["type"] == "extra_forbidden":
         known = list_allowed_keys(model, name[:-1])
-        near = get_close_matches(str(name[-1]), known, 1, 0.5)
-        return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}")
+        return f"unknown key {key}" + (suggest_word(str(name[-1]), known) or f"; known here: {', '.join(known)}")
     if problem["type"] == "missing":
         return f"the key {key} is missing"
     if problem["type"] == "model_type":

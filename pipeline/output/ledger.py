@@ -59,6 +59,15 @@ PAGE_TYPE = pa.struct(
         ("text_layer", TEXT_LAYER_TYPE),
     ]
 )
+ASKED_VALUES_TYPE = pa.list_(
+    pa.struct(
+        [
+            *((name, pa.string()) for name in ("path", "value")),
+            ("page", pa.int32()),
+            *((corner, pa.float32()) for corner in ("x0", "y0", "x1", "y1")),
+        ]
+    )
+)
 PAGE_FAILURES_TYPE = pa.list_(pa.struct([("page", pa.int32()), ("kind", pa.string()), ("message", pa.string())]))
 """Pages that could not be drawn, in the ledger and in the records."""
 TOKEN_TYPE = pa.struct([("text", pa.string()), ("logprob", pa.float32()), ("margin", pa.float32())])
@@ -66,6 +75,7 @@ LEDGER_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("rule", pa.string()),
+        ("asked_values", ASKED_VALUES_TYPE),
         ("attempt", pa.int32()),
         ("source", pa.string()),
         ("doc_id", pa.string()),

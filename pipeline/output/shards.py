@@ -23,7 +23,7 @@ from pipeline.storage.object_store import MAX_STREAMS, StoreUnreachable
 from pipeline.storage.store import Store
 
 LATER_COLUMNS = frozenset({"full_url", "page_failures", "_partial", "_rules", "_corrected", "_evidence", "_unwitnessed", "_alerts"})
-LATER_COLUMNS |= {"_confidence", "_least_confidence", "rule", "_asked_again", "_page_kind"}
+LATER_COLUMNS |= {"_confidence", "_least_confidence", "rule", "_asked_again", "_page_kind", "asked_values", "_reread"}
 """Columns that 0.1.0 did not have: null in what is read of its shards."""
 MAX_LISTINGS = 5
 """How often a folder is listed when shards vanish while they are read, because another run compacts them."""

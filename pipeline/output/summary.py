@@ -21,7 +21,7 @@ from pipeline.output import Output
 from pipeline.output.ledger import ALERT_TYPE, CONFIDENCE_TYPE, DISAGREEMENT_TYPE, EVIDENCE_TYPE, FAILURE_TYPE, LEDGER_SCHEMA
 from pipeline.output.shards import read_each_shard
 from pipeline.output.sources import read_sources
-from pipeline.records import Status
+from pipeline.records import REREAD, Status
 from pipeline.schema.rules import RULE_TYPE, RuleResult
 
 SUMMARY_SCHEMA = pa.schema(
@@ -155,6 +155,8 @@ class RequestSummary:
     completion_tokens: int = 0
     rule_requests: int = 0
     """Requests that asked again for what broke a rule."""
+    reread_requests: int = 0
+    """Requests that asked where values stand, or read them again."""
     request_s: float = 0.0
     """Time that requests took, together."""
     models: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -167,6 +169,7 @@ class RequestSummary:
         self.prompt_tokens += other.prompt_tokens
         self.completion_tokens += other.completion_tokens
         self.rule_requests += other.rule_requests
+        self.reread_requests += other.reread_requests
         self.request_s += other.request_s
         self.timeline.merge(other.timeline)
 
@@ -229,11 +232,13 @@ def summarize_sources(table: pa.Table) -> SourceSummary:
 def summarize_requests(table: pa.Table) -> RequestSummary:
     """Return what a shard of the ledger has."""
     models = table.group_by(["model", "engine"]).aggregate([([], "count_all")]).to_pylist()
+    rereads = pc.sum(pc.equal(table["rule"], REREAD)).as_py() or 0
     return RequestSummary(
         statuses=count_texts(table["status"]),
         prompt_tokens=pc.sum(table["prompt_tokens"]).as_py() or 0,
         completion_tokens=pc.sum(table["completion_tokens"]).as_py() or 0,
-        rule_requests=table.num_rows - table["rule"].null_count,
+        rule_requests=table.num_rows - table["rule"].null_count - rereads,
+        reread_requests=rereads,
         request_s=pc.sum(table["elapsed_s"]).as_py() or 0.0,
         models=Counter({(row["model"], row["engine"]): row["count_all"] for row in models if row["model"]}),
         timeline=draw_timeline(table.filter(pc.is_valid(table["started_at"]))),

@@ -31,7 +31,9 @@ from pipeline.plan.survey import MIN_X_HEIGHT_PX, MeasuredDocument
 from pipeline.schema import Schema
 from pipeline.schema.prompt import build_messages
 from pipeline.stages.requests import split_pages
+from pipeline.stages.reread import MOST_REQUESTS
 from pipeline.storage.location import parse_location
+from pipeline.wording import format_count
 
 FULL_SIZE = 0.97
 """Of `pages.dpi`: a page with less is one that the budget shrinks, and not one that the grid of cells rounds."""
@@ -78,6 +80,8 @@ class RunPlan(TypedDict):
     unmeasured_pages: int
     visual_tokens: int
     requests: int
+    reread_requests: int
+    """Most requests of `evidence.model` beside these, of which all other figures know nothing; 0 where it is off."""
     prompt_tokens: Range
     """Of all requests, without visual tokens."""
     output_tokens: Range
@@ -147,6 +151,7 @@ def estimate_run(
         "unmeasured_pages": sum(page is None for one in asked for page in one.pages),
         "visual_tokens": visual,
         "requests": len(requests),
+        "reread_requests": MOST_REQUESTS * len(requests) if job.sections.evidence.model == "on" else 0,
         "prompt_tokens": prompt,
         "output_tokens": output,
         "beyond_context": beyond,
@@ -234,9 +239,11 @@ def estimate_output(schema: Schema, asked: AnswerCount, lines: Sequence[tuple[Li
     requests = asked.first + asked.later
     if earlier:
         factors = (1 - earlier.spread, 1.0, 1 + earlier.spread)
-        return scale_range(factors, earlier.output_tokens * requests, f"{earlier.requests} requests of {earlier.place}")
+        return scale_range(factors, earlier.output_tokens * requests, f"{format_count(earlier.requests, 'request')} of the earlier run")
     known = sum(map(bool, lines))
-    factors, source = (READ_ITEMS, f"the schema, and the lines of {known} pages") if known else (GUESSED_ITEMS, "the schema")
+    factors, source = (
+        (READ_ITEMS, f"the schema, and the lines of {format_count(known, 'page')}") if known else (GUESSED_ITEMS, "the schema")
+    )
     values = [count_answer_tokens(schema, asked, lines, factor) for factor in factors]
     spread = zip(values, (0.85, 1.0, 1.2), strict=True)
     return make_range([round(value * share) for value, share in spread], f"{source}; an earlier run says it better (--like OUTPUT)")

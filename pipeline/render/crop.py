@@ -9,23 +9,23 @@ from pipeline.budget import PixelBudget, fit_content, fit_image
 from pipeline.records import Pixels
 from pipeline.render.images import pad_with_white
 
-MARGIN = 0.06
-"""Around the box, of the page's longer side: the lines above and below, and more than a page is stretched to fill its canvas."""
 MOST_ENLARGEMENT = 2.0
 """More shows a model nothing: the pixels are those of the page image."""
 LEAST_ENLARGEMENT = 1.2
 """Below this a part shows nothing that the page beside it does not."""
 
 
-def crop_page(pixels: Pixels, box_px: tuple[float, float, float, float], budget: PixelBudget) -> Pixels | None:
+def crop_page(
+    pixels: Pixels, box_px: tuple[float, float, float, float], margins_px: tuple[float, float], budget: PixelBudget
+) -> Pixels | None:
     """Return the enlarged part of a page image, (height_px, width_px, 3); None where the budget leaves no room to enlarge it.
 
-    `box_px` is x0, y0, x1, y1 in the page image.
+    `box_px` is x0, y0, x1, y1 in the page image, `margins_px` what is kept beside it, and above and below it.
     """
     height_px, width_px = pixels.shape[:2]
-    margin = MARGIN * max(height_px, width_px)
-    left, top = max(0.0, box_px[0] - margin), max(0.0, box_px[1] - margin)
-    right, bottom = min(float(width_px), box_px[2] + margin), min(float(height_px), box_px[3] + margin)
+    across, down = margins_px
+    left, top = max(0.0, box_px[0] - across), max(0.0, box_px[1] - down)
+    right, bottom = min(float(width_px), box_px[2] + across), min(float(height_px), box_px[3] + down)
     width, height = right - left, bottom - top
     if width < 1 or height < 1:
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Any, TypedDict
 
+from pipeline.evidence.match import UNWITNESSED
 from pipeline.output.records import RecordTable
 from pipeline.records import Status
 from pipeline.schema.arrow_values import make_json_value
@@ -33,7 +34,7 @@ class ReviewDocument(TypedDict):
     confidence: dict[str, float]
     """By path."""
     evidence: list[dict[str, Any]]
-    """Path, match, page, box in points, words, witness."""
+    """Path, match, page, box in points, words, witness, reading of the model."""
     rules: list[dict[str, Any]]
     alerts: list[str]
     values: dict[str, Any]
@@ -50,6 +51,7 @@ def make_review_document(row: dict[str, Any], records: RecordTable) -> ReviewDoc
     fields = records.plan.root.fields
     confidence = {one["path"]: one["confidence"] for one in row.get("_confidence") or [] if one["confidence"] is not None}
     failure = row["_failure"] if row.get("_failure") else None
+    readings = {one["path"]: one["reading"] for one in row.get("_reread") or [] if one["reading"] and not one["agrees"]}
     return {
         "source": row["_source"],
         "page": row.get("_page"),
@@ -62,18 +64,18 @@ def make_review_document(row: dict[str, Any], records: RecordTable) -> ReviewDoc
         "corrected": row.get("_corrected") or [],
         "least": min(confidence.values()) if confidence else None,
         "confidence": confidence,
-        "evidence": [make_evidence_box(one) for one in row.get("_evidence") or []],
+        "evidence": [make_evidence_box(one, readings.get(one["path"])) for one in row.get("_evidence") or []],
         "rules": row.get("_rules") or [],
         "alerts": [describe_alert(one) for one in row.get("_alerts") or []],
         "values": {name: make_form_value(make_json_value(part, row[name])) for name, part in fields.items()},
     }
 
 
-def make_evidence_box(row: dict[str, Any]) -> dict[str, Any]:
-    """Return where a value stands, with its box in points or null."""
+def make_evidence_box(row: dict[str, Any], reading: str | None = None) -> dict[str, Any]:
+    """Return where a value stands, with its box in points or null, and what else the model read again of one that no witness shows."""
     corners = [row.get(name) for name in ("x0", "y0", "x1", "y1")]
     kept = {name: row.get(name) for name in ("path", "match", "page", "words", "witness")}
-    return {**kept, "box": None if None in corners else corners}
+    return {**kept, "box": None if None in corners else corners, "reading": reading if row.get("match") in UNWITNESSED else None}
 
 
 def describe_alert(alert: Any) -> str:

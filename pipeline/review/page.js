@@ -47,7 +47,7 @@ function setAt(values, steps, value) {
 
 // ---- What is known of a value ------------------------------------------------------------------------------------
 
-const MATCHES = { exact: ["good", "printed"], normalized: ["good", "printed"], similar: ["warn", "printed similarly"], absent: ["warn", "not found on the page"], hidden: ["bad", "in hidden text only"] };
+const MATCHES = { exact: ["good", "printed"], normalized: ["good", "printed"], similar: ["warn", "printed similarly"], reread: ["warn", "read twice by the model alone"], absent: ["warn", "not found on the page"], hidden: ["bad", "in hidden text only"] };
 const ORDER = ["none", "good", "warn", "bad"];
 
 // A rule about the items of a list is shown at the list: which of them is wrong it does not say.
@@ -61,7 +61,10 @@ function listMarks(one, path, dotted, isList = false) {
     const isMeant = (rule.fields || []).some((name) => name === dotted || (isList && name.startsWith(dotted + ".")));
     if ((rule.result === "broken" || rule.result === "error") && isMeant) marks.push([rule.result === "broken" ? "bad" : "warn", `rule ${rule.name}`]);
   }
-  for (const found of one.evidence) if (found.path === path && MATCHES[found.match]) marks.push(MATCHES[found.match]);
+  for (const found of one.evidence) if (found.path === path) {
+    if (MATCHES[found.match]) marks.push(MATCHES[found.match]);
+    if (found.reading) marks.push(["warn", `read again as ${found.reading}`]);
+  }
   const confidence = one.confidence[path];
   if (confidence !== undefined) marks.push([confidence < 0.5 ? "bad" : confidence < 0.9 ? "warn" : "good", `${Math.round(100 * confidence)} %`]);
   return marks;

@@ -36,6 +36,7 @@ from pipeline.report import ExitCode, Report
 from pipeline.review.markup import Markup, cut_text, make_element, make_list, make_markup
 from pipeline.schema.rules import RuleResult
 from pipeline.version import __version__
+from pipeline.wording import format_count
 
 MAX_ROWS = 25
 """Rows of a table."""
@@ -181,7 +182,9 @@ def show_doubts(records: RecordSummary) -> Markup:
         show_findings("Parts that disagree", "Two requests of one document read different values of these fields.", records.disagreements),
         show_findings("Alerts", "Text that a reader of the page cannot see, or values that only such text shows.", records.alerts),
         show_findings(
-            "Values that the page does not show", "Looked for in the text layer, and not found as they are written.", records.unwitnessed
+            "Values that no witness shows",
+            "Looked for in the words of the pages, and not found as they are written; the model alone may have read them again.",
+            records.unwitnessed,
         ),
     ]
     shown = [part for part in parts if part]
@@ -282,6 +285,8 @@ def show_cost(found: OutputSummary, report: Report) -> Markup:
     }
     if requests.rule_requests:
         facts["of the requests, about broken rules"] = f"{requests.rule_requests:,}"
+    if requests.reread_requests:
+        facts["of the requests, to read values again"] = f"{requests.reread_requests:,}"
     if asked := report.last_asked:
         facts |= {"last run": format_duration_s(asked["elapsed_s"] or 0), "pages/s, start-up included": f"{asked['pages_per_s'] or 0:.2g}"}
         if (busy := asked["engine_busy_share"]) is not None:
@@ -427,10 +432,6 @@ def draw_steps(timeline: Timeline, spans: list[tuple[int, int]]) -> tuple[NDArra
 
 
 # ---- Texts ----------------------------------------------------------------------------------------------------------
-
-
-def format_count(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def format_bytes(number: int) -> str:

@@ -18,7 +18,6 @@ import re
 from collections.abc import Collection, Iterator
 from datetime import datetime
 from decimal import Decimal
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import unquote
@@ -29,6 +28,7 @@ from jsonschema.protocols import Validator
 
 from pipeline.errors import JobError
 from pipeline.schema.iri import is_iri, is_iri_reference
+from pipeline.wording import suggest_word, truncate_text
 
 Schema = dict[str, Any]
 LOCAL_DATE_TIME = "x-local-date-time"
@@ -374,13 +374,3 @@ def join_path(path: str, step: str | int) -> str:
 def format_value(value: Any) -> str:
     """Return a value as compact JSON for a message, cut to 80 characters."""
     return truncate_text(dump_json(value), 80)
-
-
-def truncate_text(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def suggest_word(word: str, known: Collection[str]) -> str:
-    """Return "; did you mean …?" with the most similar known word, or "" if none is similar."""
-    close = get_close_matches(word, sorted(known), 1)
-    return f"; did you mean '{close[0]}'?" if close else ""

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from pipeline.schema import Schema, check_schema, dump_json, parse_json, truncate_text
+from pipeline.schema import Schema, check_schema, dump_json, parse_json
 from pipeline.schema.infer import EXAMPLES, EXAMPLES_KEPT, make_property_name, make_root
 from pipeline.schema.prompt import CONTROL_TOKEN
+from pipeline.wording import format_count, truncate_text
 
 KINDS: dict[str, Schema] = {
     "text": {"type": ["string", "null"]},
@@ -157,12 +158,12 @@ class SchemaDraft:
         if not properties:
             raise ValueError("the model names no field of these documents")
         title = max(self.kinds, key=self.kinds.count, default="Document")
-        note = DRAFT_NOTE.format(count_documents(self.documents))
+        note = DRAFT_NOTE.format(format_count(self.documents, "document"))
         return check_schema(parse_json(dump_json({"$comment": note, **make_root(title, properties)})))
 
     def build_property(self, found: DraftField) -> Schema:
         """Return the schema of a field."""
-        seen = f"Seen in {len(found.documents)} of {count_documents(self.documents)}."
+        seen = f"Seen in {len(found.documents)} of {format_count(self.documents, 'document')}."
         about = {"title": found.title, **({"description": found.description} if found.description else {}), "$comment": seen}
         return {**about, **KINDS[found.kind], **({EXAMPLES: found.examples} if found.examples else {})}
 
@@ -178,7 +179,3 @@ def clean_line(text: Any, length: int) -> str:
     """Return a model's text as one line that a prompt may hold; "" for null."""
     printable = "".join(letter if letter.isprintable() else " " for letter in CONTROL_TOKEN.sub(" ", str(text or "")))
     return truncate_text(" ".join(printable.split()), length)
-
-
-def count_documents(count: int) -> str:
-    return f"{count} document{'s' if count != 1 else ''}"

@@ -82,10 +82,15 @@ class MergeResult:
 
     def find_score(self, path: str) -> TokenScore | None:
         """Return the score of a scalar's tokens in the part from which it was taken; None if it is not known."""
+        origin = self.find_origin(path)
+        return origin[0].scores.get(origin[1]) if origin else None
+
+    def find_origin(self, path: str) -> tuple[Part, str] | None:
+        """Return the part from which a scalar was taken, and its path there; None for one that was joined from several."""
         end = len(path)
         while end > 0:
             if claim := self.origins.get(path[:end]):
-                return claim.part.scores.get(claim.path + path[end:])
+                return claim.part, claim.path + path[end:]
             end = max(path.rfind(".", 0, end), path.rfind("[", 0, end))
         return None
 

@@ -26,9 +26,10 @@ from typing import Any, TypedDict
 import pyarrow as pa
 
 from pipeline.errors import JobError
-from pipeline.schema import Schema, parse_json, suggest_word
+from pipeline.schema import Schema, parse_json
 from pipeline.schema.arrow_values import Column, convert_to_json
 from pipeline.schema.rule_functions import FUNCTIONS
+from pipeline.wording import suggest_word
 
 RULES = "x-rules"
 """The keyword at a schema's root that holds rules."""

@@ -23,7 +23,8 @@ from jsonschema.exceptions import ValidationError, best_match
 from jsonschema.protocols import Validator as Draft
 from referencing import Registry
 
-from pipeline.schema import DRAFTS, FORMATS, Schema, dump_json, find_draft, format_value, join_path, truncate_text
+from pipeline.schema import DRAFTS, FORMATS, Schema, dump_json, find_draft, format_value, join_path
+from pipeline.wording import truncate_text
 
 SENTENCES = {
     "type": "{value} is not of type {limit}",

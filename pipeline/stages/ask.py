@@ -5,20 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any
 
 from pipeline import schema
 from pipeline.engines import Engine
 from pipeline.errors import DocumentError
 from pipeline.evidence.text_layer import unpack_words
 from pipeline.job import Job
-from pipeline.records import Completion, FailureRow, FinishReason, LedgerRow, Pixels, Request, RequestRow, Stage, Status, TokenRow
+from pipeline.records import Completion, FinishReason, LedgerRow, Pixels, Request, RequestRow, Stage, Status
 from pipeline.schema.arrow import ArrowPlan
 from pipeline.schema.prompt import build_correction, build_messages, build_rule_question
 from pipeline.schema.rules import RuleSet
 from pipeline.schema.validate import Validator
+from pipeline.stages.answers import ask_beside, make_answer_row, make_page_ids, make_storable
 from pipeline.stages.re_ask import RecordJudge, RuleQuestion, crop_evidence, make_rule_questions, pick_fields
-from pipeline.stages.requests import compute_rule_key, make_failed_row
+from pipeline.stages.requests import make_failed_row
+from pipeline.stages.reread import Rereader
 
 
 class AskStage:
@@ -31,23 +33,25 @@ class AskStage:
         has_questions = any(rule.asks_again for rule in job.rules)
         self.judge = RecordJudge(self.columns, self.validator, RuleSet(job.rules, self.columns.root)) if has_questions else None
         self.questions = make_rule_questions(job, self.judge) if self.judge else []
+        self.rereader = Rereader(job, engine) if job.sections.evidence.model == "on" else None
 
     async def answer_rows(self, row: RequestRow) -> list[LedgerRow]:
-        """Return a row with its answer, and one for each rule that the answer breaks and that asks again: at most once each.
+        """Return a row with its answer, one for each rule that the answer breaks and that asks again, at most once each, and those of the
+        requests that look for values which no witness shows (`evidence.model`).
 
         Rules are of whole records: an answer about a part of a document breaks none.
         """
         answered = await self.answer_row(row)
         rows = [answered]
-        if self.judge is None or answered["status"] != Status.EXTRACTED or not self.is_whole(row):
+        if answered["status"] != Status.EXTRACTED or not (self.judge or self.rereader):
             return rows
         value = schema.parse_json(answered["answer"] or "")
-        for question in self.questions:
-            if self.judge.breaks(value, question.rule):
+        for question in self.questions if self.is_whole(row) else ():
+            if self.judge and self.judge.breaks(value, question.rule):
                 rows.append(await self.ask_fields(row, value, question))
                 taken = self.judge.take_fields(value, rows[-1], question.rule)
                 value = value if taken is None else taken
-        return rows
+        return rows + (await self.rereader.reread_values(row, value) if self.rereader else [])
 
     def is_whole(self, row: RequestRow) -> bool:
         """Say whether the pages of a request are a whole record."""
@@ -56,13 +60,8 @@ class AskStage:
     async def ask_fields(self, row: RequestRow, value: Any, question: RuleQuestion) -> LedgerRow:
         """Return the row of a request for the fields of a rule that a record breaks."""
         rule, pages, pixels = question.rule, row["pages"] or [], row.get("pixels") or []
-        kept = {name: found for name, found in row.items() if name not in ("pixels", "pages", "page_failures")}
-        key = compute_rule_key(str(row["key"]), rule.rule.name)
-        kept |= {"key": key, "rule": rule.rule.name, "model": self.engine.model, "engine": self.engine.name}
-        kept["fingerprint"] = self.job.fingerprint
-        started_at, started_s = datetime.now(UTC), time.monotonic()
-        spent: LedgerRow = {"asks": 0, "prompt_tokens": 0, "completion_tokens": 0}
-        try:
+
+        def build(key: str) -> Request:
             words = [unpack_words(page["page_no"], layer) for page in pages if (layer := page.get("text_layer"))]
             crop = crop_evidence(self.job, value, rule, words, pages, pixels)
             page_ids = make_page_ids(row)
@@ -70,12 +69,9 @@ class AskStage:
             values = schema.dump_json(pick_fields(value, rule.paths))
             first = build_messages(self.job.system_message, pixels)
             messages = build_rule_question(first, crop.pixels if crop else None, rule.rule.message, values)
-            completion = await self.engine.complete(Request(key, messages, question.schema_text, self.job.sampling, tuple(page_ids)))
-            spent = {"asks": 1, **count_tokens(completion)}
-            answer = make_answer_row(completion, question.list_errors(completion.text))
-        except Exception as error:  # any: as in `ask_pages`; the first answer stays
-            answer = make_failed_row(Stage.GENERATE, error)
-        return {**cast(LedgerRow, kept), **spent, **answer, "started_at": started_at, "elapsed_s": time.monotonic() - started_s}
+            return Request(key, messages, question.schema_text, self.job.sampling, tuple(page_ids))
+
+        return await ask_beside(self.job, self.engine, row, rule.rule.name, rule.rule.name, build, question.list_errors)
 
     async def answer_row(self, row: RequestRow) -> LedgerRow:
         """Return a row with its answer and without its pixels. A row that failed before it was asked keeps its failure."""
@@ -134,39 +130,3 @@ class AskStage:
         violations = self.validator.find_violations(value) if whole else self.part_validator.find_violations(value)
         errors = [str(violation) for violation in violations if whole or violation.keyword != "required"]
         return errors or self.columns.build_row(value)[1]
-
-
-def count_tokens(completion: Completion) -> LedgerRow:
-    """Return the ledger's columns for what an answer took."""
-    return {"prompt_tokens": completion.usage.prompt_tokens, "completion_tokens": completion.usage.completion_tokens}
-
-
-def make_page_ids(row: RequestRow) -> list[str]:
-    """Return what tells the page images of a run apart: bytes of the document, number, size and renderer. Empty for a document without."""
-    doc_id, pages = row.get("doc_id"), row["pages"] or []
-    return [f"{doc_id}/{p['page_no']}/{p['width_px']}x{p['height_px']}/{p.get('renderer') or ''}" for p in pages] if doc_id else []
-
-
-def make_storable(text: str) -> str:
-    """Return text that UTF-8 and so Arrow can hold: a lone surrogate, which a server's JSON can bring, as its escape."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def make_answer_row(completion: Completion, errors: list[str]) -> LedgerRow:
-    """Return the ledger's columns for the last answer."""
-    failure: FailureRow | None = {"stage": "validate", "kind": "invalid", "message": errors[0]} if errors else None
-    status = Status.INVALID if errors else Status.EXTRACTED
-    if completion.finish_reason is FinishReason.LENGTH:
-        limit = (
-            f"the answer was cut after {completion.usage.completion_tokens} tokens; raise sampling.max_tokens or lower pages.per_request"
-        )
-        failure, status = {"stage": "generate", "kind": "length", "message": limit}, Status.FAILED
-    tokens = [TokenRow(text=make_storable(token.text), logprob=token.logprob, margin=token.margin) for token in completion.tokens]
-    return {
-        "answer": make_storable(completion.text),
-        "finish_reason": str(completion.finish_reason),
-        "errors": errors,
-        "tokens": tokens,
-        "status": str(status),
-        "failure": failure,
-    }

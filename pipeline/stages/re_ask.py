@@ -28,6 +28,8 @@ from pipeline.schema.rules import CompiledRule, RuleResult, RuleSet
 from pipeline.schema.validate import Validator
 
 FieldPath = tuple[str, ...]
+MARGIN = 0.06
+"""Around the part of a page, of its longer side: the lines above and below, and more than a page is stretched to fill its canvas."""
 KEPT_AT_ROOT = ("$schema", "$defs", "definitions", "title", "description")
 
 
@@ -198,5 +200,6 @@ def crop_evidence(
     x0, y0, x1, y1 = zip(*boxes[page_no], strict=True)
     scale = pages[number]["dpi"] / 72
     box_px = (min(x0) * scale, min(y0) * scale, max(x1) * scale, max(y1) * scale)
-    crop = crop_page(pixels[number], box_px, job.budget)
+    margin = MARGIN * max(pixels[number].shape)
+    crop = crop_page(pixels[number], box_px, (margin, margin), job.budget)
     return None if crop is None else Crop(f"{page_no}/{'-'.join(f'{edge:.0f}' for edge in box_px)}", crop)

@@ -12,10 +12,19 @@ from pipeline.evidence.alerts import AlertRow
 from pipeline.evidence.calibration import KEY, Calibration, compute_schema_digest, load_calibration
 from pipeline.evidence.confidence import ConfidenceRow
 from pipeline.evidence.match import EvidenceRow
+from pipeline.evidence.readings import ReadingRow
 from pipeline.job import Job
 from pipeline.output import Output
 from pipeline.output.corrections import Correction, compute_corrections_digest, read_corrections
-from pipeline.output.ledger import ALERT_TYPE, CONFIDENCE_TYPE, DISAGREEMENT_TYPE, EVIDENCE_TYPE, FAILURE_TYPE, PAGE_FAILURES_TYPE
+from pipeline.output.ledger import (
+    ALERT_TYPE,
+    ASKED_VALUES_TYPE,
+    CONFIDENCE_TYPE,
+    DISAGREEMENT_TYPE,
+    EVIDENCE_TYPE,
+    FAILURE_TYPE,
+    PAGE_FAILURES_TYPE,
+)
 from pipeline.records import FailureRow, PageFailureRow
 from pipeline.schema.arrow import ArrowPlan
 from pipeline.schema.rules import RULE_TYPE, RuleRow, RuleSet, check_rules
@@ -23,6 +32,7 @@ from pipeline.schema.validate import Validator
 from pipeline.stages.re_ask import RecordJudge
 
 ASKED_AGAIN_TYPE = pa.struct([("rule", pa.string()), ("fields", pa.list_(pa.string())), ("taken", pa.bool_())])
+READING_TYPE = pa.struct([*ASKED_VALUES_TYPE.value_type, ("reading", pa.string()), ("agrees", pa.bool_())])
 PROVENANCE_COLUMNS = {
     "_source": (pa.string(), "The file, as listed."),
     "_doc_id": (pa.string(), "sha256 of its bytes; null if it could not be read."),
@@ -47,6 +57,11 @@ PROVENANCE_COLUMNS = {
         pa.list_(ASKED_AGAIN_TYPE),
         "The rules with `re_ask: true` that the first answer broke: name, the fields that were asked again, and whether the second answer "
         "was taken, because the rules hold with it.",
+    ),
+    "_reread": (
+        pa.list_(READING_TYPE),
+        "With `evidence.model`, what the model read again of each value that it was asked about ([below](#reading-again)): path, value, "
+        "the place that it named, what it reads there, and whether that agrees.",
     ),
     "_corrected": (pa.list_(pa.string()), "The paths of the values that a person has put right (`pipeline settle --corrections`)."),
     "_partial": (pa.bool_(), "Whether pages of this document are missing in it, because they could not be drawn."),
@@ -119,6 +134,7 @@ class ProvenanceRow(TypedDict, total=False):
     _disagreements: list[DisagreementRow]
     _rules: list[RuleRow]
     _asked_again: list[AskedAgainRow]
+    _reread: list[ReadingRow]
     _corrected: list[str]
     _partial: bool
     _page_failures: list[PageFailureRow]
@@ -153,6 +169,7 @@ class RecordPlan:
         self.provenance = [(name, kind) for name, (kind, _) in PROVENANCE_COLUMNS.items() if name != "_page" or self.per_page]
         self.refuses_disagreements = job.sections.limits.disagreements == "invalid"
         self.uses_text, self.uses_ocr = job.sections.evidence.text == "on", job.sections.evidence.ocr != "off"
+        self.uses_model = job.sections.evidence.model == "on"
         self.refuses_partial = job.sections.limits.partial == "fail"
         self.extras: list[str] = []
         self.output, self.corrections = job.output, dict[Any, Correction]()

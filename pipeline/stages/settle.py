@@ -26,17 +26,19 @@ from pipeline.evidence.alerts import list_alerts
 from pipeline.evidence.calibration import ValueFacts, decide_page_kind
 from pipeline.evidence.layers import order_witnesses
 from pipeline.evidence.match import UNWITNESSED, Evidence, make_evidence_row, match_values
+from pipeline.evidence.readings import Reading, confirm_values
 from pipeline.evidence.text_layer import PageWords, unpack_words
 from pipeline.output.corrections import Correction
 from pipeline.output.ledger import select_newest_attempt
 from pipeline.output.words import DocumentWords
-from pipeline.records import FailureRow, LedgerRow, PageFailureRow, SourceRow, Stage, Status
+from pipeline.records import REREAD, FailureRow, LedgerRow, PageFailureRow, SourceRow, Stage, Status
 from pipeline.schema.certainty import TokenScore, score_tokens
 from pipeline.schema.merge import MergeResult, Part, merge_parts
 from pipeline.stages.re_ask import find_fields, is_inside
 from pipeline.stages.record_plan import AskedAgainRow, DisagreementRow, ProvenanceRow, RecordPlan
 from pipeline.stages.requests import compute_document_keys, compute_request_key, make_failed_row
-from pipeline.stages.value_facts import classify_fields, collect_facts, rate_raw
+from pipeline.stages.reread import collect_readings
+from pipeline.stages.value_facts import classify_fields, collect_facts, list_scalar_values, rate_raw
 
 
 class ScoredRow(LedgerRow, total=False):
@@ -44,7 +46,9 @@ class ScoredRow(LedgerRow, total=False):
 
     scores: dict[str, TokenScore]
     seconds: list[LedgerRow]
-    """The requests that asked again for the fields of rules that this one's answer broke."""
+    """The requests that asked again for the fields of rules that this one's answer broke, and for values that no witness shows."""
+    readings: dict[str, Reading]
+    """What the model read again of its values, by their paths in its answer."""
     asked_again: list[AskedAgainRow]
     ocr: DocumentWords
     """Of the document."""
@@ -107,8 +111,10 @@ class SettleStage:
         requests: list[ScoredRow] = []
         for key, (first_page, last_page) in compute_document_keys(document, self.per_request, self.fingerprint).items():
             newest = cast(ScoredRow, select_newest_attempt(ledger.get(key, [PENDING_ROW])))
-            seconds = [row for row in ledger.get(f"rules of {key}", []) if row["attempt"] == newest["attempt"]]
-            requests.append(self.take_second_answers({**newest, "first_page": first_page, "last_page": last_page, "ocr": ocr}, seconds))
+            seconds = {row["key"]: row for row in ledger.get(f"rules of {key}", []) if row["attempt"] == newest["attempt"]}
+            request: ScoredRow = {**newest, "first_page": first_page, "last_page": last_page, "ocr": ocr, "seconds": [*seconds.values()]}
+            request["readings"] = collect_readings(request["seconds"]) if self.plan.uses_model else {}
+            requests.append(self.take_second_answers(request))
         page_count = document["page_count"] or None
         about: ProvenanceRow = {"_source": document["source"], "_doc_id": document["doc_id"], "_pages": page_count}
         extras = {name: cast(dict[str, Any], document)[name] for name in self.plan.extras}
@@ -119,9 +125,9 @@ class SettleStage:
         else:
             yield {**extras, **about, "_page": None, **self.build_record(requests, self.find_correction(document, None))}
 
-    def take_second_answers(self, request: ScoredRow, seconds: Sequence[ScoredRow]) -> ScoredRow:
+    def take_second_answers(self, request: ScoredRow) -> ScoredRow:
         """Return a request whose answer has the fields that were asked again, where the rules hold with them, as asking decided it."""
-        by_rule = {row["rule"]: row for row in seconds}
+        by_rule = {row["rule"]: cast(ScoredRow, row) for row in request["seconds"] if row["rule"] != REREAD}
         if not by_rule or request["status"] != Status.EXTRACTED:
             return request
         value, scores, about = schema.parse_json(request["answer"] or ""), request["scores"], list[AskedAgainRow]()
@@ -136,7 +142,7 @@ class SettleStage:
                 scores = kept | {path: score for path, score in second["scores"].items() if is_inside(path, places)}
                 value = taken
         answer = schema.dump_json(value) if any(row["taken"] for row in about) else request["answer"]
-        changed: dict[str, Any] = {"answer": answer, "scores": scores, "seconds": [*by_rule.values()], "asked_again": about}
+        changed: dict[str, Any] = {"answer": answer, "scores": scores, "asked_again": about}
         return cast(ScoredRow, {**request, **changed})
 
     def find_correction(self, document: SourceRow, page: int | None) -> Correction | None:
@@ -197,7 +203,11 @@ class SettleStage:
             about |= make_invalid_columns("invalid", errors[0], errors, schema.dump_json(value))
         elif merged.disagreements and self.plan.refuses_disagreements and not correction:
             about |= make_invalid_columns("disagreement", describe_disagreement(merged), [], schema.dump_json(value))
-        evidence = match_values(self.plan.job_schema, value, words) if words else []
+        readings, evidence = find_readings(value, merged, requests), list[Evidence]()
+        if readings:
+            evidence, about["_reread"] = confirm_values(self.plan.job_schema, value, words, readings)
+        elif words:
+            evidence = match_values(self.plan.job_schema, value, words)
         about["_rules"] = self.plan.rules.judge_record(columns)
         verdicts = [] if self.rate is rate_raw else self.plan.rules.list_verdicts(about["_rules"], columns)
         facts = collect_facts(self.types, merged, evidence, verdicts, requests, correction.values if correction else ())
@@ -205,7 +215,7 @@ class SettleStage:
             rated = list(map(float, self.rate(facts)))
             about["_confidence"] = [{"path": one.path, "confidence": rating} for one, rating in zip(facts, rated, strict=True)]
             about["_least_confidence"] = min(rated)
-        about |= make_evidence_columns(words, evidence) if words else {}
+        about |= make_evidence_columns(words, evidence) if words or readings else {}
         about["_corrected"] = list(correction.paths) if correction else []
         return {**columns, **about}
 
@@ -225,12 +235,23 @@ def make_part(request: ScoredRow) -> Part:
     return Part(request["first_page"], request["last_page"], schema.parse_json(request["answer"] or ""), request.get("scores") or {})
 
 
+def find_readings(value: Any, merged: MergeResult, requests: Sequence[ScoredRow]) -> dict[str, Reading]:
+    """Return what the model read again of the values of a record, by their paths there."""
+    by_page, found = {request["first_page"]: request.get("readings") or {} for request in requests}, dict[str, Reading]()
+    if any(by_page.values()):
+        for path, _ in list_scalar_values(value):
+            origin = merged.find_origin(path)
+            if origin and (reading := by_page.get(origin[0].first_page, {}).get(origin[1])):
+                found[path] = reading
+    return found
+
+
 def make_evidence_columns(words: Sequence[PageWords], evidence: Sequence[Evidence]) -> ProvenanceRow:
-    """Return the columns that say how the values of a record are witnessed by these words."""
+    """Return the columns that say how the values of a record are witnessed by these words, and which the model read again."""
     return {
         "_evidence": [make_evidence_row(found) for found in evidence],
         "_unwitnessed": sum(found.match in UNWITNESSED for found in evidence),
-        "_alerts": list_alerts(words, evidence),
+        "_alerts": list_alerts(words, evidence) if words else None,
     }
 
 
@@ -293,6 +314,7 @@ def sum_provenance(requests: Sequence[ScoredRow]) -> ProvenanceRow:
         "_disagreements": [],
         "_rules": [],
         "_asked_again": [row for request in requests for row in request.get("asked_again") or []],
+        "_reread": [],
         "_corrected": [],
         "_page_kind": str(decide_page_kind(pages)) if pages else None,
         "_model": requests[0].get("model"),

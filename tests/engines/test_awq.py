@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,13 @@ def test_packed_layers_stay_packed_and_multiply_alike(quantized: Path, dtype: to
         packed = compute_logits(model).float()
     tolerance = 0.05 if dtype == torch.float16 else 0.3  # bfloat16 has three bits less
     torch.testing.assert_close(packed, compute_logits(load_awq(quantized, dtype)).float(), rtol=0.05, atol=tolerance)
+
+
+def test_kernels_that_ignore_the_current_stream_are_left_aside(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """autoawq prefers those of autoawq-kernels, where they are installed, to its own in Triton."""
+    monkeypatch.setattr("awq.modules.linear.gemm.awq_ext", "autoawq-kernels")
+    layer = load_awq(quantized, torch.float16, keep_int4=True).model.language_model.layers[0].mlp.up_proj
+    assert sys.modules[type(layer).__module__].awq_ext is None
 
 
 def test_importing_autoawq_restores_the_warning_filters(quantized: Path) -> None:

@@ -231,7 +231,7 @@ def test_an_adapter_changes_the_answers_as_peft_does(engine: TransformersEngine,
     from transformers import AutoModelForImageTextToText
 
     adapter, request = add_adapter(folder, tmp_path / "adapter"), make_request(FAMILIES[family])
-    adapted = TransformersEngine(str(folder), threads=1, lora=str(adapter))
+    adapted = TransformersEngine(str(folder), threads=1, lora=adapter)
     try:
         (plain,), (answer,) = complete_all(engine, request), complete_all(adapted, request)
         loader: Any = AutoModelForImageTextToText
@@ -249,7 +249,7 @@ def test_an_adapter_for_other_layers_is_refused(folder: Path, tmp_path: Path) ->
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file({name.replace("layers.0.", "layers.9."): weight for name, weight in weights.items()}, adapter / "adapter_model.safetensors")
     with pytest.raises(JobError, match=r"model\.lora: .*adapter lacks weights for this model: .*layers\.0\."):
-        TransformersEngine(str(folder), threads=1, lora=str(adapter))
+        TransformersEngine(str(folder), threads=1, lora=adapter)
 
 
 @needs_peft
@@ -258,7 +258,7 @@ def test_an_adapter_with_the_names_of_older_versions_is_the_same(folder: Path, f
     file, texts = adapter / "adapter_model.safetensors", []
     for weights in (load_file(file), {name.replace("language_model.", ""): weight for name, weight in load_file(file).items()}):
         save_file(weights, file)
-        engine = TransformersEngine(str(folder), threads=1, lora=str(adapter))
+        engine = TransformersEngine(str(folder), threads=1, lora=adapter)
         texts.append(complete_all(engine, request)[0].text)
         engine.close()
     assert texts[0] == texts[1]

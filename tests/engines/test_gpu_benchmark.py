@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from pipeline.engines import checkpoint
+from pipeline.engines import transformers as engine_module
 from pipeline.engines.choice import count_weight_bytes
 from pipeline.engines.transformers import load
+from pipeline.engines.transformers.replay import PassReplays
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,11 +37,25 @@ def test_the_small_benchmark_runs_on_a_cpu() -> None:
     command = [sys.executable, "benchmarks/gpu.py", "--small", "--pages", "4", "--engines", "transformers"]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert (ended.returncode, ended.stdout.splitlines()[-1:]) == (0, ["passed"]), ended.stdout + ended.stderr
-    assert len(re.findall(r"^transformers +fp32 +\d", ended.stdout, re.MULTILINE)) == 4
+    assert len(re.findall(r"^transformers +fp32 +– +\d", ended.stdout, re.MULTILINE)) == 4
     assert re.search(r"step times .*vision .* prefill .* decode .* mask .* host ", ended.stdout)
     checked = re.findall(r"^pass  (.+?): ", ended.stdout, re.MULTILINE)
     assert {"memory runs out (injected)", "an injected CUDA error", "AWQ against plain weights", "transformers"} <= {*checked}
+    assert re.search(r"pass  shapes of graphs: replayed steps as computed: (\d+) of \1 steps bit for bit, 0 of", ended.stdout)
+    assert re.search(r"pass  shapes of graphs: answers with them equal those without: 12 of 12 answers", ended.stdout)
     assert "FAIL" not in ended.stdout
+
+
+def test_with_graphs_it_measures_both_ways(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The lines that a GPU alone prints, from an engine that replays by computing again."""
+    monkeypatch.setattr(engine_module, "make_replays", lambda *_: PassReplays(gpu.make_repeating_recorder))
+    monkeypatch.setattr(gpu, "check_memory_recovery", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--small", "--pages", "4", "--batches", "2", "--engines", "transformers"])
+    assert gpu.main() == 0
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"^transformers +fp32", printed, re.MULTILINE)) == 3  # one page a request: without and with
+    assert re.search(r"graphs \(fp32\): [1-9]\d* captured in [\d.]+ s, [1-9]\d* steps replayed", printed)
+    assert len(re.findall(r"step times \(fp32", printed)) == 2
 
 
 def test_a_check_that_fails_decides_the_exit_code(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,16 @@ from torch.utils._pytree import tree_leaves
 from pipeline.engines.transformers import TransformersEngine
 from pipeline.engines.transformers import generate as generation
 from pipeline.engines.transformers.attention import NAME, attend_grouped, build_mask
-from pipeline.engines.transformers.batch import Batch, BatchRow, StagedPass, choose_width, stage_pass
+from pipeline.engines.transformers.batch import Batch, BatchRow, PassShape, StagedPass, choose_width, is_choosing, stage_pass
 from pipeline.engines.transformers.cache import COLUMN_STEP, KeyValueCache
-from pipeline.engines.transformers.generate import LoadedModel, compute_pass, run_step
+from pipeline.engines.transformers.generate import LoadedModel, choose_replayed_shape, choose_shape, compute_pass, run_step
+from pipeline.engines.transformers.replay import PassReplays
 from pipeline.records import Request, Sampling
 from pipeline.schema import prompt
 from tests.support import tiny_checkpoint
+from tests.support.recording import OperationRecorder, make_operation_recorder
 from tests.support.requests import FLAT, make_noise
+from tests.support.tiny_checkpoint import FAMILIES
 
 CPU = torch.device("cpu")
 
@@ -73,13 +77,66 @@ class CopyCounter(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "top_p": 0.9, "top_k": 40}, {"repetition_penalty": 1.3}])
+SAMPLINGS = [{}, {"temperature": 1.0, "top_p": 0.9, "top_k": 40}, {"repetition_penalty": 1.3}]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("width", [1, 8])
-def test_a_step_copies_once_to_the_device_and_once_back(model: LoadedModel, sampling: dict[str, Any], width: int) -> None:
+def test_a_step_copies_once_to_the_device_and_once_back(
+    model: LoadedModel, sampling: dict[str, Any], width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch = start_batch(model, **sampling)
-    masks = model.vocabulary.compute_masks([row.constraint for row in batch.rows if min(len(row.pending), width) == len(row.pending)])
-    staged = stage_pass(batch.rows, 0, width, masks, 64, model.pad_id, model.vocabulary.size, pinned=False)
+    monkeypatch.setattr(generation, "choose_width", lambda *_: width)
+    staged = stage_rows(model, batch, choose_shape(model, batch, range(4)))
     assert count_copies(model, staged) == [("cpu", "cuda"), ("cuda", "cpu")]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_a_replay_copies_once_to_the_device_and_once_back(model: LoadedModel, sampling: dict[str, Any]) -> None:
+    check_copies_of_replays(model, start_batch(model, **sampling))
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen2_5_vl"])
+def test_a_replay_of_every_family_copies_once_to_the_device_and_once_back(family: str, tmp_path: Path) -> None:
+    engine = TransformersEngine(str(tiny_checkpoint.build_checkpoint(tmp_path, family=family)), threads=1)
+    model = engine._model
+    batch = Batch(model.make_cache(), 1024)
+    for _ in range(2):
+        encoded = model.encoder.encode(prompt.build_messages("s", [make_noise(0, 2 * FAMILIES[family], 2 * FAMILIES[family])]))
+        batch.add([BatchRow(encoded, Sampling(max_tokens=60), model.vocabulary.start_constraint(FLAT), 60)])
+    run_step(model, batch, range(2))
+    engine.close()
+    check_copies_of_replays(model, batch)
+
+
+def check_copies_of_replays(model: LoadedModel, batch: Batch) -> None:
+    """Run the batch's next step four times on a fake GPU: computed, recorded and replayed, and replayed twice."""
+    staged = stage_rows(model, batch, choose_replayed_shape(model, batch))
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.inference_mode():
+        there = replace(model, network=copy_to_fake_gpu(model.network, fake), device=torch.device("cuda"))
+        copied = Batch(there.make_cache(), 1024, PassReplays(lambda: lambda compute, words: (lambda: compute(words), compute(words))))
+        copied.cache._resize(4, COLUMN_STEP)
+        kept = replace(staged, words=fake.from_tensor(staged.words))
+        counts = []
+        with OperationRecorder() as recorded:
+            compute_pass(there, copied.cache, staged.shape, fake.from_tensor(staged.words).to(there.device), {})
+        assert {tensor.device.type for tensor in recorded.list_outside() if tensor.device.type != "cpu"} == {"cuda"}
+        assert [tensor.shape for tensor in recorded.list_outside() if tensor.device.type == "cpu"] == [staged.words.shape]
+        for _ in range(4):
+            with CopyCounter() as counter:
+                copied.replays.run(
+                    kept.shape, kept.words, there.device, 1, lambda words: compute_pass(there, copied.cache, kept.shape, words, {})
+                ).cpu()
+            counts.append(counter.copies)
+    assert (copied.replays.recordings, copied.replays.replays) == (1, 3)
+    computed, replayed = [("cpu", "cuda"), ("cuda", "cpu")], [("cpu,cuda", "cuda"), ("cuda", "cpu")]  # copied into words that are there
+    assert counts == [computed, computed, replayed, replayed]
+
+
+def stage_rows(model: LoadedModel, batch: Batch, shape: PassShape) -> StagedPass:
+    """Return what a pass of this shape over all rows needs."""
+    choosing = [row.constraint for row in batch.rows if is_choosing(row, min(len(row.pending), shape.width))]
+    return stage_pass(batch, shape, len(batch), model.vocabulary.compute_masks(choosing), model.pad_id, pinned=False)
 
 
 def count_copies(model: LoadedModel, staged: StagedPass) -> list[tuple[str, str]]:
@@ -91,7 +148,7 @@ def count_copies(model: LoadedModel, staged: StagedPass) -> list[tuple[str, str]
         cache._resize(4, COLUMN_STEP)
         with CopyCounter() as counter:
             words = fake.from_tensor(staged.words).to(there.device)
-            compute_pass(there, cache, staged, words, {}).cpu()
+            compute_pass(there, cache, staged.shape, words, {}).cpu()
     return counter.copies
 
 
@@ -99,9 +156,9 @@ def test_a_part_of_a_prompt_is_copied_once_to_the_device(model: LoadedModel) -> 
     batch = start_batch(model, rows=1)
     row = batch.rows[0]
     row.cached, row.pending, row.tokens, row.unscored = len(row.prompt.ids) - 12, row.prompt.ids[-12:], [], 0
-    masks = model.vocabulary.compute_masks([])
-    staged = stage_pass(batch.rows, 0, 8, masks, 64, model.pad_id, model.vocabulary.size, pinned=False)
-    assert (staged.is_reading, staged.is_first, staged.choosing) == (True, False, ())
+    batch.part_tokens = 8
+    staged = stage_rows(model, batch, choose_shape(model, batch, range(1)))
+    assert (staged.shape.is_first, staged.fed, row.is_reading, is_choosing(row, 8)) == (False, (8,), True, False)
     assert count_copies(model, staged) == [("cpu", "cuda"), ("cuda", "cpu")]
 
 
@@ -148,6 +205,17 @@ def test_no_step_allocates_as_much_as_one_layers_keys(model: LoadedModel, width:
     fed = {min(len(row.pending), width) for row in batch.rows}
     assert list_large_allocations(lambda: run_step(model, batch, range(4)), of_one_layer) == []
     assert len(fed) == (1 if width == 1 else 2)
+
+
+def test_no_replay_allocates_as_much_as_one_layers_keys(model: LoadedModel) -> None:
+    batch = start_batch(model, side_px=2800)
+    batch.replays = PassReplays(make_operation_recorder)
+    batch.cache.reserve(4, batch.tokens + 16)
+    keys = batch.cache.layers[0].keys
+    of_one_layer = 4 * keys.shape[1] * batch.tokens * keys.shape[3] * keys.element_size()
+    found = [list_large_allocations(lambda: run_step(model, batch, range(4)), of_one_layer) for _ in range(8)]
+    assert batch.replays.replays > 2
+    assert found == [[]] * 8
 
 
 class PeakMeter(TorchDispatchMode):

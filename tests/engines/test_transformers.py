@@ -606,7 +606,7 @@ def test_int4_weights_need_a_gpu(folder: Path, tmp_path: Path) -> None:
 def test_an_adapter_without_peft_is_refused_with_the_command_to_install_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(JobError, match=r"pip install 'pipeline-documents\[lora\]'"):
-        TransformersEngine(str(folder), lora="adapter")
+        TransformersEngine(str(folder), lora=Path("adapter"))
 
 
 def test_yarn_stretches_the_context(folder: Path) -> None:

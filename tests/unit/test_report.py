@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import RunError
+from pipeline.records import REREAD
 from pipeline.report import Canary, CircuitBreaker, ExitCode, Phase, Progress, ProgressTracker, Report
 
 
@@ -120,6 +121,12 @@ def test_requests_pages_and_tokens_add_up() -> None:
 def test_requests_are_counted_by_what_became_of_them() -> None:
     total, _ = count(4, row("a.pdf"), row("b.pdf", status="failed"), unopened("c.pdf"), unasked("d.pdf"))
     assert total.requests == {"extracted": 1, "failed": 2}
+
+
+def test_requests_beside_that_of_a_record_are_counted_apart() -> None:
+    total, seen = count(1, row("a.pdf"), row("a.pdf") | {"rule": "sum"}, row("a.pdf") | {"rule": REREAD}, row("a.pdf") | {"rule": REREAD})
+    assert (total.requests_asked, total.rule_requests, total.reread_requests, total.requests) == (4, 1, 2, {"extracted": 1})
+    assert len(seen) == 1
 
 
 def test_a_document_is_done_with_the_last_of_its_requests_in_whatever_order_they_come() -> None:

@@ -89,6 +89,8 @@ def test_log_probabilities_are_computed_only_where_the_job_keeps_them() -> None:
 def test_the_limit_of_images_is_the_number_of_a_requests_pages(workspace: Workspace) -> None:
     by_page = launch.collect_arguments(make_vllm_job(workspace, "extract.per=page"))["limit_mm_per_prompt"]
     by_document = launch.collect_arguments(make_vllm_job(workspace, "pages.per_request=3"))["limit_mm_per_prompt"]
+    rereading = launch.collect_arguments(make_vllm_job(workspace, "evidence.model=on"))["limit_mm_per_prompt"]
+    assert rereading["image"] == 8
     assert (by_page, by_document) == ({"image": 1, "video": 0}, {"image": 3, "video": 0})
     with pytest.raises(JobError, match=r"model\.limit_mm_per_prompt allows 2 images, but a request has up to 3"):
         make_vllm_job(workspace, "pages.per_request=3", "model.limit_mm_per_prompt={image: 2}")
@@ -244,7 +246,7 @@ def test_yarn_reaches_vllm(workspace: Workspace) -> None:
 
 @needs_vllm
 def test_an_argument_that_vllm_does_not_know_is_refused_with_the_nearest(workspace: Workspace) -> None:
-    with pytest.raises(JobError, match=r"model\.engine_args: the engine of this vLLM has no argument blok_size; did you mean block_size\?"):
+    with pytest.raises(JobError, match=r"model\.engine_args: the engine of this vLLM has no argument blok_size; did you mean 'block_size'"):
         engines.check_engine(make_vllm_job(workspace, "model.engine_args={blok_size: 16}"))
 
 

@@ -90,7 +90,7 @@ def test_answers_agree_and_pages_are_known_by_their_names(folder: Path, family: 
 
 @pytest.mark.skipif(find_spec("peft") is None, reason="needs peft")
 def test_an_adapter_and_yarn_change_the_answers_in_both_engines_alike(folder: Path, family: str, plain: list[str], tmp_path: Path) -> None:
-    adapter, requests = str(add_adapter(folder, tmp_path / "adapter")), make_requests(family)
+    adapter, requests = add_adapter(folder, tmp_path / "adapter"), make_requests(family)
     adapted = answer_and_close(TransformersEngine(str(folder), threads=1, lora=adapter), *requests)
     assert adapted != plain
     assert answer_and_close(load(folder, family, lora=adapter), *requests) == adapted

@@ -1,4 +1,4 @@
-"""Pages for vLLM: the same bytes, places and names as from its own processor, for each model family."""
+"""Pages for vLLM: the same patches, places and names as from its own processor, for each model family."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from transformers import Qwen2VLImageProcessor
 
 from pipeline.engines import checkpoint
 from pipeline.engines.encoding import Encoder
-from pipeline.engines.vllm.pages import PageCutter, cut_patches
+from pipeline.engines.vllm.launch import NORMALIZE, list_known_arguments
+from pipeline.engines.vllm.pages import PageCutter, cut_patches, normalize_patches
 from pipeline.schema import prompt
 from tests.support import tiny_checkpoint
 from tests.support.requests import make_noise
@@ -31,6 +32,13 @@ def test_patches_are_those_of_the_image_processor(patch_px: int, merge: int, row
     processor = Qwen2VLImageProcessor(patch_size=patch_px, merge_size=merge, do_resize=False, do_rescale=False, do_normalize=False)
     expected = processor(images=[page], return_tensors="pt", input_data_format="channels_last")["pixel_values"]
     assert torch.equal(torch.from_numpy(cut_patches([page], patch_px, merge)), expected.to(torch.uint8))
+
+
+def test_patches_are_normalized_as_by_the_image_processor() -> None:
+    page, moments = make_noise(1, 112, 84), ((0.48, 0.45, 0.4), (0.27, 0.26, 0.28))
+    processor = Qwen2VLImageProcessor(do_resize=False, image_mean=moments[0], image_std=moments[1])
+    expected = processor(images=[page], return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    torch.testing.assert_close(normalize_patches(torch.from_numpy(cut_patches([page], 14, 2)), *moments), expected)
 
 
 def test_a_page_that_nobody_may_write_to_is_cut() -> None:
@@ -56,7 +64,7 @@ def test_the_input_is_that_of_vllms_own_processor(family: str, tmp_path: Path) -
     image_token = checkpoint.load_config(folder, None).image_token_id
     pages = [make_noise(at, cell * (2 + at), cell * 3) for at in range(2)]
     encoded = Encoder(processor, image_token, torch.device("cpu")).encode(prompt.build_messages("Read.", pages))
-    cutter = PageCutter(int(processor.image_processor.patch_size), int(processor.image_processor.merge_size))
+    cutter = PageCutter.of_processor(processor.image_processor, None if NORMALIZE in list_known_arguments() else config.model_config.dtype)
     renderer = renderer_from_config(config)
     seen = {"multi_modal_data": {"image": pages}, "multi_modal_uuids": {"image": ["a", "b"]}}
     parsed = parse_model_prompt(config.model_config, {"prompt_token_ids": encoded.unexpanded_ids, **seen})

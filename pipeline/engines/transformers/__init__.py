@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Condition, Thread
 from typing import Any
 
@@ -32,6 +33,7 @@ from pipeline.engines.transformers import load
 from pipeline.engines.transformers.batch import Batch, BatchRow
 from pipeline.engines.transformers.cache import COLUMN_STEP
 from pipeline.engines.transformers.generate import run_step
+from pipeline.engines.transformers.replay import make_replays, open_stream
 from pipeline.errors import DocumentError, EngineDead, JobError
 from pipeline.records import Completion, FinishReason, Request
 
@@ -73,14 +75,15 @@ class TransformersEngine:
     def __init__(
         self, model: str, *, revision: str | None = None, dtype: str = "auto", batch_size: int = 8, threads: int | None = None,
         device: str | None = None, max_model_len: int | None = None, max_request_tokens: int | None = None,
-        rope_scaling: dict[str, Any] | None = None, lora: str | None = None, keep_int4: bool = False, cache_tokens: int | None = None,
-        part_tokens: int | None = None, logprobs: bool = True,
+        rope_scaling: dict[str, Any] | None = None, lora: Path | None = None, keep_int4: bool = False, cache_tokens: int | None = None,
+        part_tokens: int | None = None, logprobs: bool = True, enforce_eager: bool = False,
     ) -> None:  # fmt: skip
         """Load a checkpoint (hub id or folder) and start the engine's thread.
 
         `threads` is the number of cores for this engine: with more threads than cores every small operation waits for the scheduler.
         `cache_tokens` bounds rows x tokens of the batch; by default free memory does. `part_tokens` replaces `PART_TOKENS`. `logprobs`
-        says whether completions have tokens with their log-probabilities. Raises JobError for a checkpoint that cannot be used.
+        says whether completions have tokens with their log-probabilities. `enforce_eager` has a GPU compute every step instead of replaying
+        CUDA graphs. Raises JobError for a checkpoint that cannot be used.
         """
         self.model = model
         self._threads = threads or torch.get_num_threads()
@@ -91,6 +94,7 @@ class TransformersEngine:
         self.max_request_tokens, self._logprobs = max_request_tokens, logprobs
         self._cache_tokens = cache_tokens or count_cache_tokens(self._model.make_cache().bytes_per_token, on)
         self._batch_size, self._part_tokens = batch_size, part_tokens or PART_TOKENS.get(on.type, PART_TOKENS["cuda"])
+        self._replays = make_replays(on, enforce_eager)
         self._lowered_limit: int | None = None
         self._calm_passes = 0
         self._changed, self._clock = Condition(), TokenClock()
@@ -143,18 +147,20 @@ class TransformersEngine:
     def _serve(self) -> None:
         """Run the batch until the engine is closed; then fail every open request, also when an exception ends this thread."""
         torch.set_num_threads(self._threads)
-        batch = Batch(self._model.make_cache(self._cache_tokens), self._part_tokens)
         try:
-            while self._stopped is None:
-                joining = self._admit(batch)
-                self._write_tokens(batch)
-                self._read_prompts(batch, joining)
-                self._regrow_limit()
-                self._clock.note_token()
+            with open_stream(self._model.device):
+                batch = Batch(self._model.make_cache(self._cache_tokens), self._part_tokens, self._replays)
+                while self._stopped is None:
+                    joining = self._admit(batch)
+                    self._write_tokens(batch)
+                    self._read_prompts(batch, joining)
+                    self._regrow_limit()
+                    self._clock.note_token()
         except BaseException as error:  # any: the callers learn of it by EngineDead, and by nothing else
             self._stop(f"the engine's thread ended: {type(error).__name__}: {error}")
         for pending in [*self._active.values(), *self._waiting]:
             pending.set_outcome(EngineDead(str(self._stopped)))
+        self._replays.drop_recordings()
 
     def _stop(self, reason: str) -> None:
         """Accept no more requests; the first reason is kept."""
@@ -251,6 +257,9 @@ class TransformersEngine:
     def _evict(self, batch: Batch, rows: Sequence[BatchRow], error: Exception) -> None:
         """Put rows for which there is no memory back at the head of the queue, and lower the limit; a request that was alone fails."""
         batch.remove([row for row in rows if row in batch.rows])
+        batch.replays.drop_recordings()
+        if not batch.rows:
+            batch.cache.shrink(0, 0)
         is_alone = len(self._active) == 1
         evicted = {row: self._active.pop(row) for row in rows}
         if is_alone:
@@ -293,8 +302,10 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def count_cache_tokens(bytes_per_token: int, device: torch.device) -> int:
     """Return for how many tokens the cache may have room: `GPU_CACHE_SHARE` of the memory that is free now, or `CPU_CACHE_BYTES`."""
-    free = torch.cuda.mem_get_info(device)[0] * GPU_CACHE_SHARE if device.type == "cuda" else CPU_CACHE_BYTES
-    return int(free) // bytes_per_token
+    if device.type != "cuda":
+        return CPU_CACHE_BYTES // bytes_per_token
+    torch.cuda.empty_cache()  # what loading has left over, which the stream of the engine's thread could not use
+    return int(torch.cuda.mem_get_info(device)[0] * GPU_CACHE_SHARE) // bytes_per_token
 
 
 def select_nearest(waiting: Sequence[PendingRequest], count: int) -> list[PendingRequest]:

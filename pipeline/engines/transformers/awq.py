@@ -144,11 +144,12 @@ def import_autoawq(name: str) -> Any:
     """Return a class or function of autoawq, imported on first use.
 
     Importing any part of it imports all of its model classes (0.8 s after transformers), warns that the project is archived, which
-    users cannot change, and sets a warnings filter for the whole process; the filters are restored here.
+    users cannot change, and sets a warnings filter for the whole process; the filters are restored here. Its kernels in Triton are used,
+    also where those of autoawq-kernels are installed: some of these run on the default stream whatever the current one is
+    (casper-hansen/AutoAWQ_kernels#23), and so neither wait for the engine's other kernels nor become part of a CUDA graph.
     """
     with warnings.catch_warnings(record=True):
-        if name == "WQLinear_GEMM":
-            from awq.modules.linear.gemm import WQLinear_GEMM as found
-        else:
-            from awq.utils.packing_utils import dequantize_gemm as found
-    return found
+        from awq.modules.linear import gemm
+
+        gemm.awq_ext = None
+        return getattr(gemm, name)

@@ -6,7 +6,8 @@ tokens at any step; where their keys and values are, `cache.py` says. Rows that 
 
     answer  answer  answer | prompt, half of it read  prompt  prompt
 
-Everything that a pass needs on the device goes there as one tensor of 32-bit words (`StagedPass`), and one comes back.
+Everything that a pass needs on the device goes there as one tensor of 32-bit words (`StagedPass`), and one comes back. Where in it each
+array is, and all else that is not in the words, is the pass's shape (`PassShape`): passes of one shape are the same operations.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from pipeline.engines.encoding import EncodedPrompt
 from pipeline.engines.transformers.cache import KeyValueCache
+from pipeline.engines.transformers.replay import PassReplays
 from pipeline.errors import DocumentError
 from pipeline.records import FinishReason, Sampling
 from pipeline.schema.grammar import Constraint, Masks
@@ -30,6 +33,11 @@ from pipeline.schema.grammar import Constraint, Masks
 PASS_COST_TOKENS = {"cuda": 256, "cpu": 16}
 """What a pass costs besides its tokens, in tokens: reading 7B weights takes as long as computing 83 (int4) to 262 (bf16) tokens on an H100
 by its data sheet, and on a CPU about as long as computing 16."""
+
+CHOSEN = -1
+"""In place of a forced token: the token that the pass chooses."""
+PLAIN_DRAW = (0.0, 0.0, 1.0, 1.0, math.inf)
+"""Random number, temperature, `top_p`, repetition penalty and `top_k` of a row that takes the most probable token."""
 
 
 @dataclass(eq=False)
@@ -54,6 +62,8 @@ class BatchRow:
     outcome: FinishReason | DocumentError | None = None
     """Set when no further token is chosen; the row is finished once nothing is unscored."""
     generator: torch.Generator = field(default_factory=torch.Generator)
+    answer_position: int = 0
+    """The position of the answer's first token."""
     point: float | None = None
     """The random number in [0, 1) for the next token, kept until that token is chosen: a pass that fails is repeated with the same."""
 
@@ -64,6 +74,7 @@ class BatchRow:
 
     def __post_init__(self) -> None:
         self.generator.manual_seed(self.sampling.seed)
+        self.answer_position = int(self.prompt.positions.max()) + 1
         self.pending = list(self.prompt.ids)
         self.append_forced()
 
@@ -91,13 +102,11 @@ class BatchRow:
             self.point = float(torch.rand((), generator=self.generator, dtype=torch.float64))
         return self.point
 
-    def advance(self, fed: int) -> int:
-        """Record that the first `fed` pending tokens are in the cache; return how many forced ones the pass has scored."""
-        scored = len(self.list_scored(fed))
+    def advance(self, fed: int) -> None:
+        """Record that the first `fed` pending tokens are in the cache, and the forced ones after them scored."""
+        self.unscored -= len(self.list_scored(fed))
         self.cached += fed
         self.pending = self.pending[fed:]
-        self.unscored -= scored
-        return scored
 
     def measure_part(self, most_tokens: int) -> int:
         """Return how many pending tokens a pass takes of a row that reads its prompt: all of them, or a part of the prompt."""
@@ -110,12 +119,12 @@ class BatchRow:
         last = len(self.pending) - 1
         return range(last - self.unscored, min(fed, last))
 
-    def compute_pending_positions(self) -> NDArray[np.int64]:
-        """Return the positions (3, pending) of the pending tokens: the prompt's own, then counting up."""
-        start = int(self.prompt.positions.max()) + 1 + max(0, self.cached - len(self.prompt.ids))
-        known = self.prompt.positions[:, self.cached :]
-        more = np.arange(start, start + len(self.pending) - known.shape[1])
-        return np.concatenate([known, np.broadcast_to(more, (3, len(more)))], axis=1)
+    def fill_positions(self, positions: NDArray[np.int32]) -> None:
+        """Fill in the positions (3, tokens) of the first pending tokens: the prompt's own, then counting up."""
+        known = self.prompt.positions[:, self.cached : self.cached + positions.shape[1]]
+        start = self.answer_position + max(0, self.cached - len(self.prompt.ids))
+        positions[:, : known.shape[1]] = known
+        positions[:, known.shape[1] :] = range(start, start + positions.shape[1] - known.shape[1])
 
     @property
     def is_finished(self) -> bool:
@@ -126,10 +135,11 @@ class BatchRow:
 class Batch:
     """Rows and their cache: row r of the batch is row r of the cache's buffers."""
 
-    def __init__(self, cache: KeyValueCache, part_tokens: int) -> None:
-        """`part_tokens` is how many tokens of prompts, padding included, a pass takes."""
+    def __init__(self, cache: KeyValueCache, part_tokens: int, replays: PassReplays | None = None) -> None:
+        """`part_tokens` is how many tokens of prompts, padding included, a pass takes; without `replays` every pass is computed."""
         self.rows: list[BatchRow] = []
         self.cache, self.part_tokens = cache, part_tokens
+        self.replays = replays or PassReplays(None)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -171,113 +181,140 @@ class Batch:
                     self.rows[at] = self.rows[last]
                 at = last
             self.rows.pop()
-        if leaving:
+        if leaving and (self.rows or not self.replays.is_on):  # recordings are of these buffers: the next batch begins with both
             with suppress(torch.OutOfMemoryError):  # no memory for the smaller copy: the buffers stay as they are
                 self.cache.shrink(len(self), self.tokens)
 
 
-@dataclass(frozen=True, eq=False)
-class StagedPass:
-    """What a pass over rows `start` to `stop` needs, on the CPU, in one tensor.
+@dataclass(frozen=True)
+class PassShape:
+    """What passes have in common that are the same operations: their sizes, and what they compute at all.
 
-    Scored places come in two groups: the last token of each row that gets a new token, then each token after which a forced one stands.
+    The last token of a row that a pass takes is always scored: after it stands the token that the pass chooses, or a forced one. The other
+    tokens after which forced ones stand are further places.
     """
 
     start: int
-    stop: int
+    """The first of the batch's rows."""
+    rows: int
+    """Rows from there on, padding included."""
     width: int
     columns: int
-    is_reading: bool
-    """The pass takes prompts, or a part of one."""
+    """Columns of the cache that the pass reads."""
+    further: int
+    """Further scored places, padding included."""
     is_first: bool
     """The rows' first pass: nothing of them is in the cache."""
-    is_even: bool
-    """All rows have as many tokens in the cache and take one more, and the pass reads no column behind it: no mask is needed."""
-    fed: tuple[int, ...]
-    """Pending tokens of each row that this pass takes."""
-    choosing: tuple[int, ...]
-    """Rows, counted from `start`, that get a new token."""
+    is_masked: bool
+    """Whether rows see less than all columns: not in a first pass, nor where one token of one row reads as many columns as it has."""
     is_drawing: bool
-    """Whether any of them has a temperature or a repetition penalty."""
-    layout: dict[str, tuple[int, tuple[int, ...], np.dtype[np.generic]]]
-    """Offset in words, shape and type of each array."""
+    """Whether any row has a temperature or a repetition penalty."""
+    vocabulary: int
+    """The width of the logits."""
+
+
+@dataclass(frozen=True, eq=False)
+class StagedPass:
+    """What a pass needs, on the CPU, in one tensor."""
+
+    shape: PassShape
+    fed: tuple[int, ...]
+    """Pending tokens of each row that this pass takes; rows that are padding are not among them."""
     words: Tensor
     """int32; pinned where there is a GPU."""
 
-    def unpack(self, words: Tensor) -> dict[str, Tensor]:
-        """Return the arrays as views of the words, wherever those are."""
-        views = {}
-        for name, (offset, shape, dtype) in self.layout.items():
-            part = words[offset : offset + math.prod(shape) * dtype.itemsize // 4]
-            views[name] = (part.view(torch.float64) if dtype == np.float64 else part).view(shape)
-        return views
+
+@lru_cache(maxsize=256)
+def lay_out_arrays(shape: PassShape) -> tuple[dict[str, tuple[slice, torch.dtype, tuple[int, ...]]], int]:
+    """Return where in the words of a pass each array is, its type and its shape, and the number of words."""
+    drawing, masks = shape.rows if shape.is_drawing else 0, -(-shape.vocabulary // 32)
+    sizes = {
+        "draws": (drawing, 5),  # first, because its numbers have two words
+        "ids": (shape.rows, shape.width),
+        "positions": (3, shape.rows, shape.width),
+        "cached": (shape.rows,),
+        "places": (shape.rows + shape.further,),
+        "follows": (shape.rows + shape.further,),
+        "masks": (shape.rows, masks),
+        "used": (drawing, masks),
+    }
+    arrays, offset = {}, 0
+    for name, size in sizes.items():
+        dtype = torch.float64 if name == "draws" else torch.int32
+        stop = offset + math.prod(size) * dtype.itemsize // 4
+        arrays[name] = (slice(offset, stop), dtype, size)
+        offset = stop
+    return arrays, offset
 
 
-def choose_width(rows: Sequence[BatchRow], pass_cost: int) -> int:
+def view_arrays(words: Tensor, shape: PassShape) -> dict[str, Tensor]:
+    """Return the arrays of a pass as views of its words, wherever those are."""
+    return {name: words[part].view(dtype).view(size) for name, (part, dtype, size) in lay_out_arrays(shape)[0].items()}
+
+
+def choose_width(rows: Sequence[BatchRow], pass_cost: int, widths: Sequence[int] = ()) -> int:
     """Return how many pending tokens of a row a pass takes at most: as many as make it the cheapest for each token.
 
     All rows are as wide as the widest, so a pass costs `pass_cost` + rows x width, and takes min(pending, width) of each row. Forced tokens
-    that are left over are taken by the next passes.
+    that are left over are taken by the next passes. Allowed are `widths`, or any.
     """
     pending = [len(row.pending) for row in rows]
-    return max(sorted(set(pending)), key=lambda width: sum(min(width, count) for count in pending) / (pass_cost + len(pending) * width))
+    return max(
+        widths or sorted(set(pending)),
+        key=lambda width: sum(min(width, count) for count in pending) / (pass_cost + len(pending) * width),
+    )
 
 
-def stage_pass(
-    rows: Sequence[BatchRow], start: int, widest: int, masks: Masks, columns: int, pad_id: int, vocabulary: int, pinned: bool
-) -> StagedPass:
-    """Return what a pass over these rows needs; `masks` has a row for each of them that gets a new token.
+def stage_pass(batch: Batch, shape: PassShape, stop: int, masks: Masks, pad_id: int, pinned: bool) -> StagedPass:
+    """Return what a pass over the batch's rows from the shape's first to `stop` needs.
 
-    Every row takes `widest` pending tokens at most. `vocabulary` is the width of the logits.
+    `masks` has a row for each of them that gets a new token. Every row takes as many pending tokens as the shape is wide, at most. Rows
+    from `stop` on are padding. Their keys are written behind the tokens of whatever row has this place in the cache, where nothing sees
+    them and that row's own next tokens come, as it is behind a row that takes fewer tokens than the others.
     """
-    fed = [min(len(row.pending), widest) for row in rows]
-    choosing = [at for at, row in enumerate(rows) if is_choosing(row, fed[at])]
-    forced = [(at, place, row.pending[place + 1]) for at, row in enumerate(rows) for place in row.list_scored(fed[at])]
-    width = max(fed)
-    ids = np.full((len(rows), width), pad_id)
-    positions = np.zeros((3, len(rows), width), np.int64)
+    rows = batch.rows[shape.start : stop]
+    fed = tuple(min(len(row.pending), shape.width) for row in rows)
+    words = torch.empty(lay_out_arrays(shape)[1], dtype=torch.int32, pin_memory=pinned)
+    arrays = {name: array.numpy() for name, array in view_arrays(words, shape).items()}
+    ids, positions, cached, places, follows = (arrays[name] for name in ("ids", "positions", "cached", "places", "follows"))
+    for array, padding in ((ids, pad_id), (positions, 0), (cached, 0), (places, 0), (follows, 0)):
+        array.fill(padding)
+    for name, unused in (("masks", -1), ("draws", PLAIN_DRAW), ("used", 0)):
+        arrays[name][len(rows) :] = unused
+    allowed, further = iter(masks), shape.rows
     for at, row in enumerate(rows):
+        last = fed[at] - 1
         ids[at, : fed[at]] = row.pending[: fed[at]]
-        positions[:, at, : fed[at]] = row.compute_pending_positions()[:, : fed[at]]
-    samplings = [rows[at].sampling for at in choosing]
-    is_drawing = any(sampling.temperature > 0 or sampling.repetition_penalty != 1 for sampling in samplings)
-    used = [
-        place for at, s in enumerate(samplings) if s.repetition_penalty != 1 for place in list_used(rows[choosing[at]], at * vocabulary)
-    ]
-    arrays = {
-        "draws": np.array(
-            [
-                (rows[at].draw_point(), s.temperature, s.top_p, s.repetition_penalty, s.top_k if s.top_k > 0 else math.inf)
-                for at, s in zip(choosing if is_drawing else (), samplings, strict=False)
-            ],
-            np.float64,
-        ).reshape(-1, 5),  # first, because its numbers have two words
-        "ids": ids,
-        "positions": positions,
-        "cached": np.array([row.cached for row in rows]),
-        "places": np.array([at * width + fed[at] - 1 for at in choosing] + [at * width + place for at, place, _ in forced]),
-        "follows": np.array([token for _, _, token in forced]),
-        "used": np.array(used),
-        "masks": masks,
-    }
-    arrays = {name: array if name == "draws" else array.astype(np.int32) for name, array in arrays.items()}
-    layout, offset = {}, 0
-    for name, array in arrays.items():
-        layout[name] = (offset, array.shape, array.dtype)
-        offset += array.nbytes // 4
-    words = torch.empty(offset, dtype=torch.int32, pin_memory=pinned)
-    np.concatenate([array.ravel().view(np.int32) for array in arrays.values()], out=words.numpy())
-    is_first = all(not row.cached for row in rows)
-    is_even = width == 1 and {row.cached for row in rows} == {columns - 1}
-    return StagedPass(
-        start, start + len(rows), width, columns, rows[0].is_reading, is_first, is_even, tuple(fed), tuple(choosing), is_drawing, layout,
-        words,
-    )  # fmt: skip
+        row.fill_positions(positions[:, at, : fed[at]])
+        places[at] = at * shape.width + last
+        for place in row.list_scored(fed[at]):
+            target = at if place == last else further
+            places[target], follows[target] = at * shape.width + place, row.pending[place + 1]
+            further += place != last
+        is_given_one = is_choosing(row, fed[at])
+        if is_given_one:
+            follows[at] = CHOSEN
+        arrays["masks"][at] = next(allowed) if is_given_one else -1
+        if shape.is_drawing:
+            stage_draw(row, is_given_one, arrays["draws"][at], arrays["used"][at])
+    beyond = batch.rows[shape.start : shape.start + shape.rows]
+    cached[: len(beyond)] = [row.cached for row in beyond]
+    return StagedPass(shape, fed, words)
 
 
-def list_used(row: BatchRow, offset: int) -> list[int]:
-    """Return the tokens of a row's prompt and answer, each once, plus an offset."""
-    return [offset + token for token in sorted({*row.prompt.ids, *row.tokens})]
+def stage_draw(row: BatchRow, is_choosing_now: bool, draw: NDArray[np.float64], used: NDArray[np.int32]) -> None:
+    """Fill in how a row's token is drawn: its numbers (5), and the bits of all tokens that a repetition penalty lowers."""
+    sampling = row.sampling
+    draw[:] = PLAIN_DRAW
+    used[:] = 0
+    if is_choosing_now:
+        top_k = sampling.top_k if sampling.top_k > 0 else math.inf
+        draw[:] = (row.draw_point(), sampling.temperature, sampling.top_p, sampling.repetition_penalty, top_k)
+        if sampling.repetition_penalty != 1:
+            bits = np.zeros(len(used) * 32, np.bool_)
+            bits[row.prompt.ids] = True
+            bits[row.tokens] = True
+            used[:] = np.packbits(bits, bitorder="little").view(np.int32)
 
 
 def is_choosing(row: BatchRow, fed: int) -> bool:

@@ -84,11 +84,10 @@ class KeyValueCache(Cache):
         super().__init__(layers=[BufferLayer(heads, size, dtype, device) for _ in range(layers)])
         self.bytes_per_token = 2 * layers * heads * size * dtype.itemsize
         self.dtype, self.max_tokens = dtype, max_tokens
-
-    @property
-    def shape(self) -> tuple[int, int]:
+        self.shape = 0, 0
         """Rows and columns for which every layer has room."""
-        return min(buffer.shape[0] for _, _, buffer in self._buffers()), min(buffer.shape[2] for _, _, buffer in self._buffers())
+        self.generation = 0
+        """Counts how often buffers were replaced: what was recorded with those of another generation must not be replayed."""
 
     def fits(self, rows: int, tokens: int) -> bool:
         """Return whether so many rows of so many tokens are allowed."""
@@ -130,6 +129,8 @@ class KeyValueCache(Cache):
 
     def _resize(self, rows: int, columns: int) -> None:
         """Give every buffer this size, one after the other, and keep what fits into it."""
+        self.generation += 1
+        self.shape = min(rows, self.shape[0]), min(columns, self.shape[1])  # until all have it
         for layer, name, old in self._buffers():
             if old.shape[0] == rows and old.shape[2] == columns:
                 continue
@@ -138,6 +139,7 @@ class KeyValueCache(Cache):
             new[:kept_rows, :, :kept_columns] = old[:kept_rows, :, :kept_columns]
             setattr(layer, name, new)
             del old
+        self.shape = rows, columns
 
     def _own_layers(self) -> list[BufferLayer]:
         layers: list[Any] = self.layers

@@ -5,23 +5,38 @@ the tokens that are then forced. Log-probabilities are the model's own, before m
 this pass alone: logits of earlier passes are not kept.
 
 A step copies one tensor to the device and one back; between the two nothing waits for the device. A pass over a prompt copies its images
-too.
+too. A pass over rows that answer may be a replay (`replay.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.engines.completion import LOOP_EVERY, convert_request_error, find_loop, make_loop_error
 from pipeline.engines.encoding import Encoder
 from pipeline.engines.transformers.attention import build_mask
-from pipeline.engines.transformers.batch import PASS_COST_TOKENS, Batch, BatchRow, StagedPass, choose_width, is_choosing, stage_pass
-from pipeline.engines.transformers.cache import VIEW_STEP, KeyValueCache, PassWindow, round_up
+from pipeline.engines.transformers.batch import (
+    CHOSEN,
+    PASS_COST_TOKENS,
+    Batch,
+    BatchRow,
+    PassShape,
+    StagedPass,
+    choose_width,
+    is_choosing,
+    stage_pass,
+    view_arrays,
+)
+from pipeline.engines.transformers.cache import COLUMN_STEP, VIEW_STEP, KeyValueCache, PassWindow, round_up
+from pipeline.engines.transformers.replay import MOST_TOKENS, WIDTHS, round_rows
 from pipeline.errors import DocumentError
 from pipeline.records import FinishReason
 from pipeline.schema.grammar import Vocabulary
@@ -54,49 +69,88 @@ def run_step(model: LoadedModel, batch: Batch, span: range) -> None:
     exception (out of memory, for example) leaves all rows unchanged.
     """
     # 1) All that the pass needs, the grammars' masks among it, is computed on the CPU and copied at once.
-    rows = [batch.rows[at] for at in span]
-    is_reading = rows[0].is_reading
-    pass_cost = PASS_COST_TOKENS.get(model.device.type, PASS_COST_TOKENS["cuda"])
-    widest = max(row.measure_part(batch.part_tokens) for row in rows) if is_reading else choose_width(rows, pass_cost)
-    needed = max(row.cached for row in rows) + widest
-    batch.cache.reserve(len(batch), max(needed, max(row.cached for row in batch.rows)))
-    columns = needed if len(rows) == widest == 1 else min(round_up(needed, VIEW_STEP), batch.cache.shape[1])
-    masks = model.vocabulary.compute_masks([row.constraint for row in rows if is_choosing(row, min(widest, len(row.pending)))])
-    staged = stage_pass(rows, span.start, widest, masks, columns, model.pad_id, model.vocabulary.size, model.device.type == "cuda")
-    shown = [image for row in rows for image in row.prompt.list_images(row.cached, row.cached + widest)] if is_reading else []
+    rows = batch.rows[span.start : span.stop]
+    is_replayed = batch.replays.is_on and span == batch.answering
+    shape = choose_replayed_shape(model, batch) if is_replayed else choose_shape(model, batch, span)
+    masks = model.vocabulary.compute_masks([row.constraint for row in rows if is_choosing(row, min(shape.width, len(row.pending)))])
+    staged = stage_pass(batch, shape, span.stop, masks, model.pad_id, model.device.type == "cuda")
+    shown = [image for row in rows if row.is_reading for image in row.prompt.list_images(row.cached, row.cached + shape.width)]
     images = model.encoder.build_pixel_values(shown)
     # 2) The device computes, and its answer is one tensor.
-    words = staged.words.to(model.device, non_blocking=True)
-    numbers = compute_pass(model, batch.cache, staged, words, images).cpu().numpy()
-    count = len(staged.choosing)
-    tokens, scores = iter(numbers[:count].tolist()), numbers[count:].view(np.float32).tolist()
-    margins, chosen_logprobs, forced_logprobs = iter(scores[:count]), iter(scores[count : 2 * count]), iter(scores[2 * count :])
+    numbers = run_pass(model, batch, staged, images, is_replayed)
+    tokens, scores = numbers[: shape.rows].tolist(), numbers[shape.rows :].view(np.float32).tolist()
+    margins, logprobs, further = scores[: shape.rows], scores[shape.rows : 2 * shape.rows], iter(scores[2 * shape.rows :])
     # 3) From here on only single rows can fail.
-    choosing = set(staged.choosing)
-    for at, row in enumerate(rows):
-        row.logprobs += [next(forced_logprobs) for _ in range(row.advance(staged.fed[at]))]
-        if at in choosing:
+    for at, (row, fed) in enumerate(zip(rows, staged.fed, strict=True)):
+        scored, is_given_one = row.list_scored(fed), is_choosing(row, fed)
+        row.advance(fed)
+        row.logprobs += [logprobs[at] if place == fed - 1 else next(further) for place in scored]
+        if is_given_one:
             row.point = None
-            append_token(row, next(tokens), next(chosen_logprobs), next(margins), model.vocabulary)
+            append_token(row, tokens[at], logprobs[at], margins[at], model.vocabulary)
 
 
-def compute_pass(model: LoadedModel, cache: KeyValueCache, staged: StagedPass, words: Tensor, images: dict[str, Tensor]) -> Tensor:
-    """Return what the device computes from a staged pass, as int32 words: chosen tokens, their margins, all log-probabilities (float32).
+def choose_shape(model: LoadedModel, batch: Batch, span: range) -> PassShape:
+    """Return the shape of a pass that is computed for these rows alone, and make room for it in the cache."""
+    rows = batch.rows[span.start : span.stop]
+    is_reading = rows[0].is_reading
+    width = max(row.measure_part(batch.part_tokens) for row in rows) if is_reading else choose_width(rows, get_pass_cost(model.device))
+    needed = max(row.cached for row in rows) + width
+    batch.cache.reserve(len(batch), max(needed, *(row.cached for row in batch.rows)))
+    is_masked = any(row.cached for row in rows) and not len(rows) == width == 1
+    columns = min(round_up(needed, VIEW_STEP), batch.cache.shape[1]) if is_masked else needed
+    further = sum(place < min(width, len(row.pending)) - 1 for row in rows for place in row.list_scored(width))
+    is_first = all(not row.cached for row in rows)
+    return PassShape(span.start, len(rows), width, columns, further, is_first, is_masked, is_drawing(rows), model.vocabulary.size)
 
-    `words` are the staged words on the device. Nothing here waits for the device or copies from or to it, but for the vision tower.
+
+def choose_replayed_shape(model: LoadedModel, batch: Batch) -> PassShape:
+    """Return one of few shapes (`replay.py`) for the rows that answer, and make room for it in the cache."""
+    rows = batch.rows[: len(batch.answering)]
+    widths = [width for width in WIDTHS if width == 1 or width * round_rows(len(rows)) <= MOST_TOKENS]
+    width = choose_width(rows, get_pass_cost(model.device), widths)
+    batch.cache.reserve(len(batch), max(row.cached for row in batch.rows) + width)  # also behind the rows that are padding
+    count = min(round_rows(len(rows)), batch.cache.shape[0])
+    columns = round_up(max(row.cached for row in rows) + width, COLUMN_STEP)
+    return PassShape(0, count, width, columns, count * (width - 1), False, True, is_drawing(rows), model.vocabulary.size)
+
+
+def get_pass_cost(device: torch.device) -> int:
+    """Return what a pass costs besides its tokens, in tokens."""
+    return PASS_COST_TOKENS.get(device.type, PASS_COST_TOKENS["cuda"])
+
+
+def is_drawing(rows: Sequence[BatchRow]) -> bool:
+    """Return whether any row's next token may be another than the most probable one."""
+    return any(row.sampling.temperature > 0 or row.sampling.repetition_penalty != 1 for row in rows)
+
+
+def run_pass(model: LoadedModel, batch: Batch, staged: StagedPass, images: dict[str, Tensor], is_replayed: bool) -> NDArray[np.int32]:
+    """Return what the device computes from a staged pass, computed or replayed: see `compute_pass`."""
+    compute = partial(compute_pass, model, batch.cache, staged.shape, images=images)
+    if is_replayed:
+        return batch.replays.run(staged.shape, staged.words, model.device, batch.cache.generation, compute).cpu().numpy()
+    return compute(staged.words.to(model.device, non_blocking=True)).cpu().numpy()
+
+
+def compute_pass(model: LoadedModel, cache: KeyValueCache, shape: PassShape, words: Tensor, images: dict[str, Tensor]) -> Tensor:
+    """Return what the device computes in a pass of this shape, as int32 words: tokens and their margins (rows), log-probabilities.
+
+    `words` are the staged words on the device; the numbers of rows that get no token, and of padding, mean nothing. Nothing here waits for
+    the device or copies from or to it, but for the vision tower; nothing depends on more than the shape and these tensors, so that the
+    operations can be recorded.
     """
     # 1) Run the network; it writes keys and values into the cache.
-    given = staged.unpack(words)
-    cached, places = given["cached"].long(), None
-    mask = None
-    if not staged.is_first:
-        rows = torch.arange(staged.stop - staged.start, device=words.device).unsqueeze(1)
-        places = (rows, cached.unsqueeze(1) + torch.arange(staged.width, device=words.device))
-    if not staged.is_first and not staged.is_even:
+    given = view_arrays(words, shape)
+    cached, places, mask = given["cached"].long(), None, None
+    if not shape.is_first:
+        rows = torch.arange(shape.rows, device=words.device).unsqueeze(1)
+        places = (rows, cached.unsqueeze(1) + torch.arange(shape.width, device=words.device))
+    if shape.is_masked:
         config = model.network.config.get_text_config()
-        groups = 1 if len(cached) == 1 else config.num_attention_heads // config.num_key_value_heads
-        mask = build_mask(cached, staged.width, staged.columns, groups, cache.dtype)
-    cache.open_window(PassWindow(staged.start, staged.stop, staged.columns, places))
+        groups = 1 if shape.rows == 1 else config.num_attention_heads // config.num_key_value_heads
+        mask = build_mask(cached, shape.width, shape.columns, groups, cache.dtype)
+    cache.open_window(PassWindow(shape.start, shape.start + shape.rows, shape.columns, places))
     hidden = model.network.model(
         input_ids=given["ids"].long(),
         attention_mask=mask,
@@ -105,16 +159,17 @@ def compute_pass(model: LoadedModel, cache: KeyValueCache, staged: StagedPass, w
         use_cache=True,
         **images,
     ).last_hidden_state
-    # 2) Logits only where they are needed: at the end of a row that gets a new token, and before each forced token.
+    # 2) Logits only where they are needed: after the last token of each row, and before each forced token.
     logits = model.network.lm_head(hidden.flatten(0, 1).index_select(0, given["places"])).float()
     # 3) Choose the next tokens, and score them and the forced ones.
-    allow = unpack_masks(given["masks"], logits.shape[-1])
-    new = logits[: len(staged.choosing)]
+    allow = unpack_masks(given["masks"], shape.vocabulary)
+    new, follows = logits[: shape.rows], given["follows"].long()
     allowed = new.masked_fill(~allow, float("-inf"))
-    chosen = draw_tokens(new, allow, given, staged) if staged.is_drawing else allowed.argmax(dim=-1)
+    chosen = draw_tokens(new, allow, given) if shape.is_drawing else allowed.argmax(dim=-1)
     at = chosen.unsqueeze(1)
     margins = (new.gather(1, at) - allowed.scatter(1, at, float("-inf")).amax(dim=-1, keepdim=True)).squeeze(1)  # inf: no other is allowed
-    follows = torch.cat([chosen, given["follows"].long()])
+    last = follows[: shape.rows]
+    follows = torch.cat([torch.where(last == CHOSEN, chosen, last), follows[shape.rows :]])
     scored = logits.gather(1, follows.unsqueeze(1)).squeeze(1) - logits.logsumexp(dim=-1)
     return torch.cat([chosen.int(), margins.view(torch.int32), scored.view(torch.int32)])
 
@@ -125,14 +180,13 @@ def unpack_masks(words: Tensor, size: int) -> Tensor:
     return ((words.unsqueeze(-1) >> bits) & 1).flatten(1)[:, :size].bool()
 
 
-def draw_tokens(logits: Tensor, allow: Tensor, given: dict[str, Tensor], staged: StagedPass) -> Tensor:
+def draw_tokens(logits: Tensor, allow: Tensor, given: dict[str, Tensor]) -> Tensor:
     """Return one allowed token for each row: the most probable one, or a random one if the row's sampling has a temperature.
 
     Random are: temperature, then the `top_k` most probable, then the fewest whose probabilities add up to `top_p`.
     """
     point, temperature, top_p, penalty, top_k = given["draws"].unbind(1)
-    used = torch.zeros_like(allow).flatten().index_fill_(0, given["used"].long(), True).view_as(allow)
-    scores = apply_repetition_penalty(logits, used, penalty).masked_fill(~allow, float("-inf"))
+    scores = apply_repetition_penalty(logits, unpack_masks(given["used"], logits.shape[1]), penalty).masked_fill(~allow, float("-inf"))
     heat = torch.where(temperature > 0, temperature, 1.0).float().unsqueeze(1)
     probabilities, tokens = (scores / heat).softmax(dim=-1).sort(descending=True, stable=True)
     rank = torch.arange(tokens.shape[1], device=tokens.device)

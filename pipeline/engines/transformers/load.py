@@ -41,7 +41,7 @@ ADAPTER_NAMES = {r"^model\.layers\.": "model.language_model.layers.", r"^visual\
 
 def load_checkpoint(
     name: str, revision: str | None, dtype: str, device: torch.device, threads: int,
-    rope_scaling: dict[str, Any] | None, lora: str | None, keep_int4: bool,
+    rope_scaling: dict[str, Any] | None, lora: Path | None, keep_int4: bool,
 ) -> LoadedModel:  # fmt: skip
     """Return a checkpoint that is ready to answer. Raises JobError for one that cannot be used."""
     untyped_logging: Any = logging
@@ -141,8 +141,8 @@ def load_plain_model(folder: Path, config: Any, dtype: torch.dtype, device: torc
     return network.to(device).eval()
 
 
-def merge_lora(network: Any, lora: str, keep_int4: bool) -> Any:
-    """Return the model with an adapter (hub id or folder) merged into its weights.
+def merge_lora(network: Any, folder: Path, keep_int4: bool) -> Any:
+    """Return the model with the adapter in a folder merged into its weights.
 
     Raises JobError, also for an adapter that lacks weights for this model's layers: peft would leave those as they are and only warn.
     """
@@ -150,7 +150,6 @@ def merge_lora(network: Any, lora: str, keep_int4: bool) -> Any:
         raise JobError(f"model.lora: adapters need the package peft, which is not installed: pip install '{DISTRIBUTION}[lora]'")
     if keep_int4:
         raise JobError("model.lora: an adapter cannot be merged into int4 weights")
-    folder = locate_checkpoint(lora, None)
     if not (folder / "adapter_model.safetensors").is_file():
         raise JobError(f"model.lora: {folder} holds no adapter_model.safetensors; adapters in other formats are not read")
     from peft import PeftModel  # optional

@@ -58,7 +58,7 @@ class VLLMEngine:
 
     def __init__(
         self, model: str, arguments: Mapping[str, Any], *, revision: str | None = None, threads: int | None = None,
-        max_request_tokens: int | None = None, rope_scaling: dict[str, Any] | None = None, lora: str | None = None,
+        max_request_tokens: int | None = None, rope_scaling: dict[str, Any] | None = None, lora: Path | None = None,
         logprobs: bool = True,
     ) -> None:  # fmt: skip
         """Load a checkpoint (hub id or folder). `arguments` are those of vLLM's engine, `threads` is its number of cores without a GPU.
@@ -72,12 +72,12 @@ class VLLMEngine:
         config = checkpoint.load_config(folder, rope_scaling)
         if max_request_tokens:  # vLLM wants a cache for one request of this length, 38 GB for the 262,144 tokens of Qwen3-VL-8B
             arguments = {"max_model_len": min(checkpoint.count_context_tokens(config), max_request_tokens), **arguments}
-        tokenizer = self._load_encoder(folder, config.image_token_id)
+        processor = self._load_encoder(folder, config.image_token_id)
         size = config.get_text_config().vocab_size
-        self._vocabulary = Vocabulary(tokenizer.backend_tokenizer.to_str(), size=size, eos_ids=[tokenizer.eos_token_id])
+        self._vocabulary = Vocabulary(processor.tokenizer.backend_tokenizer.to_str(), size=size, eos_ids=[processor.tokenizer.eos_token_id])
         self._request_ids, self._log_offset = count(), launch.prepare_environment(threads)
         self._loop_thread, self._clock = EventLoopThread("vllm-engine"), TokenClock()
-        self._lora = checkpoint.locate_checkpoint(lora, None) if lora else None
+        self._lora = lora
         try:
             engine_arguments = launch.build_engine_arguments(folder, config, bool(rope_scaling), self._lora, arguments)
             self._llm, self._killer = launch.start_with_killer(lambda: self._loop_thread.submit(launch.start_vllm(engine_arguments)))
@@ -87,6 +87,8 @@ class VLLMEngine:
                 raise RunError(f"vLLM does not start: {read_reason_since(self._log_offset) or error}") from error
             raise
         self.max_model_len = int(self._llm.model_config.max_model_len)
+        own_dtype = None if launch.NORMALIZE in launch.list_known_arguments() else self._llm.model_config.dtype
+        self._cutter = PageCutter.of_processor(processor.image_processor, own_dtype)
         self._window = TokenWindow(STEPS_AHEAD * int(self._llm.vllm_config.scheduler_config.max_num_batched_tokens))
 
     async def complete(self, request: Request) -> Completion:
@@ -104,12 +106,11 @@ class VLLMEngine:
         self._loop_thread.close(on_close=self._llm.shutdown)
 
     def _load_encoder(self, folder: Path, image_token: int) -> Any:
-        """Set the encoder, made of the checkpoint's chat template and tokenizer; return the tokenizer."""
+        """Set the encoder, made of the checkpoint's chat template and tokenizer; return transformers' processor."""
         processor = checkpoint.load_processor(folder)
         self._encoder = Encoder(processor, image_token, torch.device("cpu"))
-        self._cutter = PageCutter(int(processor.image_processor.patch_size), int(processor.image_processor.merge_size))
         checkpoint.check_chat_template(self._encoder, folder)
-        return processor.tokenizer
+        return processor
 
     # The following methods run in the engine's own loop or its executor.
 

@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import redirect_stdout
 from dataclasses import fields
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,15 @@ from pipeline.engines import checkpoint, checkpoint_files
 from pipeline.errors import JobError
 from pipeline.job import Job
 from pipeline.processes import OrphanKiller
+from pipeline.wording import suggest_word
 
 SAME_NAMES = (
     "dtype", "max_model_len", "tensor_parallel_size", "pipeline_parallel_size", "gpu_memory_utilization", "quantization",
     "kv_cache_dtype", "enforce_eager", "enable_prefix_caching", "max_num_batched_tokens", "mm_processor_cache_gb",
 )  # fmt: skip
 """Keys with the same name in a job and in vLLM's engine arguments."""
+NORMALIZE = "mm_device_do_normalize"
+"""Argument by which a vLLM that has it takes pages as bytes and normalises them in the model; 0.24 has none, 0.32 has it."""
 CPU_CACHE_BYTES = 4 * 2**30
 """Attention cache on a CPU: by default vLLM would reserve nearly all memory."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -56,7 +58,7 @@ def collect_arguments(job: Job) -> dict[str, Any]:
     return {
         **{name: getattr(model, name) for name in SAME_NAMES if getattr(model, name) is not None},
         "max_num_seqs": model.sequences,
-        "limit_mm_per_prompt": {"image": job.images_per_request, "video": 0, **(model.limit_mm_per_prompt or {})},
+        "limit_mm_per_prompt": {"image": job.most_images, "video": 0, **(model.limit_mm_per_prompt or {})},
         "mm_processor_kwargs": {"size": {"shortest_edge": low, "longest_edge": high}},
         **model.engine_args,
     }
@@ -69,13 +71,10 @@ def check_vllm_arguments(job: Job) -> None:
         return
     silence_vllm()
     with redirect_stdout(sys.stderr):  # the import prints, and stdout is for data
-        from vllm.engine.arg_utils import AsyncEngineArgs
-
-    known = {field.name for field in fields(AsyncEngineArgs)}
+        known = list_known_arguments()
     for name in given:
         if name not in known:
-            near = get_close_matches(name, known, 1, 0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = suggest_word(name, known)
             raise JobError(
                 f"{job.file}: model.engine_args: the engine of this vLLM has no argument {name}{hint}", job.file, "model.engine_args"
             )
@@ -117,7 +116,16 @@ def build_engine_arguments(folder: Path, config: Any, stretched: bool, lora: Pat
         arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": find_lora_rank(lora)}
     structure = StructuredOutputsConfig(backend="guidance", disable_any_whitespace=True)
     fixed = {"model": str(folder), "load_format": "safetensors", "logprobs_mode": "raw_logprobs", "structured_outputs_config": structure}
-    return AsyncEngineArgs(**arguments, **fixed, mm_device_do_normalize=True)  # pages are sent as bytes
+    if NORMALIZE in list_known_arguments():
+        arguments[NORMALIZE] = True
+    return AsyncEngineArgs(**arguments, **fixed)
+
+
+def list_known_arguments() -> set[str]:
+    """Return the arguments that the engine of this vLLM has."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    return {field.name for field in fields(AsyncEngineArgs)}
 
 
 def convert_yarn(config: Any) -> dict[str, Any]:

@@ -3,7 +3,8 @@
     ids with one placeholder, a page of 56 x 84 px  ->  ids with 6, 24 patches of 1,176 bytes, where they stand, the page's name
 
 vLLM's processor takes 10 ms of CPU for a page of 1,280 visual tokens, because it goes through PIL, checks for sizes that pages here never
-have, and moves single bytes. The patches are the same bytes (`tests/vllm/test_vllm_pages.py`): vLLM normalises them in the model.
+have, and moves single bytes. The patches are the same (`tests/vllm/test_vllm_pages.py`): bytes, which vLLM normalises in the model, or
+numbers for a vLLM that does not (0.24 is one).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline.engines.encoding import EncodedPrompt
 from pipeline.records import Pixels
@@ -31,6 +33,16 @@ class PageCutter:
     patch_px: int
     merge: int
     """Patches of a visual token in a row, and in a column."""
+    mean: tuple[float, ...]
+    """Of red, green and blue, of 1."""
+    deviation: tuple[float, ...]
+    dtype: torch.dtype | None = None
+    """The model's, in which patches are normalised here; None where vLLM normalises them."""
+
+    @classmethod
+    def of_processor(cls, images: Any, dtype: torch.dtype | None = None) -> PageCutter:
+        """Return the cutter that does what a checkpoint's image processor does."""
+        return cls(int(images.patch_size), int(images.merge_size), tuple(images.image_mean), tuple(images.image_std), dtype)
 
     def build_input(self, prompt: EncodedPrompt, page_ids: Sequence[str]) -> dict[str, Any]:
         """Return a prompt with images as vLLM's engine takes it after its processor.
@@ -43,6 +55,7 @@ class PageCutter:
         names = list(page_ids) if len(page_ids) == len(prompt.images) else [hashlib.sha256(page.data).hexdigest() for page in prompt.images]
         grids = torch.tensor([[1, page.shape[0] // self.patch_px, page.shape[1] // self.patch_px] for page in prompt.images])
         patches = torch.from_numpy(cut_patches(prompt.images, self.patch_px, self.merge))
+        patches = normalize_patches(patches, self.mean, self.deviation).to(self.dtype) if self.dtype else patches
         sizes = grids.prod(1)
         fields = {
             "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", sizes),
@@ -70,3 +83,10 @@ def cut_patches(pages: Sequence[Pixels], patch_px: int, merge: int) -> NDArray[n
     frames = all_patches.view(f"V{patch_px * patch_px}")
     frames[..., 1, :] = frames[..., 0, :]
     return all_patches.view(np.uint8).reshape(tokens * merge * merge, -1)
+
+
+def normalize_patches(patches: Tensor, mean: Sequence[float], deviation: Sequence[float]) -> Tensor:
+    """Return patches of bytes as float32: less the mean of their colour, divided by its deviation, both given of 1."""
+    colours = patches.view(len(patches), 3, -1)
+    mean_255, deviation_255 = (255 * torch.tensor(numbers).view(1, 3, 1) for numbers in (mean, deviation))
+    return ((colours - mean_255) / deviation_255).view(len(patches), -1)

@@ -120,9 +120,9 @@ WRONG: dict[str, tuple[Callable[[Workspace], Any], list[str], str]] = {
     "unknown key": (
         lambda workspace: workspace.file.write_text(JOB + "modle: {}\n"),
         [],
-        r"job\.yaml:7: unknown key modle; did you mean model\?",
+        r"job\.yaml:7: unknown key modle; did you mean 'model'\?",
     ),
-    "unknown key set": (lambda workspace: None, ["--set", "model.engin=x"], r"unknown key model\.engin; did you mean engine\?"),
+    "unknown key set": (lambda workspace: None, ["--set", "model.engin=x"], r"unknown key model\.engin; did you mean 'engine'\?"),
     "wrong engine": (lambda workspace: None, ["--set", "model.engine=nope"], r"model\.engine: should be 'auto', .*, found 'nope'"),
     "no schema": (lambda workspace: (workspace.folder / "schema.json").unlink(), [], r"schema\.json cannot be read: No such file"),
     "misspelt keyword": (lambda workspace: spoil(workspace, {"minimun": 0}), [], r"minimun"),
@@ -270,6 +270,19 @@ def test_check_says_what_an_a4_page_costs_the_jobs_model(workspace: Workspace) -
     unknown, told = (json.loads(invoke("check", workspace.file, *hub, *more).stdout) for more in ((), ("--set", "model.cell_px=32")))
     assert (unknown["a4_page"]["cell_px"], unknown["a4_page"]["cell_px_from"]) == (28, "assumed")
     assert (told["a4_page"]["visual_tokens"], told["a4_page"]["cell_px_from"]) == (962, "job")
+
+
+def test_check_says_what_reading_again_costs_and_in_what_places_are_counted(workspace: Workspace) -> None:
+    def check(*settings: str) -> str:
+        return invoke("check", workspace.file, *(word for one in settings for word in ("--set", one))).stdout
+
+    line = "located and read again by the model: 2 to 7 more requests each time; places in"
+    assert line not in check()
+    assert f"{line} pixels of a page (as models of this family do)" in check("evidence.model=on")
+    told = check("evidence.model=on", "model.box_units=thousandths")
+    assert f"{line} thousandths of a page (as model.box_units says)" in told
+    guessed = check("evidence.model=on", "model.name=Qwen/Qwen2.5-VL-7B-Instruct-AWQ")
+    assert f"{line} pixels of a page (by the model's name; model.box_units says it)" in guessed
 
 
 def test_check_says_which_engine_this_machine_has(workspace: Workspace) -> None:

@@ -139,5 +139,5 @@ def test_a_models_revision_is_part_of_the_fingerprint(workspace: Workspace, uri:
 def test_a_hub_id_without_a_copy_is_refused_offline(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(JobError, match=r"model\.name is 'nobody/nothing', neither a folder nor known to the hub: .*"):
+    with pytest.raises(JobError, match=r"model\.name is 'nobody/nothing', neither a folder nor a repository of the hub with config\.json"):
         engines.resolve_engine(make_job(workspace, "nobody/nothing"), 0.0)

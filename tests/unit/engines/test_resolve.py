@@ -81,6 +81,25 @@ def test_a_revision_of_the_hub_is_resolved_to_its_commit(workspace: Workspace, t
         assert job.with_resolved_model(resolved[0].dump_keys()["model"]).fingerprint == resolved[0].fingerprint
 
 
+def test_an_adapter_on_the_hub_is_resolved_to_its_commit(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--someone--adapter"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(COMMIT)
+    job = workspace.job("model.name=./checkpoint", "model.lora=someone/adapter")
+    with pytest.raises(JobError, match=r"model\.lora is 'someone/adapter', neither a folder nor a repository of the hub with adapter_"):
+        engines.resolve_engine(job, 1.0)
+    (cached / "snapshots" / COMMIT).mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (cached / "snapshots" / COMMIT / name).write_text("{}")
+    resolved = engines.resolve_engine(job, 1.0)
+    assert resolved.sections.model.lora_revision == COMMIT
+    assert resolved.fingerprint not in (job.fingerprint, workspace.job("model.name=./checkpoint", "model.lora=other").fingerprint)
+    assert job.with_resolved_model(resolved.dump_keys()["model"]).fingerprint == resolved.fingerprint
+    assert engines.find_adapter(resolved) == cached / "snapshots" / COMMIT
+
+
 # --- A GPU that cannot be used
 
 

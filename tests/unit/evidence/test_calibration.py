@@ -119,6 +119,13 @@ def test_a_rule_counts_as_it_was_judged() -> None:
     assert (row["rule adds_up passed"], row["rule in_order broken"], row.get("rule in_order passed")) == (1.0, 1.0, None)
 
 
+def test_what_was_only_read_again_is_a_fact_beside_that_it_is_absent() -> None:
+    """A calibration that was fitted before knows the second alone, and rates it as before."""
+    absent, reread = (Evidence("$.total", "x", match, witness=None) for match in (Match.ABSENT, Match.REREAD))
+    before, row = list_features([make_facts("$.total", evidence=absent)]), list_features([make_facts("$.total", evidence=reread)])
+    assert row == [before[0] | {"match reread": 1.0, "text reread": 1.0}]
+
+
 def test_where_a_value_stands_among_others_is_known_of_it() -> None:
     def witness(path: str, **about: Any) -> ValueFacts:
         return make_facts(path, evidence=Evidence(path, "x", Match.EXACT, witness=Witness.OCR, places=1, **about))

@@ -15,7 +15,7 @@ def rate(match: Match | None = None, places: int = 1, token_logprob: float = -0.
 
 def test_without_evidence_it_is_the_probability_of_the_tokens() -> None:
     assert rate(token_logprob=-0.5) == pytest.approx(0.6065, abs=1e-4)
-    assert rate(Match.NOT_APPLICABLE, witness=None) == rate()
+    assert rate(Match.NOT_APPLICABLE, witness=None) == rate(Match.REREAD, witness=Witness.MODEL) == rate()
 
 
 def test_the_formula_is_that_of_the_documentation() -> None:

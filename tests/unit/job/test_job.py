@@ -147,11 +147,11 @@ def test_a_job_survives_pickling_between_processes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("found", "replacement", "message"),
     [
-        ("  name: demo", "  nmae: demo", "job.yaml:6: unknown key model.nmae; did you mean name?"),
-        ("  schema:", "  shema:", "job.yaml:4: unknown key extract.shema; did you mean schema?"),
-        ("  schema:", "  schema_file:", "job.yaml:4: unknown key extract.schema_file; did you mean schema?"),
+        ("  name: demo", "  nmae: demo", "job.yaml:6: unknown key model.nmae; did you mean 'name'?"),
+        ("  schema:", "  shema:", "job.yaml:4: unknown key extract.shema; did you mean 'schema'?"),
+        ("  schema:", "  schema_file:", "job.yaml:4: unknown key extract.schema_file; did you mean 'schema'?"),
         ("  path: out", "  path: out\n  zzz: 1", "job.yaml:9: unknown key output.zzz; known here: path"),
-        ("name: small", "nam: small", "job.yaml:1: unknown key nam; did you mean name?"),
+        ("name: small", "nam: small", "job.yaml:1: unknown key nam; did you mean 'name'?"),
         ("  name: demo", "  name: demo\n  name: demo", "job.yaml:7: the key model.name is given twice"),
         ("  schema: total.json", "  per: page", "job.yaml:3: the key extract.schema is missing"),
         ("output:\n  path: out", "", "job.yaml: the key output is missing"),
@@ -231,7 +231,7 @@ def test_a_setting_overrides_the_file_and_its_value_is_yaml(tmp_path: Path) -> N
     ("setting", "message"),
     [
         ("model.engine=vlm", "--set model.engine=vlm: model.engine: should be 'auto', 'transformers', 'vllm' or 'openai', found 'vlm'"),
-        ("model.engin=auto", "--set model.engin=auto: unknown key model.engin; did you mean engine?"),
+        ("model.engin=auto", "--set model.engin=auto: unknown key model.engin; did you mean 'engine'?"),
         ("model.name", "--set 'model.name': expected key=value"),
         ("=3", "--set '=3': expected key=value"),
         ("name.first=3", "--set 'name.first=3': name is a value, not a section"),
@@ -241,6 +241,16 @@ def test_a_setting_overrides_the_file_and_its_value_is_yaml(tmp_path: Path) -> N
 )
 def test_an_error_in_a_setting_names_the_setting_and_not_the_file(tmp_path: Path, setting: str, message: str) -> None:
     assert load_error(write_job(tmp_path), setting).startswith(message)
+
+
+def test_a_limit_of_images_below_what_reading_again_takes_is_refused(tmp_path: Path) -> None:
+    settings = ("evidence.model=true", "model.engine=vllm", "model.limit_mm_per_prompt={image: 4}")
+    file = write_job(tmp_path)
+    with pytest.raises(JobError, match=r"allows 4 images, but a request has up to 8 \(evidence.model\)"):
+        Job.load(file, settings)
+    job = Job.load(file, settings[:2])
+    assert (job.sections.evidence.model, job.most_images, job.images_per_request) == ("on", 8, 4)
+    assert Job.load(file).most_images == 4
 
 
 # --- the fingerprint
@@ -281,6 +291,8 @@ def test_a_key_that_can_change_an_answer_changes_the_fingerprint(tmp_path: Path,
         "model.batch_size=1",
         "model.without_gpu=cpu",
         "limits.timeout_s=5",
+        "evidence.model=on",
+        "model.box_units=pixels",
         "ray.actors=3",
     ],
 )

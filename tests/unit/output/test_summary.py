@@ -25,6 +25,7 @@ from pipeline.output.summary import (
     summarize_requests,
     summarize_sources,
 )
+from pipeline.records import REREAD
 
 START = datetime(2026, 11, 29, tzinfo=UTC)
 
@@ -135,3 +136,10 @@ def test_a_long_time_line_has_longer_steps_and_the_same_sums() -> None:
     assert len(whole.steps) <= MAX_BUCKETS
     assert (whole.step_s, whole.counts.sum(axis=0).tolist()) == (16, [50_000] * 3)
     assert (np.diff(whole.steps) > 0).all()
+
+
+def test_requests_that_read_values_again_are_none_about_rules() -> None:
+    rows = [request(0), request(1) | {"rule": "sum"}, request(2) | {"rule": REREAD}, request(3) | {"rule": REREAD}]
+    found = summarize_requests(pa.Table.from_pylist(rows, LEDGER_SCHEMA))
+    found.merge(summarize_requests(pa.Table.from_pylist(rows[:1], LEDGER_SCHEMA)))
+    assert (found.rule_requests, found.reread_requests, found.timeline.counts[:, 0].sum()) == (1, 2, 2)

@@ -37,6 +37,12 @@ def test_what_is_asked_is_counted_once(workspace: Workspace) -> None:
     assert (found["duplicates"], found["failures"]) == (["b2"], {"render/broken": 1})
 
 
+def test_what_is_read_again_is_bounded_and_told_apart(workspace: Workspace) -> None:
+    documents = (document("a", 6), document("b"))
+    off, on = plan(workspace, *documents), plan(workspace, *documents, settings=("evidence.model=on",))
+    assert (off["reread_requests"], on["reread_requests"], on["requests"]) == (0, 7 * 3, off["requests"])
+
+
 def test_a_page_is_a_request_where_records_are_pages(workspace: Workspace) -> None:
     assert plan(workspace, document("a", 6), settings=("extract.per=page",))["requests"] == 6
 

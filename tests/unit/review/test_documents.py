@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.output.records import read_record_table
-from pipeline.review.documents import describe_alert, list_review_documents, rank_doubt
+from pipeline.review.documents import describe_alert, list_review_documents, make_evidence_box, rank_doubt
 from tests.support.scored import write_output
 
 CALM: dict[str, Any] = {"source": "a", "page": None, "status": "extracted", "alerts": [], "rules": [], "least": None}
@@ -31,6 +31,11 @@ def test_the_most_doubtful_come_first() -> None:
         CALM | {"status": "failed"},
     ]
     assert sorted([*ranked[3:], *ranked[:3]], key=rank_doubt) == ranked
+
+
+def test_another_reading_of_the_model_is_shown_at_a_value_that_no_witness_shows() -> None:
+    assert make_evidence_box({"path": "$.total", "match": "absent"}, "Total 1119.00")["reading"] == "Total 1119.00"
+    assert make_evidence_box({"path": "$.total", "match": "exact"}, "Total 1119.00")["reading"] is None
 
 
 def test_an_alert_is_a_sentence() -> None:

@@ -14,16 +14,16 @@ import pytest
 from pipeline.errors import JobError
 from pipeline.evidence.calibration import Calibration, compute_schema_digest, dump_calibration
 from pipeline.evidence.match import Match
-from pipeline.evidence.text_layer import PageWords, pack_words
+from pipeline.evidence.text_layer import PageWords
 from pipeline.flow.settle_pass import describe_settings
 from pipeline.output import Output
 from pipeline.output.ledger import LEDGER_SCHEMA, read_requests
 from pipeline.output.shards import LATER_COLUMNS, encode_shard, write_shard
-from pipeline.records import Page, Word, WordMark
+from pipeline.records import WordMark
 from pipeline.stages.record_plan import PROVENANCE_COLUMNS, check_calibrated_model
 from pipeline.stages.requests import compute_document_keys
 from pipeline.stages.settle import SettleStage
-from tests.support.printed import print_page
+from tests.support.printed import pack_printed, print_page
 from tests.support.stages import Row, make_settle_stage
 from tests.support.workspace import Workspace
 
@@ -34,9 +34,8 @@ LISTED: Row = {"source": "a.pdf", "size_bytes": 9, "version": "1", "doc_id": "d1
 
 
 def make_page_row(page: PageWords) -> Row:
-    words = [Word(text, *box, WordMark(mark)) for text, box, mark in zip(page.texts, page.boxes.tolist(), page.marks.tolist(), strict=True)]
-    packed = pack_words(Page(page.page_no, np.zeros((28, 28, 3), np.uint8), 100, 595, 842, 1, tuple(words)))
-    return {"page_no": page.page_no, "width_px": 28, "height_px": 28, "dpi": 1.0, "visual_tokens": 1, "warnings": [], "text_layer": packed}
+    facts = {"width_px": 28, "height_px": 28, "dpi": 1.0, "visual_tokens": 1, "warnings": []}
+    return {"page_no": page.page_no, **facts, "text_layer": pack_printed(page)}
 
 
 def settle(stage: SettleStage, *pages: PageWords, **changes: Any) -> pa.Table:
