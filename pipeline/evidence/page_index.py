@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ NEAR = 1.2
 """Words of one line at most so many heights apart are read together: 1 234,50 is a number, and not two cells of a table."""
 MAX_CODE = 0x30000
 """Characters from here on, of historic scripts and private use, are no letters."""
+BEYOND = re.compile(f"[{chr(MAX_CODE)}-\U0010ffff]")
 DIGIT = 2
 MIN_LOOSE = 8
 """Letters and digits that a text must have to be found also where its numbers run together: DE89370400440532013000."""
@@ -360,10 +361,19 @@ def is_joined(beside: str, marks: str) -> bool:
 def read_query(text: str) -> TextQuery:
     """Return a text as it is looked for."""
     folded = fold_text(text)
-    letters, runs = LetterIndex(folded).letters, list(RUN.finditer(folded))
+    letters, runs = squeeze_letters(folded), list(RUN.finditer(folded))
     head, tail = (folded[: runs[0].start()], folded[runs[-1].end() :]) if runs else ("", "")
     joining = ".,'’/:-" if letters.isdigit() and len(letters) != YEAR_DIGITS else ".,'’"
     return TextQuery(letters, "".join(folded.split()), head, tail, letters[:1].isdigit(), letters[-1:].isdigit(), joining)
+
+
+def squeeze_letters(text: str) -> str:
+    """Return the letters of a text as its `LetterIndex` has them, sooner for a short one."""
+    runs = RUN.findall(BEYOND.sub(" ", text))
+    letters = "".join(runs[:1])
+    for before, run in pairwise(runs):
+        letters += f"~{run}" if before[-1].isdigit() and run[0].isdigit() else run
+    return letters
 
 
 def fold_text(text: str) -> str:

@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.evidence.match import Evidence, Match, Witness, make_evidence_row, match_values
+from pipeline.evidence.page_index import LetterIndex, squeeze_letters
 from pipeline.evidence.text_layer import PageWords
 from pipeline.records import WordMark
 from pipeline.schema import parse_json
@@ -21,6 +24,12 @@ DAY = {"type": "object", "properties": {"value": {"type": "string", "format": "d
 def find(value: Any, *pages: str, schema: dict[str, Any] | None = None) -> Evidence:
     (found,) = match_values(schema or {}, {"value": value}, [print_page(page, number) for number, page in enumerate(pages, 1)])
     return found
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.text() | st.text("019\u0663\u00b2\u00bda\u00e9\u00df_ .,-~\u0300\U00020000\U00030000\ud800"))
+def test_a_value_has_the_letters_that_a_page_with_it_has(text: str) -> None:
+    assert squeeze_letters(text) == LetterIndex(text).letters
 
 
 # --- forms of a value
