@@ -37,7 +37,7 @@ from evidence import DAY_FORMS, alter_value, classify_value, list_amounts, overl
 from PIL import Image
 
 from pipeline import engines
-from pipeline.evidence.match import Match, list_scalars
+from pipeline.evidence.match import Match, is_choice, list_scalars
 from pipeline.evidence.ocr import read_words_by_ocr
 from pipeline.evidence.text_layer import PageWords
 from pipeline.job import Job
@@ -258,7 +258,7 @@ def alter_record(job: Job, record: Any, chance: random.Random) -> list[tuple[Any
     """Return records with altered values, and the paths of these: each value once in each, as far as there are other ones."""
     made: list[tuple[Any, set[str]]] = [(copy.deepcopy(record), set()) for _ in range(ALTERATIONS)]
     for scalar in list_scalars(record, [job.schema], job.schema):
-        if isinstance(scalar.value, bool) or any("enum" in one for one in scalar.schemas):
+        if is_choice(scalar):
             continue
         written = str(scalar.value)
         kind, value = classify_value(written, day_first=True)

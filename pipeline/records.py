@@ -325,11 +325,10 @@ REREAD = "evidence.model"
 """Stands for a rule's name, of which none has a dot, in the rows of requests that located values and read them again."""
 
 
-class AskedValueRow(TypedDict):
-    """A value that such a request asked about. Its page and its box are null where the request was for them."""
+class PlacedValueRow(TypedDict):
+    """A value and where it stands; page and box are null where that is not known."""
 
     path: str
-    """In the answer to the request that it is from."""
     value: str
     """As text: a string as it is, anything else as JSON."""
     page: int | None
@@ -347,7 +346,7 @@ class LedgerRow(TypedDict, total=False):
     """32 hex digits; None in a row that only identifies a document, which the ledger does not keep."""
     rule: str | None
     """The broken rule for whose fields this request asked again, or `REREAD`; None for a request about a whole record."""
-    asked_values: list[AskedValueRow] | None
+    asked_values: list[PlacedValueRow] | None
     """Of a request whose `rule` is `REREAD`, in the order of their numbers in the answer, from 1."""
     attempt: int
     source: str

@@ -18,14 +18,16 @@ from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
 from itertools import islice, pairwise
-from typing import Any, TypedDict
+from typing import Any
 
+from pipeline.evidence.letters import read_query
 from pipeline.evidence.numbers import parse_number_text
-from pipeline.evidence.page_index import Box, Find, PageIndex, PageSet, read_query
+from pipeline.evidence.page_index import Box, Find, PageIndex, PageSet
 from pipeline.evidence.places import Place, PlacedValue, choose_places, measure_gap, split_label
 from pipeline.evidence.searches import DocumentIndex, Scalar, choose_searches
 from pipeline.evidence.similar import find_similar
 from pipeline.evidence.text_layer import PageWords
+from pipeline.records import PlacedValueRow
 from pipeline.schema import Schema, dump_json, join_path, walk_in_place
 from pipeline.schema.validate import is_blank
 
@@ -104,16 +106,9 @@ class Evidence:
         return self.match in (Match.EXACT, Match.NORMALIZED)
 
 
-class EvidenceRow(TypedDict):
+class EvidenceRow(PlacedValueRow):
     """An `Evidence` as a record holds it."""
 
-    path: str
-    value: str
-    page: int | None
-    x0: float | None
-    y0: float | None
-    x1: float | None
-    y1: float | None
     witness: str | None
     match: str
     places: int
@@ -280,17 +275,16 @@ def describe_place(path: str, text: str, match: Match, place: Place, **facts: An
     return Evidence(path, text, match, place.page.page_no, place.box, witness, words, **facts)
 
 
+def make_placed_row(path: str, value: str, page: int | None, box: Box | None) -> PlacedValueRow:
+    """Return a value, as text, and where it stands."""
+    x0, y0, x1, y1 = box or (None, None, None, None)
+    return {"path": path, "value": value, "page": page, "x0": x0, "y0": y0, "x1": x1, "y1": y1}
+
+
 def make_evidence_row(found: Evidence) -> EvidenceRow:
     """Return evidence as a record holds it."""
-    x0, y0, x1, y1 = found.box or (None, None, None, None)
     return {
-        "path": found.path,
-        "value": found.value,
-        "page": found.page,
-        "x0": x0,
-        "y0": y0,
-        "x1": x1,
-        "y1": y1,
+        **make_placed_row(found.path, found.value, found.page, found.box),
         "witness": found.witness,
         "match": found.match,
         "places": found.places,

@@ -14,29 +14,23 @@ as much in a document of a hundred pages, on one of which it is printed, as in o
 from __future__ import annotations
 
 import re
-import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import accumulate, pairwise
+from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.evidence.dates import Day, PrintedDate, scan_dates
-from pipeline.evidence.numbers import YEAR_DIGITS, NumberIndex, PrintedNumber, strip_digits
+from pipeline.evidence.letters import RUN, LetterIndex, TextQuery, fold_words
+from pipeline.evidence.numbers import NumberIndex, PrintedNumber, strip_digits
 from pipeline.evidence.text_layer import PageWords
 from pipeline.records import WordMark
 
-RUN = re.compile(r"[^\W_]+")
 NEAR = 1.2
 """Words of one line at most so many heights apart are read together: 1 234,50 is a number, and not two cells of a table."""
-MAX_CODE = 0x30000
-"""Characters from here on, of historic scripts and private use, are no letters."""
-BEYOND = re.compile(f"[{chr(MAX_CODE)}-\U0010ffff]")
-DIGIT = 2
 MIN_LOOSE = 8
 """Letters and digits that a text must have to be found also where its numbers run together: DE89370400440532013000."""
 MAX_SHORT = 3
@@ -53,24 +47,6 @@ class Find:
 
     start: int
     end: int
-
-
-@dataclass(frozen=True, slots=True)
-class TextQuery:
-    """A text to look for, as `read_query` prepares it once for all pages."""
-
-    letters: str
-    """Its letters and digits, with `~` between numbers."""
-    sign: str
-    """All of its characters, for a text without any."""
-    head: str
-    tail: str
-    """The marks before its first letter or digit and after its last one."""
-    is_number_first: bool
-    is_number_last: bool
-    """Whether a digit begins or ends it, which must not be part of a longer number."""
-    joining: str
-    """The marks that would make it one."""
 
 
 class PageIndex:
@@ -202,37 +178,6 @@ class PageIndex:
         return found
 
 
-class LetterIndex:
-    """The letters and digits of a text, with `~` between two digits of different runs, and where its runs begin and end."""
-
-    def __init__(self, text: str) -> None:
-        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-        kinds = classify_letters()[np.minimum(codes, MAX_CODE)]
-        edges = np.flatnonzero(np.diff(kinds > 0, prepend=False, append=False))
-        starts, ends = edges[::2], edges[1::2]
-        self.spans = starts.tolist(), ends.tolist()
-        self.lengths, kept = np.cumsum(ends - starts), codes[kinds > 0]
-        is_between = (kinds[ends[:-1] - 1] == DIGIT) & (kinds[starts[1:]] == DIGIT)
-        shifts = np.concatenate([[0], np.cumsum(is_between)])[: len(starts)]
-        self.letters = np.insert(kept, self.lengths[:-1][is_between], ord("~")).tobytes().decode("utf-32-le", "surrogatepass")
-        self.place_runs(self.lengths + shifts)
-
-    def place_runs(self, ends: NDArray[np.int64]) -> None:
-        """Note where in the text the runs begin and end that end here in the letters."""
-        begins = ends - np.diff(self.lengths, prepend=0)
-        self.starts = dict(zip(begins.tolist(), self.spans[0], strict=True))
-        self.ends = dict(zip(ends.tolist(), self.spans[1], strict=True))
-
-    def drop_marks(self) -> LetterIndex:
-        """Return the index without a mark between numbers."""
-        if "~" not in self.letters:
-            return self
-        loose = copy(self)
-        loose.letters = self.letters.replace("~", "")
-        loose.place_runs(self.lengths)
-        return loose
-
-
 class PageSet(tuple[PageIndex, ...]):
     """Pages of a document, in order, that are searched together."""
 
@@ -335,16 +280,6 @@ def join_letters(indexes: Sequence[LetterIndex]) -> tuple[str, list[int]]:
     return "\n".join(texts), [0, *accumulate(len(text) + 1 for text in texts[:-1])]
 
 
-@lru_cache(maxsize=1)
-def classify_letters() -> NDArray[np.uint8]:
-    """Return for each character whether it is part of a run: 1 for letters, `DIGIT`, 0 for others and for all from `MAX_CODE` on."""
-    kinds = np.zeros(MAX_CODE + 1, np.uint8)
-    for run in RUN.finditer("".join(map(chr, range(MAX_CODE)))):
-        kinds[run.start() : run.end()] = 1
-        kinds[[run.start() + at for at, letter in enumerate(run[0]) if letter.isdigit()]] = DIGIT
-    return kinds
-
-
 def interleave_words(words: Sequence[str], separators: Sequence[str]) -> str:
     """Return words with a separator after each but the last."""
     parts = [""] * (2 * len(words) - 1)
@@ -355,35 +290,6 @@ def interleave_words(words: Sequence[str], separators: Sequence[str]) -> str:
 def is_joined(beside: str, marks: str) -> bool:
     """Say whether the two characters beside a number, the nearer first, join it to another one by one of these marks."""
     return len(beside) == 2 and beside[0] in marks and beside[1].isdigit()
-
-
-@lru_cache(maxsize=4096)
-def read_query(text: str) -> TextQuery:
-    """Return a text as it is looked for."""
-    folded = fold_text(text)
-    letters, runs = squeeze_letters(folded), list(RUN.finditer(folded))
-    head, tail = (folded[: runs[0].start()], folded[runs[-1].end() :]) if runs else ("", "")
-    joining = ".,'’/:-" if letters.isdigit() and len(letters) != YEAR_DIGITS else ".,'’"
-    return TextQuery(letters, "".join(folded.split()), head, tail, letters[:1].isdigit(), letters[-1:].isdigit(), joining)
-
-
-def squeeze_letters(text: str) -> str:
-    """Return the letters of a text as its `LetterIndex` has them, sooner for a short one."""
-    runs = RUN.findall(BEYOND.sub(" ", text))
-    letters = "".join(runs[:1])
-    for before, run in pairwise(runs):
-        letters += f"~{run}" if before[-1].isdigit() and run[0].isdigit() else run
-    return letters
-
-
-def fold_text(text: str) -> str:
-    """Return a text without differences of case, ligatures, widths of characters and soft hyphens."""
-    return text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).replace("\u00ad", "").casefold()
-
-
-def fold_words(words: list[str]) -> list[str]:
-    """Return words without these differences."""
-    return fold_text("\n".join(words)).split("\n")
 
 
 def find_near_words(boxes: np.ndarray) -> NDArray[np.bool_]:

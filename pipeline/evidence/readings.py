@@ -11,14 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 
-from pipeline.evidence.match import Evidence, Match, Witness, find_places, format_scalar, is_choice, list_scalars, match_values
+from pipeline.evidence.match import (
+    Evidence,
+    Match,
+    Witness,
+    find_places,
+    format_scalar,
+    is_choice,
+    list_scalars,
+    make_placed_row,
+    match_values,
+)
 from pipeline.evidence.page_index import Box, PageIndex, PageSet
 from pipeline.evidence.searches import DocumentIndex, Scalar
 from pipeline.evidence.text_layer import PageWords
+from pipeline.records import PlacedValueRow
 from pipeline.schema import Schema
 
 MAX_READING = 2000
@@ -41,16 +52,9 @@ class Reading:
     """What it read there, "" for nothing; None where it read nothing, because there is no place."""
 
 
-class ReadingRow(TypedDict):
+class ReadingRow(PlacedValueRow):
     """A `Reading` as a record holds it."""
 
-    path: str
-    value: str
-    page: int | None
-    x0: float | None
-    y0: float | None
-    x1: float | None
-    y1: float | None
     reading: str | None
     agrees: bool
 
@@ -86,7 +90,8 @@ def confirm_values(
             elif found.match == Match.NOT_APPLICABLE:
                 found = Evidence(scalar.path, found.value, Match.ABSENT)
         evidence.append(found)
-        rows.append(make_reading_row(scalar.path, reading, printed is not None))
+        placed = make_placed_row(scalar.path, reading.value, reading.page, reading.box)
+        rows.append({**placed, "reading": reading.text, "agrees": printed is not None})
     return evidence, rows
 
 
@@ -112,19 +117,3 @@ def lay_out_words(text: str) -> PageWords:
             boxes.append((at * LETTER_PT, top, (at + len(word)) * LETTER_PT, top + LINE_PT / 2))
             at += len(word) + 1
     return PageWords(1, texts, np.array(boxes, np.float64).reshape(-1, 4), np.zeros(len(texts), np.uint8))
-
-
-def make_reading_row(path: str, reading: Reading, agrees: bool) -> ReadingRow:
-    """Return a reading as a record holds it."""
-    x0, y0, x1, y1 = reading.box or (None, None, None, None)
-    return {
-        "path": path,
-        "value": reading.value,
-        "page": reading.page,
-        "x0": x0,
-        "y0": y0,
-        "x1": x1,
-        "y1": y1,
-        "reading": reading.text,
-        "agrees": agrees,
-    }

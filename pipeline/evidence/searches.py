@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.evidence.dates import Day, PrintedDate, decide_order, scan_dates
+from pipeline.evidence.letters import RUN, fold_text, read_query
 from pipeline.evidence.numbers import describe_number, parse_number_text
-from pipeline.evidence.page_index import RUN, Find, PageIndex, PageSet, fold_text, read_query, sort_by_line
+from pipeline.evidence.page_index import Find, PageIndex, PageSet, sort_by_line
 from pipeline.evidence.places import Place
 from pipeline.evidence.text_layer import PageWords
 from pipeline.records import WordMark

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
-from pipeline.evidence.page_index import Find, PageIndex, read_query
+from pipeline.evidence.letters import read_query
+from pipeline.evidence.page_index import Find, PageIndex
 
 MIN_LETTERS = 6
 LETTERS_PER_EDIT = 6

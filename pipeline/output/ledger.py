@@ -27,12 +27,17 @@ DISAGREEMENT_TYPE = pa.struct(
     [("path", pa.string()), ("kept", pa.string()), ("kept_page", pa.int32()), ("other", pa.string()), ("other_page", pa.int32())]
 )
 """Where two requests of one document read different values, in the records."""
-EVIDENCE_TYPE = pa.struct(
+PLACED_VALUE_TYPE = pa.struct(
     [
         ("path", pa.string()),
         ("value", pa.string()),
         ("page", pa.int32()),
         *((corner, pa.float32()) for corner in ("x0", "y0", "x1", "y1")),
+    ]
+)
+EVIDENCE_TYPE = pa.struct(
+    [
+        *PLACED_VALUE_TYPE,
         ("witness", pa.string()),
         ("match", pa.string()),
         ("places", pa.int32()),
@@ -59,15 +64,6 @@ PAGE_TYPE = pa.struct(
         ("text_layer", TEXT_LAYER_TYPE),
     ]
 )
-ASKED_VALUES_TYPE = pa.list_(
-    pa.struct(
-        [
-            *((name, pa.string()) for name in ("path", "value")),
-            ("page", pa.int32()),
-            *((corner, pa.float32()) for corner in ("x0", "y0", "x1", "y1")),
-        ]
-    )
-)
 PAGE_FAILURES_TYPE = pa.list_(pa.struct([("page", pa.int32()), ("kind", pa.string()), ("message", pa.string())]))
 """Pages that could not be drawn, in the ledger and in the records."""
 TOKEN_TYPE = pa.struct([("text", pa.string()), ("logprob", pa.float32()), ("margin", pa.float32())])
@@ -75,7 +71,7 @@ LEDGER_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("rule", pa.string()),
-        ("asked_values", ASKED_VALUES_TYPE),
+        ("asked_values", pa.list_(PLACED_VALUE_TYPE)),
         ("attempt", pa.int32()),
         ("source", pa.string()),
         ("doc_id", pa.string()),

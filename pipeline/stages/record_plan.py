@@ -18,12 +18,12 @@ from pipeline.output import Output
 from pipeline.output.corrections import Correction, compute_corrections_digest, read_corrections
 from pipeline.output.ledger import (
     ALERT_TYPE,
-    ASKED_VALUES_TYPE,
     CONFIDENCE_TYPE,
     DISAGREEMENT_TYPE,
     EVIDENCE_TYPE,
     FAILURE_TYPE,
     PAGE_FAILURES_TYPE,
+    PLACED_VALUE_TYPE,
 )
 from pipeline.records import FailureRow, PageFailureRow
 from pipeline.schema.arrow import ArrowPlan
@@ -32,7 +32,7 @@ from pipeline.schema.validate import Validator
 from pipeline.stages.re_ask import RecordJudge
 
 ASKED_AGAIN_TYPE = pa.struct([("rule", pa.string()), ("fields", pa.list_(pa.string())), ("taken", pa.bool_())])
-READING_TYPE = pa.struct([*ASKED_VALUES_TYPE.value_type, ("reading", pa.string()), ("agrees", pa.bool_())])
+READING_TYPE = pa.struct([*PLACED_VALUE_TYPE, ("reading", pa.string()), ("agrees", pa.bool_())])
 PROVENANCE_COLUMNS = {
     "_source": (pa.string(), "The file, as listed."),
     "_doc_id": (pa.string(), "sha256 of its bytes; null if it could not be read."),

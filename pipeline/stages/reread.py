@@ -21,14 +21,14 @@ from pipeline import schema
 from pipeline.engines import Engine
 from pipeline.engines.model_files import find_box_units
 from pipeline.evidence.boxes import BoxUnits, convert_box, find_largest_number
-from pipeline.evidence.match import format_scalar
+from pipeline.evidence.match import format_scalar, make_placed_row
 from pipeline.evidence.page_index import Box
 from pipeline.evidence.readings import Reading, list_unwitnessed_values
 from pipeline.evidence.searches import Scalar
 from pipeline.evidence.text_layer import unpack_words
 from pipeline.job import Job
 from pipeline.job.sections import PARTS_PER_REQUEST
-from pipeline.records import REREAD, AskedValueRow, LedgerRow, PageRow, Pixels, Request, RequestRow, Status
+from pipeline.records import REREAD, LedgerRow, PageRow, Pixels, Request, RequestRow, Status
 from pipeline.render.crop import crop_page
 from pipeline.schema.prompt import build_location_question, build_messages, build_reading_question
 from pipeline.schema.validate import Validator
@@ -108,7 +108,11 @@ class Rereader:
             return Request(key, messages, json.dumps(asked), self.job.sampling, tuple(make_page_ids(row)))
 
         found = await ask_beside(self.job, self.engine, row, REREAD, REREAD, build, lambda text: list_answer_errors(text, asked))
-        return {**found, "tokens": None, "asked_values": [make_asked_row(scalar) for scalar in scalars]}
+        return {
+            **found,
+            "tokens": None,
+            "asked_values": [make_placed_row(one.path, format_scalar(one.value), None, None) for one in scalars],
+        }
 
     def cut_parts(self, row: RequestRow, scalars: Sequence[Scalar], located: LedgerRow) -> list[PagePart]:
         """Return the parts of pages in which the model says that values stand; those that say nothing are left out."""
@@ -142,7 +146,8 @@ class Rereader:
 
         name = f"{REREAD} {number}"
         found = await ask_beside(self.job, self.engine, row, REREAD, name, build, lambda text: list_answer_errors(text, asked))
-        return {**found, "tokens": None, "asked_values": [make_asked_row(part.scalar, part.page_no, part.box_pt) for part in parts]}
+        placed = [make_placed_row(part.scalar.path, format_scalar(part.scalar.value), part.page_no, part.box_pt) for part in parts]
+        return {**found, "tokens": None, "asked_values": placed}
 
 
 def label_scalar(scalar: Scalar) -> str:
@@ -179,12 +184,6 @@ def list_answer_errors(text: str, asked: schema.Schema) -> list[str]:
     except ValueError as error:
         return [str(error)]
     return [*map(str, Validator(asked).find_violations(value))]
-
-
-def make_asked_row(scalar: Scalar, page_no: int | None = None, box_pt: Box | None = None) -> AskedValueRow:
-    """Return a value that is asked about as the ledger holds it."""
-    x0, y0, x1, y1 = box_pt or (None, None, None, None)
-    return {"path": scalar.path, "value": format_scalar(scalar.value), "page": page_no, "x0": x0, "y0": y0, "x1": x1, "y1": y1}
 
 
 def collect_readings(rows: Iterable[LedgerRow]) -> dict[str, Reading]:

@@ -279,8 +279,7 @@ def stage_pass(batch: Batch, shape: PassShape, stop: int, masks: Masks, pad_id: 
     ids, positions, cached, places, follows = (arrays[name] for name in ("ids", "positions", "cached", "places", "follows"))
     for array, padding in ((ids, pad_id), (positions, 0), (cached, 0), (places, 0), (follows, 0)):
         array.fill(padding)
-    for name, unused in (("masks", -1), ("draws", PLAIN_DRAW), ("used", 0)):
-        arrays[name][len(rows) :] = unused
+    arrays["masks"][len(rows) :], arrays["draws"][:], arrays["used"][:] = -1, PLAIN_DRAW, 0
     allowed, further = iter(masks), shape.rows
     for at, row in enumerate(rows):
         last = fed[at] - 1
@@ -292,29 +291,26 @@ def stage_pass(batch: Batch, shape: PassShape, stop: int, masks: Masks, pad_id: 
             places[target], follows[target] = at * shape.width + place, row.pending[place + 1]
             further += place != last
         is_given_one = is_choosing(row, fed[at])
+        arrays["masks"][at] = next(allowed) if is_given_one else -1
         if is_given_one:
             follows[at] = CHOSEN
-        arrays["masks"][at] = next(allowed) if is_given_one else -1
-        if shape.is_drawing:
-            stage_draw(row, is_given_one, arrays["draws"][at], arrays["used"][at])
+            if shape.is_drawing:
+                stage_draw(row, arrays["draws"][at], arrays["used"][at])
     beyond = batch.rows[shape.start : shape.start + shape.rows]
     cached[: len(beyond)] = [row.cached for row in beyond]
     return StagedPass(shape, fed, words)
 
 
-def stage_draw(row: BatchRow, is_choosing_now: bool, draw: NDArray[np.float64], used: NDArray[np.int32]) -> None:
+def stage_draw(row: BatchRow, draw: NDArray[np.float64], used: NDArray[np.int32]) -> None:
     """Fill in how a row's token is drawn: its numbers (5), and the bits of all tokens that a repetition penalty lowers."""
     sampling = row.sampling
-    draw[:] = PLAIN_DRAW
-    used[:] = 0
-    if is_choosing_now:
-        top_k = sampling.top_k if sampling.top_k > 0 else math.inf
-        draw[:] = (row.draw_point(), sampling.temperature, sampling.top_p, sampling.repetition_penalty, top_k)
-        if sampling.repetition_penalty != 1:
-            bits = np.zeros(len(used) * 32, np.bool_)
-            bits[row.prompt.ids] = True
-            bits[row.tokens] = True
-            used[:] = np.packbits(bits, bitorder="little").view(np.int32)
+    top_k = sampling.top_k if sampling.top_k > 0 else math.inf
+    draw[:] = (row.draw_point(), sampling.temperature, sampling.top_p, sampling.repetition_penalty, top_k)
+    if sampling.repetition_penalty != 1:
+        bits = np.zeros(len(used) * 32, np.bool_)
+        bits[row.prompt.ids] = True
+        bits[row.tokens] = True
+        used[:] = np.packbits(bits, bitorder="little").view(np.int32)
 
 
 def is_choosing(row: BatchRow, fed: int) -> bool:

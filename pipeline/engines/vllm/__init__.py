@@ -87,7 +87,7 @@ class VLLMEngine:
                 raise RunError(f"vLLM does not start: {read_reason_since(self._log_offset) or error}") from error
             raise
         self.max_model_len = int(self._llm.model_config.max_model_len)
-        own_dtype = None if launch.NORMALIZE in launch.list_known_arguments() else self._llm.model_config.dtype
+        own_dtype = None if getattr(engine_arguments, launch.NORMALIZE, False) else self._llm.model_config.dtype
         self._cutter = PageCutter.of_processor(processor.image_processor, own_dtype)
         self._window = TokenWindow(STEPS_AHEAD * int(self._llm.vllm_config.scheduler_config.max_num_batched_tokens))
 

@@ -74,10 +74,8 @@ def check_vllm_arguments(job: Job) -> None:
         known = list_known_arguments()
     for name in given:
         if name not in known:
-            hint = suggest_word(name, known)
-            raise JobError(
-                f"{job.file}: model.engine_args: the engine of this vLLM has no argument {name}{hint}", job.file, "model.engine_args"
-            )
+            wrong = f"the engine of this vLLM has no argument {name}{suggest_word(name, known)}"
+            raise JobError(f"{job.file}: model.engine_args: {wrong}", job.file, "model.engine_args")
 
 
 def prepare_environment(threads: int | None) -> int:

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.evidence.letters import LetterIndex, squeeze_letters
 from pipeline.evidence.match import Evidence, Match, Witness, make_evidence_row, match_values
-from pipeline.evidence.page_index import LetterIndex, squeeze_letters
 from pipeline.evidence.text_layer import PageWords
 from pipeline.records import WordMark
 from pipeline.schema import parse_json
