@@ -129,7 +129,9 @@ class Reviewer:
         return str(self.page.inner_text(selector))
 
     def read_queue(self) -> list[str]:
-        return [str(text).split("\n")[0] for text in self.page.locator("#queue button").all_inner_texts()]
+        """Return the names in the queue; the inner text of an item that is not drawn yet is empty (`content-visibility: auto`)."""
+        read = "items => items.map(item => item.firstChild.textContent)"
+        return [str(name) for name in self.page.locator("#queue button").evaluate_all(read)]
 
     def save(self) -> list[dict[str, Any]]:
         """Press the key that saves and return the lines."""

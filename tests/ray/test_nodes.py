@@ -6,11 +6,11 @@ results are in S3, a real server on loopback.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
 import threading
-import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -35,10 +35,18 @@ TIME_COLUMNS = ("started_at", "elapsed_s")
 
 
 class SlowEngine(InkEngine):
-    """Takes 0.15 s for a page, so that the run is not over before a machine is killed."""
+    """Takes 0.15 s for a page, one after another, so that the run is not over before a machine is killed.
+
+    It leaves the event loop free: otherwise the first shard is written when most pages are answered.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = asyncio.Lock()
 
     async def complete(self, request: Request) -> Completion:
-        time.sleep(0.15)
+        async with self.turn:
+            await asyncio.sleep(0.15)
         return await super().complete(request)
 
 
@@ -118,7 +126,7 @@ def test_a_machine_that_disappears_costs_nothing_but_time(
             kill_machine(two_machines)
 
     monkeypatch.setattr(ask_pass, "EngineActor", SlowActor)
-    monkeypatch.setattr(watchdog, "SILENT_S", 10.0)
+    monkeypatch.setattr(watchdog, "SILENT_S", 5.0)
     caplog.set_level(logging.INFO, logger="pipeline.events")
     report = flow.run(job(remote, "disturbed", "ray.actors=2", "ray.max_restarts=0"), on_progress=lose_a_machine)
     assert not two_machines.worker_nodes
