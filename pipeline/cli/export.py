@@ -9,6 +9,7 @@ import click
 from pipeline.cli.console import print_json, print_message
 from pipeline.cli.exit_codes import convert_to_exit_code
 from pipeline.cli.options import JSON
+from pipeline.wording import format_count
 
 
 @click.command("export")
@@ -41,7 +42,7 @@ def export_command(
     if as_json:
         print_json(written)
         return
-    tables = ", ".join(f"{name} {rows:,} rows" for name, rows in written["rows"].items())
+    tables = ", ".join(f"{name} {format_count(rows, 'row')}" for name, rows in written["rows"].items())
     print_message(f"{', '.join(written['files'])}: {tables}")
     if written["formulas"]:
         print_message(f"{written['formulas']} texts that a spreadsheet would run as formulas were made harmless")

@@ -18,12 +18,11 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cli.console import make_console, print_text, strip_control_characters
 from pipeline.report import Phase, Progress
-from pipeline.wording import format_count
+from pipeline.wording import format_count, format_duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -272,11 +271,6 @@ def format_failures(now: Progress) -> str:
     kinds = sorted(now.failures.items(), key=lambda one: -one[1])
     named = [f"{kind} {count}" if len(kinds) > 1 else kind for kind, count in kinds[:MAX_KINDS]] + ["…"] * (len(kinds) > MAX_KINDS)
     return f"{now.failed} failed" + (f" ({', '.join(named)})" if named else "")
-
-
-def format_duration(seconds: float, decimals: int = 1) -> str:
-    """Return seconds as `7.5 s` or `1:02:03`."""
-    return f"{seconds:.{decimals}f} s" if seconds < 100 else str(timedelta(seconds=round(seconds)))
 
 
 def show_waiting(text: str, quiet: bool) -> AbstractContextManager[object]:

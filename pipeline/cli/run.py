@@ -142,9 +142,8 @@ def show_report(ended: Report, console: Console | None = None) -> None:
     for file in ended.damaged:
         print_text(console, f"damaged: {file} was set aside, and its requests were asked again")
     if ended.missing:
-        print_text(
-            console, f"error: {len(ended.missing)} sources have no record, the first is {ended.missing[0]}; run the same command again"
-        )
+        missing = f"documents without a record: {len(ended.missing)}, the first is {ended.missing[0]}"
+        print_text(console, f"error: {missing}; run the same command again")
     output = shorten_path(ended.output)
     print_text(console, f"report: {output}/report.html")
     print_text(console, f"records: {output}/records")

@@ -121,15 +121,20 @@ def match_values(schema: Schema, value: Any, pages: Iterable[PageWords]) -> list
 
     Where a page was read in two ways, the second witnesses what the first does not show.
     """
-    pages, scalars = list(pages), list(list_scalars(value, [schema], schema))
-    evidence = match_scalars(scalars, DocumentIndex(page for page in pages if not page.is_second))
+    return match_scalars(list(list_scalars(value, [schema], schema)), pages)
+
+
+def match_scalars(scalars: Sequence[Scalar], pages: Iterable[PageWords]) -> list[Evidence]:
+    """Return the evidence for each of a record's values (`list_scalars`), as `match_values` does."""
+    pages = list(pages)
+    evidence = match_in_index(scalars, DocumentIndex(page for page in pages if not page.is_second))
     if second := [page for page in pages if page.is_second]:
-        others = match_scalars(scalars, DocumentIndex(second))
+        others = match_in_index(scalars, DocumentIndex(second))
         return [other if other.is_witnessed and not one.is_witnessed else one for one, other in zip(evidence, others, strict=True)]
     return evidence
 
 
-def match_scalars(scalars: Sequence[Scalar], index: DocumentIndex) -> list[Evidence]:
+def match_in_index(scalars: Sequence[Scalar], index: DocumentIndex) -> list[Evidence]:
     """Return the evidence for each of some values in the words of a document."""
     if not index.pages and not index.hidden_pages:
         return [Evidence(scalar.path, format_scalar(scalar.value), Match.NOT_APPLICABLE) for scalar in scalars]

@@ -24,7 +24,7 @@ from pipeline.evidence.match import (
     is_choice,
     list_scalars,
     make_placed_row,
-    match_values,
+    match_scalars,
 )
 from pipeline.evidence.page_index import Box, PageIndex, PageSet
 from pipeline.evidence.searches import DocumentIndex, Scalar
@@ -64,8 +64,9 @@ def list_unwitnessed_values(schema: Schema, value: Any, words: Sequence[PageWord
     scalars = list(list_scalars(value, [schema], schema))
     if not words:
         return [scalar for scalar in scalars if not is_choice(scalar)]
-    evidence = match_values(schema, value, words)
-    return [scalar for scalar, found in zip(scalars, evidence, strict=True) if found.match in (Match.ABSENT, Match.SIMILAR)]
+    return [
+        scalar for scalar, found in zip(scalars, match_scalars(scalars, words), strict=True) if found.match in (Match.ABSENT, Match.SIMILAR)
+    ]
 
 
 def confirm_values(
@@ -76,9 +77,9 @@ def confirm_values(
     A value that is not read in the place that the model named stays as it is, and is absent where there are no words to look in. A reading
     of another value than the record has by now, because parts were merged or a person has corrected it, counts as none.
     """
-    evidence, rows = [], list[ReadingRow]()
+    scalars, evidence, rows = list(list_scalars(value, [schema], schema)), [], list[ReadingRow]()
     order = DocumentIndex([*words, *(lay_out_words(one.text) for one in readings.values() if one.text and one.text.strip())])
-    for scalar, found in zip(list_scalars(value, [schema], schema), match_values(schema, value, words), strict=True):
+    for scalar, found in zip(scalars, match_scalars(scalars, words), strict=True):
         reading = readings.get(scalar.path)
         if reading is None or reading.value != format_scalar(scalar.value):
             evidence.append(found)

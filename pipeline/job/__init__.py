@@ -25,7 +25,7 @@ from pipeline import schema
 from pipeline.budget import CELL_PX, PixelBudget, check_budget
 from pipeline.errors import JobError
 from pipeline.job.pydantic_model import is_model_name, load_model_schema
-from pipeline.job.sections import PARTS_PER_REQUEST, JobSections
+from pipeline.job.sections import JobSections
 from pipeline.job.yaml_file import KeyPositions, apply_setting, build_job_error, read_yaml
 from pipeline.records import Sampling
 from pipeline.schema import prompt
@@ -38,6 +38,8 @@ DEMO_MODEL = "demo"
 DEMO_MARK = b"sample of pipeline's demonstration model"
 """What the sample documents carry: in a PDF's metadata, in an image's comment. Where the demonstration model answers in place of the
 job's own, it reads no document without it."""
+PARTS_PER_REQUEST = 8
+"""Parts of pages that a request has which reads values again (`evidence.model`)."""
 TRANSFORMERS_KEYS = {"name", "revision", "dtype", "rope_scaling", "lora"}
 VLLM_KEYS = TRANSFORMERS_KEYS | {"engine", "quantization", "kv_cache_dtype", "engine_args"}
 SERVER_KEYS = {"engine", "name", "server", "structure", "image_format", "extra_body"}
@@ -83,7 +85,16 @@ class Job:
             _ = job.system_message  # raises for instructions or a schema that hold a control token
         except JobError as error:
             raise JobError(f"{path}: {error}", path) from None
+        job.check_image_limit()
         return job
+
+    def check_image_limit(self) -> None:
+        """Raise JobError for a limit below the number of images that a request has."""
+        limit = (self.sections.model.limit_mm_per_prompt or {}).get("image")
+        if limit is not None and limit < self.most_images:
+            key = "pages.per_request" if self.most_images == self.images_per_request else "evidence.model"
+            message = f"model.limit_mm_per_prompt allows {limit} images, but a request has up to {self.most_images} ({key})"
+            raise JobError(f"{self.file}: {message}", self.file, "model.limit_mm_per_prompt")
 
     @cached_property
     def system_message(self) -> str:

@@ -17,9 +17,6 @@ from pipeline.job.model_section import ModelSection, Section
 from pipeline.schema import rules
 from pipeline.storage import location
 
-PARTS_PER_REQUEST = 8
-"""Parts of pages that a request has which reads values again (`evidence.model`)."""
-
 
 class SourceSection(Section):
     paths: tuple[str, ...] = Field(
@@ -347,18 +344,6 @@ class JobSections(Section):
     limits: LimitsSection = LimitsSection()
     output: OutputSection
     ray: RaySection = RaySection()
-
-    @model_validator(mode="after")
-    def check_image_limit(self) -> JobSections:
-        """Raise ValueError for a limit below the number of images that a request has."""
-        needed = (1 if self.extract.per == "page" else self.pages.per_request) + any(rule.re_ask for rule in self.extract.rules)
-        why = "pages.per_request"
-        if self.evidence.model == "on" and needed < PARTS_PER_REQUEST:
-            needed, why = PARTS_PER_REQUEST, "evidence.model"
-        kept = (self.model.limit_mm_per_prompt or {}).get("image", needed)
-        if kept < needed:
-            raise ValueError(f"model.limit_mm_per_prompt allows {kept} images, but a request has up to {needed} ({why})")
-        return self
 
     @model_validator(mode="before")
     @classmethod

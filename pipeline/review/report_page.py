@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from importlib.resources import files
 
 import numpy as np
@@ -36,7 +36,7 @@ from pipeline.report import ExitCode, Report
 from pipeline.review.markup import Markup, cut_text, make_element, make_list, make_markup
 from pipeline.schema.rules import RuleResult
 from pipeline.version import __version__
-from pipeline.wording import format_count
+from pipeline.wording import format_count, format_duration
 
 MAX_ROWS = 25
 """Rows of a table."""
@@ -263,8 +263,8 @@ def show_time(requests: RequestSummary) -> Markup:
     lasted_s = sum(end - start for start, end in spans)
     several = f" in {len(spans)} runs; pauses of more than {PAUSE_S // 60} minutes are left out" if len(spans) > 1 else ""
     told = (
-        f"{pages:,} pages in {format_duration_s(lasted_s)}{several}: {pages / lasted_s:.2g} pages/s from first to last answer. "
-        f"A bar is {format_duration_s(width_s)}; the highest is {line[:, 0].max() / width_s:.2g} pages/s."
+        f"{format_count(pages, 'page')} in {format_duration(lasted_s)}{several}: {pages / lasted_s:.2g} pages/s from first to last answer. "
+        f"A bar is {format_duration(width_s, 2)}; the highest is {line[:, 0].max() / width_s:.2g} pages/s."
     )
     parts = [make_element("h2", "Over time"), draw_bars(line[:, 0], told, (first, last), pauses=pauses)]
     if failed:
@@ -281,18 +281,18 @@ def show_cost(found: OutputSummary, report: Report) -> Markup:
         "tokens written": f"{requests.completion_tokens:,}",
         "tokens read a page": f"{requests.prompt_tokens / pages:,.0f}",
         "tokens written a page": f"{requests.completion_tokens / pages:,.0f}",
-        "mean time of a request": format_duration_s(requests.request_s / max(1, requests.statuses.total())),
+        "mean time of a request": format_duration(requests.request_s / max(1, requests.statuses.total()), 2),
     }
     if requests.rule_requests:
         facts["of the requests, about broken rules"] = f"{requests.rule_requests:,}"
     if requests.reread_requests:
         facts["of the requests, to read values again"] = f"{requests.reread_requests:,}"
     if asked := report.last_asked:
-        facts |= {"last run": format_duration_s(asked["elapsed_s"] or 0), "pages/s, start-up included": f"{asked['pages_per_s'] or 0:.2g}"}
+        facts |= {"last run": format_duration(asked["elapsed_s"] or 0), "pages/s, start-up included": f"{asked['pages_per_s'] or 0:.2g}"}
         if (busy := asked["engine_busy_share"]) is not None:
             facts["engines busy in the last run"] = f"{busy:.0%}"
     models = make_list(
-        f"{count:,} requests to {model}, engine {engine}" for (model, engine), count in requests.models.most_common(MAX_ROWS)
+        f"{format_count(count, 'request')} to {model}, engine {engine}" for (model, engine), count in requests.models.most_common(MAX_ROWS)
     )
     note = make_element("p", "All attempts that the ledger has are counted.", class_="quiet")
     return make_element("section", make_element("h2", "Tokens and time"), make_facts(facts), models, note)
@@ -443,8 +443,3 @@ def format_bytes(number: int) -> str:
 
 def format_time(at_s: int) -> str:
     return f"{datetime.fromtimestamp(at_s, UTC):%Y-%m-%d %H:%M:%S} UTC"
-
-
-def format_duration_s(seconds: float) -> str:
-    """Return seconds as `7.5 s` or `1:02:03`."""
-    return f"{seconds:.3g} s" if seconds < 100 else str(timedelta(seconds=round(seconds)))

@@ -27,18 +27,22 @@ async def ask_beside(
     `rule` is the ledger's column, `name` what tells the request from others beside the same row. `build` returns the request by its key;
     what it raises is the row's failure, too.
     """
-    kept = {name: found for name, found in row.items() if name not in ("pixels", "pages", "page_failures")}
-    key = compute_rule_key(str(row["key"]), name)
-    kept |= {"key": key, "rule": rule, "model": engine.model, "engine": engine.name, "fingerprint": job.fingerprint}
-    started_at, started_s = datetime.now(UTC), time.monotonic()
-    spent: LedgerRow = {"asks": 0, "prompt_tokens": 0, "completion_tokens": 0}
+    found, started_s = make_row_beside(job, engine, row, rule, name), time.monotonic()
     try:
-        completion = await engine.complete(build(key))
-        spent = {"asks": 1, **count_tokens(completion)}
-        answer = make_answer_row(completion, list_errors(completion.text))
+        completion = await engine.complete(build(str(found["key"])))
+        found |= {"asks": 1, **count_tokens(completion)}
+        found |= make_answer_row(completion, list_errors(completion.text))
     except Exception as error:  # any: what an answer makes the parser or the validator raise has no common class
-        answer = make_failed_row(Stage.GENERATE, error)
-    return {**cast(LedgerRow, kept), **spent, **answer, "started_at": started_at, "elapsed_s": time.monotonic() - started_s}
+        found |= make_failed_row(Stage.GENERATE, error)
+    return {**found, "elapsed_s": time.monotonic() - started_s}
+
+
+def make_row_beside(job: Job, engine: Engine, row: RequestRow, rule: str, name: str) -> LedgerRow:
+    """Return the columns of such a request that are known before it is asked."""
+    kept = {name: found for name, found in row.items() if name not in ("pixels", "pages", "page_failures")}
+    kept |= {"key": compute_rule_key(str(row["key"]), name), "rule": rule, "started_at": datetime.now(UTC), "elapsed_s": 0.0}
+    kept |= {"model": engine.model, "engine": engine.name, "fingerprint": job.fingerprint}
+    return cast(LedgerRow, {**kept, "asks": 0, "prompt_tokens": 0, "completion_tokens": 0})
 
 
 def count_tokens(completion: Completion) -> LedgerRow:

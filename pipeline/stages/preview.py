@@ -18,6 +18,7 @@ from pipeline.schema import prompt
 from pipeline.stages.ask import AskStage
 from pipeline.stages.render import DEMO_REFUSAL, RenderPlan, describe_page
 from pipeline.storage.location import hide_query, is_url
+from pipeline.wording import format_count
 
 
 class PreviewFacts(PageFacts):
@@ -51,7 +52,7 @@ def render_preview(job: Job, file: Path | str, page_no: int) -> PreviewPage:
     with Sandbox(replace(plan.read_settings(), text_layer=True)) as sandbox:
         page_count = sandbox.open(data)
         if page_no > page_count:
-            raise JobError(f"{name} has {page_count} pages, there is no page {page_no}", name, "--page")
+            raise JobError(f"{name} has {format_count(page_count, 'page')}, there is no page {page_no}", name, "--page")
         page = next(iter(sandbox.draw_pages(page_no, page_no)))
     facts: PreviewFacts = {**describe_page(page), "file": name, "page_count": page_count, "words": len(page.words)}
     ask = str(prompt.build_messages(job.system_message, [page.pixels])[-1].parts[-1])

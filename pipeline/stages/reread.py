@@ -26,13 +26,13 @@ from pipeline.evidence.page_index import Box
 from pipeline.evidence.readings import Reading, list_unwitnessed_values
 from pipeline.evidence.searches import Scalar
 from pipeline.evidence.text_layer import unpack_words
-from pipeline.job import Job
-from pipeline.job.sections import PARTS_PER_REQUEST
-from pipeline.records import REREAD, LedgerRow, PageRow, Pixels, Request, RequestRow, Status
+from pipeline.job import PARTS_PER_REQUEST, Job
+from pipeline.records import REREAD, LedgerRow, PageRow, Pixels, Request, RequestRow, Stage, Status
 from pipeline.render.crop import crop_page
 from pipeline.schema.prompt import build_location_question, build_messages, build_reading_question
 from pipeline.schema.validate import Validator
-from pipeline.stages.answers import ask_beside, make_page_ids
+from pipeline.stages.answers import ask_beside, make_page_ids, make_row_beside
+from pipeline.stages.requests import make_failed_row
 
 MAX_VALUES = 48
 """Values of a request that are looked for, the first ones of its answer: one request for their places and six for their readings."""
@@ -75,12 +75,8 @@ class Rereader:
         try:
             await self.add_rows(row, value, rows)
         except Exception as error:  # any: as in `ask_beside`
-            wrong = error
-
-            def fail(key: str) -> Request:
-                raise wrong
-
-            rows.append(await ask_beside(self.job, self.engine, row, REREAD, f"{REREAD} failed", fail, lambda text: []))
+            failed = make_row_beside(self.job, self.engine, row, REREAD, f"{REREAD} failed")
+            rows.append({**failed, **make_failed_row(Stage.GENERATE, error)})
         return rows
 
     async def add_rows(self, row: RequestRow, value: Any, rows: list[LedgerRow]) -> None:

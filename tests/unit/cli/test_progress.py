@@ -107,11 +107,6 @@ def test_failures_are_named_by_kind() -> None:
     assert progress.format_failures(replace(HALFWAY, failed=0, failures={})) == "0 failed"
 
 
-@pytest.mark.parametrize(("number", "line"), [(0.04, "0.0 s"), (99.9, "99.9 s"), (100, "0:01:40"), (3725.6, "1:02:06")])
-def test_durations(number: float, line: str) -> None:
-    assert progress.format_duration(number) == line
-
-
 def test_nothing_is_shown_after_a_stop() -> None:
     with progress.show_progress(shown := on_terminal()) as display:
         display.update(HALFWAY)

@@ -31,4 +31,4 @@ def test_a_shard_that_was_set_aside_is_named(capsys: pytest.CaptureFixture[str])
 
 def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     show_report(report(missing=["in/b.pdf"]))
-    assert "error: 1 sources have no record, the first is in/b.pdf" in capsys.readouterr().err
+    assert "error: documents without a record: 1, the first is in/b.pdf" in capsys.readouterr().err

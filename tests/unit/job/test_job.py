@@ -253,6 +253,16 @@ def test_a_limit_of_images_below_what_reading_again_takes_is_refused(tmp_path: P
     assert Job.load(file).most_images == 4
 
 
+def test_a_limit_of_images_counts_the_one_for_a_rule_of_the_schema_that_asks_again(tmp_path: Path) -> None:
+    file = write_job(tmp_path)
+    limit = "model.limit_mm_per_prompt={image: 4}"
+    Job.load(file, ["model.engine=vllm", limit])
+    rule = {"name": "is_named", "expression": "true", "message": "It has no name.", "re_ask": True}
+    (tmp_path / "total.json").write_text(json.dumps({**SCHEMA, "x-rules": [rule]}))
+    with pytest.raises(JobError, match=r"allows 4 images, but a request has up to 5 \(pages.per_request\)"):
+        Job.load(file, ["model.engine=vllm", limit])
+
+
 # --- the fingerprint
 
 

@@ -140,7 +140,7 @@ def test_it_says_what_came_in_what_came_out_and_what_failed() -> None:
 def test_it_says_what_to_doubt_and_when_it_was_asked() -> None:
     text = read_text(build_report_page(make_summary(), make_report()))
     assert "5 values by confidence; 5 (100%) are below 0.9" in text
-    assert "3 pages in 4 s: 0.75 pages/s" in text
+    assert "3 pages in 4.0 s: 0.75 pages/s" in text
     assert "1970-01-01 00:01:40 UTC" in text
 
 

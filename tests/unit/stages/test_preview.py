@@ -61,7 +61,7 @@ def test_the_page_that_is_asked_for_is_shown(workspace: Workspace) -> None:
 
 
 def test_a_page_beyond_the_last_is_refused(workspace: Workspace) -> None:
-    with pytest.raises(JobError, match=r"a\.pdf has 1 pages, there is no page 2"):
+    with pytest.raises(JobError, match=r"a\.pdf has 1 page, there is no page 2"):
         preview.render_preview(workspace.job(), workspace.put("a.pdf"), 2)
 
 
