@@ -132,8 +132,8 @@ class ModelSection(Section):
     )
     limit_mm_per_prompt: dict[str, int] | None = Field(
         None,
-        description="Most images in a prompt, for which `vllm` reserves memory; default: `{image: pages.per_request, video: 0}`, with "
-        "`evidence.model` at least 8. More reserves memory that is never used; fewer is refused.",
+        description="Most images in a prompt, for which `vllm` reserves memory; default: `{image: pages.per_request, video: 0}`, one "
+        "more where a rule asks again, with `evidence.model` at least 8. More reserves memory that is never used; fewer is refused.",
     )
     quantization: str | None = Field(
         None,
