@@ -86,10 +86,15 @@ class AnswerWriter:
         refused, doubtful = await self.registry.begin_shard.remote(self.engine, name, list(taken))
         if doubtful:
             there = await asyncio.to_thread(self.output.requests.list_names, "")
-            refused |= {key for key, shard in doubtful.items() if shard in there}
-        granted = {key: pairs for key, pairs in taken.items() if key not in refused}
-        written = [pair for pairs in granted.values() for pair in pairs]
-        if written:
-            await asyncio.to_thread(write_rows, self.output, [row for row, _ in written], name)
-        receipts = pack_receipts([receipt for _, receipt in written])
-        await self.registry.end_shard.remote(self.engine, name if written else None, list(granted), receipts, self.count_load())
+            doubtful = {key: shard for key, shard in doubtful.items() if shard in there}
+        granted = [key for key in taken if key not in refused and key not in doubtful]
+        if granted:
+            await asyncio.to_thread(write_rows, self.output, [row for key in granted for row, _ in taken[key]], name)
+        await self.report_shard(name if granted else None, granted, taken)
+        for shard in dict.fromkeys(doubtful.values()):  # its writer died before it could tell of it
+            await self.report_shard(shard, [key for key in doubtful if doubtful[key] == shard], taken)
+
+    async def report_shard(self, shard: str | None, keys: Sequence[str], taken: Mapping[str, list[tuple[LedgerRow, ReceiptRow]]]) -> None:
+        """Tell the registry that these requests are in a shard of the ledger, if there is one, and how many this engine has."""
+        receipts = pack_receipts([receipt for key in keys for _, receipt in taken[key]])
+        await self.registry.end_shard.remote(self.engine, shard, list(keys), receipts, self.count_load())

@@ -140,6 +140,8 @@ def test_what_is_done_or_another_engine_writes_is_left_out(desk: Desk) -> None:
 
 @pytest.mark.parametrize(("is_there", "written"), [(True, ["k2"]), (False, ["k1", "k2"])])
 def test_what_a_dead_engine_was_to_write_is_written_once(desk: Desk, is_there: bool, written: list[str]) -> None:
+    """Either way the driver learns once that it is in the ledger."""
+
     async def work(writer: AnswerWriter) -> None:
         desk.registry.begin_process(EngineId("b", 2), "here", False)
         desk.registry.begin_shard(EngineId("b", 2), "other.parquet", ["k1"])
@@ -152,6 +154,10 @@ def test_what_a_dead_engine_was_to_write_is_written_once(desk: Desk, is_there: b
 
     desk.work(work)
     assert desk.read_keys() == written
+    news = desk.registry.take_news()
+    assert sorted(one["key"] for packed in news.receipts for one in unpack_receipts(packed)) == ["k1", "k2"]
+    assert ("other.parquet", 1) in news.shards or not is_there
+    assert not desk.registry.writing
 
 
 def test_a_ledger_that_cannot_be_written_ends_the_run_and_keeps_the_rows(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
